@@ -1,0 +1,122 @@
+r"""The error template: every message that a user sees is made here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import NoReturn
+
+__all__ = [
+    "BlockError",
+    "DataError",
+    "EmvaeError",
+    "EstimatorError",
+    "ModelError",
+    "NonFiniteError",
+    "OptimizerError",
+    "RecordingError",
+    "StepError",
+    "fail",
+    "message",
+    "nearest",
+    "positive_int",
+]
+
+
+class EmvaeError(ValueError):
+    """Base class of the package's errors."""
+
+
+class EstimatorError(EmvaeError):
+    """An estimator and a site, an objective or a number of particles do not fit."""
+
+
+class ModelError(EmvaeError):
+    """Model and guide do not fit each other, or not the data."""
+
+
+class NonFiniteError(ModelError):
+    """The objective or a gradient is NaN or infinite."""
+
+
+class BlockError(EmvaeError):
+    """A parameter cannot be assigned to one block."""
+
+
+class DataError(EmvaeError):
+    """The data are empty, exhausted or of the wrong shape."""
+
+
+class OptimizerError(EmvaeError):
+    """An optimizer, or what was given in its place, cannot be used."""
+
+
+class RecordingError(EmvaeError):
+    """A step cannot be recorded as a graph without changing its meaning."""
+
+
+class StepError(EmvaeError):
+    """A half-step does not fit the model or its slot, or a step was called after a failed one."""
+
+
+def message(obj: str, act: str, got: str, because: str, fix: str) -> str:
+    r"""Fill in the house template.
+
+    Args:
+        obj: The public object that refuses, without backquotes.
+        act: What it cannot do and where, such as ``"differentiate site 'z'"``.
+        got: The observed value.
+        because: The requirement that does not hold.
+        fix: What to write instead, a full sentence.
+
+    Example:
+        >>> message("Pathwise", "differentiate site 'z'", "Bernoulli", "it needs rsample", "Use 'score'.")
+        "`Pathwise` cannot differentiate site 'z': got Bernoulli. This is because it needs rsample. Use 'score'."
+    """
+    return f"`{obj}` cannot {act}: got {got}. This is because {because}. {fix}"
+
+
+def fail(
+    error: type[EmvaeError],
+    obj: str,
+    act: str,
+    *,
+    got: str,
+    because: str,
+    fix: str,
+    cause: BaseException | None = None,
+) -> NoReturn:
+    """Raise `error` with the house template, from `cause` if there is one."""
+    raise error(message(obj, act, got, because, fix)) from cause
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a phrase that names the known name closest to `name`, and the others.
+
+    Example:
+        >>> nearest("pathwize", ["score", "pathwise"])
+        "Did you mean 'pathwise'? Known: 'pathwise', 'score'."
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"Did you mean {close[0]!r}? " if close else ""
+    return hint + "Known: " + ", ".join(map(repr, known)) + "."
+
+
+def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
+    """Return `value` if it is an integer of at least `minimum`, else raise.
+
+    Example:
+        >>> positive_int("MonteCarloELBO", "num_particles", 8)
+        8
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        fail(
+            EmvaeError,
+            obj,
+            f"use {name}",
+            got=repr(value),
+            because=f"{name} has to be an integer of at least {minimum}",
+            fix=f"Write {name}={minimum}, or more.",
+        )
+    return value

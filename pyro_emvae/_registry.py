@@ -1,0 +1,154 @@
+r"""What parts there are: frozen records without behaviour, and one function to add one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from ._checks import EmvaeError, fail, nearest
+
+__all__ = ["Entry", "Traits", "create", "entries", "lookup", "register"]
+
+KINDS = ("estimator", "objective", "step", "family", "evidence", "problem")
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a part needs and promises. Tests, tables and policies read nothing else.
+
+    Args:
+        unbiased: The expectation of the gradient (or value) is the exact one.
+        needs_rsample: The site's distribution must have a reparameterised sampler.
+        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``.
+        draws: ``"independent"``, ``"coupled"`` or ``"weighted"``.
+        min_particles: The least number of particles.
+        objectives: The objectives that it can differentiate.
+        recordable: It has no ``.item()`` and no data-dependent branch.
+        higher_order: Second derivatives of the surrogate are right too.
+        splits_paths: Its terms differ between the path through the value and the direct one.
+        stateful: It carries tensors from step to step.
+        needs_signal: It weighs log q by the learning signal, so that signal has to be computed.
+        auto: Its place among the candidates of the policy ``"auto"``, smaller first; None: never chosen.
+        slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
+    """
+
+    unbiased: bool = True
+    needs_rsample: bool = False
+    support: str = "any"
+    draws: str = "independent"
+    min_particles: int = 1
+    objectives: tuple[str, ...] = ("elbo",)
+    recordable: bool = True
+    higher_order: bool = False
+    splits_paths: bool = False
+    stateful: bool = False
+    needs_signal: bool = True
+    auto: int | None = None
+    slots: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered part: its kind, name, factory, traits, a line about it and its source."""
+
+    kind: str
+    name: str
+    factory: Callable[..., Any] = field(repr=False)
+    traits: Traits = Traits()
+    aliases: tuple[str, ...] = ()
+    summary: str = ""
+    source: str = ""
+
+
+_ENTRIES: dict[str, dict[str, Entry]] = {kind: {} for kind in KINDS}
+_NAMES: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
+
+
+def register(
+    kind: str,
+    name: str,
+    factory: Callable[..., Any],
+    traits: Traits | None = None,
+    *,
+    aliases: tuple[str, ...] = (),
+    summary: str = "",
+    source: str = "",
+) -> Entry:
+    r"""Add a part under a name that every argument of its kind accepts from then on.
+
+    Args:
+        kind: One of ``"estimator"``, ``"objective"``, ``"step"``, ``"family"``, ``"evidence"``, ``"problem"``.
+        name: Snake case; has to be new.
+        factory: Called without arguments when the name is given in place of an instance.
+        traits: What the part needs and promises; by default ``factory.traits`` if it exists.
+        aliases: Other spellings.
+        summary: One line for the tables.
+        source: Paper and equation.
+
+    Returns:
+        The entry.
+
+    Raises:
+        EmvaeError: If the kind is unknown or the name is taken.
+
+    Example:
+        >>> from pyro_emvae._registry import entries
+        >>> "pathwise" in [e.name for e in entries("estimator")]
+        True
+    """
+    known = _kind(kind)
+    for key in (name, *aliases):
+        if key in known:
+            fail(
+                EmvaeError,
+                "register",
+                f"add {kind} {key!r}",
+                got="a name that is taken",
+                because="a name stands for one part",
+                fix="Choose another name.",
+            )
+    traits = traits if traits is not None else getattr(factory, "traits", Traits())
+    entry = Entry(kind, name, factory, traits, tuple(aliases), summary, source)
+    _ENTRIES[kind][name] = entry
+    known.update({key: name for key in (name, *aliases)})
+    return entry
+
+
+def lookup(kind: str, name: str) -> Entry:
+    """Return the entry of a name or alias, or raise with the nearest known name."""
+    known = _kind(kind)
+    if name not in known:
+        fail(
+            EmvaeError,
+            kind,
+            f"be {name!r}",
+            got="an unknown name",
+            because=f"no {kind} of that name is registered",
+            fix=nearest(name, known),
+        )
+    return _ENTRIES[kind][known[name]]
+
+
+def create(kind: str, part: Any) -> Any:
+    """Return an instance: `part` itself, or what its registered name stands for."""
+    return lookup(kind, part).factory() if isinstance(part, str) else part
+
+
+def entries(kind: str) -> tuple[Entry, ...]:
+    """Return all entries of a kind in the order of their registration."""
+    _kind(kind)
+    return tuple(_ENTRIES[kind].values())
+
+
+def _kind(kind: str) -> dict[str, str]:
+    if kind not in _NAMES:
+        fail(
+            EmvaeError,
+            "register",
+            f"know kind {kind!r}",
+            got="an unknown kind",
+            because="parts are sorted by kind",
+            fix=nearest(kind, KINDS),
+        )
+    return _NAMES[kind]

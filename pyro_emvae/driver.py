@@ -1,0 +1,396 @@
+r"""The one run loop of `SVI` and `EM`: data, history, validation, callbacks, interruption, and what it returns."""
+
+from __future__ import annotations
+
+import math
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ._checks import DataError, EmvaeError, fail, nearest, positive_int
+from .engine import Engine, Gradient
+from .loss import MonteCarloELBO
+from .particles import quiet
+
+__all__ = ["Fit", "History", "Progress", "Record", "run"]
+
+PHASES = {"guide": 0, "model": 1, None: 2}
+
+
+@dataclass
+class Record:
+    """One iteration: its loss (minus the objective, nats), its gradient steps by phase, and the gains if known."""
+
+    loss: float
+    gradients: list[tuple[str | None, Gradient]]
+    before: float = math.nan
+
+    @property
+    def e_gain(self) -> float:
+        """Objective after E minus objective before E, both from their own draws."""
+        return self.before - self.loss
+
+
+class History:
+    """What a run recorded; `dataset` is it as an xarray Dataset."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.steps: list[tuple[int, int, float, float, float]] = []
+        self.iterations: list[tuple[float, float, float, float]] = []
+        self.validation: list[tuple[int, float]] = []
+        self.tracked: dict[str, list[np.ndarray]] = {}
+
+    def add(self, iteration: int, record: Record) -> None:
+        """Append one iteration."""
+        now = time.perf_counter() - self.start
+        if self.iterations and not math.isnan(record.before):
+            objective, e_gain, _, then = self.iterations[-1]
+            self.iterations[-1] = (objective, e_gain, -record.before - objective, then)
+        self.iterations.append((-record.loss, record.e_gain, math.nan, now))
+        for block, g in record.gradients:
+            self.steps.append((iteration, PHASES[block], -g.loss, g.norm, now))
+
+    @property
+    def dataset(self) -> Any:
+        """An `xarray.Dataset`: per gradient step and per iteration; nats, seconds since the start."""
+        import xarray as xr
+
+        steps = np.array(self.steps, dtype=float).reshape(-1, 5)
+        rows = np.array(self.iterations, dtype=float).reshape(-1, 4)
+        validation = np.full(len(rows), np.nan)
+        for iteration, value in self.validation:
+            validation[iteration] = value
+        variables = {
+            "elbo": ("step", steps[:, 2]),
+            "phase": ("step", steps[:, 1].astype(np.int8)),
+            "step_iteration": ("step", steps[:, 0].astype(np.int64)),
+            "grad_norm": ("step", steps[:, 3]),
+            "time": ("step", steps[:, 4]),
+            "objective": ("iteration", rows[:, 0]),
+            "e_gain": ("iteration", rows[:, 1]),
+            "m_gain": ("iteration", rows[:, 2]),
+            "iteration_time": ("iteration", rows[:, 3]),
+            "validation": ("iteration", validation),
+        }
+        for name, values in self.tracked.items():
+            array = np.stack(values) if values else np.empty((0,))
+            variables[f"param_{name}"] = (("iteration", *[f"{name}_dim_{i}" for i in range(array.ndim - 1)]), array)
+        coords = {"step": np.arange(len(steps)), "iteration": np.arange(len(rows))}
+        attrs = {"phases": "0=E, 1=M, 2=joint", "units": "nats, seconds"}
+        return xr.Dataset(variables, coords=coords, attrs=attrs)
+
+
+@dataclass(frozen=True)
+class Fit:
+    r"""What a run returns.
+
+    Args:
+        status: ``"MAX_ITER"`` (all iterations were made: no claim of convergence), ``"STOPPED"`` (by a callback),
+            ``"INTERRUPTED"`` (Ctrl-C) or ``"NAN"`` (updates were left out because something was not finite).
+        model, guide: The user's.
+        params: Constrained values at the end, detached, by name.
+        blocks: Block of each parameter.
+        num_iterations: Iterations made.
+        provenance: Versions, device, dtype, seed, data shapes, resolved estimators.
+    """
+
+    status: str
+    model: Callable = field(repr=False)
+    guide: Callable = field(repr=False)
+    params: dict[str, Tensor] = field(repr=False)
+    blocks: dict[str, str] = field(repr=False)
+    num_iterations: int
+    provenance: dict[str, Any] = field(repr=False)
+    record: History = field(repr=False)
+
+    @property
+    def history(self) -> Any:
+        """The history as an `xarray.Dataset` with dims ``step`` (gradient steps) and ``iteration``."""
+        return self.record.dataset
+
+    def summary(self) -> Any:
+        """Return a table of the parameters: name, block, shape, mean of the estimate's elements."""
+        import pandas as pd
+
+        rows = [
+            {"parameter": n, "block": self.blocks[n], "shape": tuple(v.shape), "estimate": _brief(v)}
+            for n, v in self.params.items()
+        ]
+        return pd.DataFrame(rows).assign(status=self.status)
+
+
+def _brief(value: Tensor) -> Any:
+    return value.item() if value.numel() == 1 else f"mean {float(value.double().mean()):.4g}"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a callback sees; it stops the run by returning True."""
+
+    iteration: int
+    epoch: int
+    loss: float
+    validation: float
+    model: Callable = field(repr=False)
+    guide: Callable = field(repr=False)
+    history: History = field(repr=False)
+
+
+class _Interrupt:
+    """Turn the first Ctrl-C into a flag, so that no update is torn; the second one is an ordinary Ctrl-C."""
+
+    def __enter__(self) -> _Interrupt:
+        self.flag = False
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.getsignal(signal.SIGINT)
+            if self.previous is not signal.default_int_handler:
+                self.previous = None
+            else:
+                signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.flag = True
+        signal.signal(signal.SIGINT, self.previous)
+
+    def __exit__(self, *_: Any) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGINT, self.previous)
+
+
+def run(
+    engine: Engine,
+    iterate: Callable[[tuple, dict], Record],
+    num_iterations: int | None,
+    args: tuple,
+    kwargs: dict[str, Any],
+    *,
+    data: Iterable | None = None,
+    num_epochs: int | None = None,
+    to_args: Callable[[Any], Any] | None = None,
+    validation: Any = None,
+    every: int | None = None,
+    callbacks: Callable | Iterable[Callable] = (),
+    on_nonfinite: str | None = None,
+    progress_bar: bool | None = None,
+    device: Any = None,
+    seed: int | None = None,
+    track: Iterable[str] = (),
+) -> Fit:
+    r"""Iterate over data and return a `Fit`; the loop behind ``SVI.run`` and ``EM.run``.
+
+    Args:
+        engine: What the iterations change.
+        iterate: Makes one iteration on one batch.
+        num_iterations: Iterations on ``args, kwargs``; with `data`, at most this many in all.
+        args, kwargs: The data, without `data`.
+        data: An iterable of batches, such as a DataLoader; a tuple becomes positional arguments, a dict keyword
+            arguments, anything else one argument.
+        num_epochs: Passes over `data`; 1 by default.
+        to_args: Turns a batch into ``(args, kwargs)`` in place of that rule.
+        validation: Held-out data, as a batch or an iterable of batches; its objective is recorded per epoch, or
+            every `every` iterations.
+        every: Iterations between validations without `data`; a twentieth of the run by default.
+        callbacks: One or many; called after every iteration with a `Progress`; True stops.
+        on_nonfinite: Overrides the engine's policy for this run.
+        progress_bar: True, False, or None: if the standard error is a terminal.
+        device: Where batches are moved.
+        seed: Seed for Pyro, torch, numpy and Python before the first iteration.
+        track: Names of parameters whose constrained value is recorded per iteration.
+
+    Raises:
+        DataError: No data: both or neither of arguments and `data`, or an empty loader.
+    """
+    total = _length(num_iterations, data, num_epochs)
+    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    track = [track] if isinstance(track, str) else list(track)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    engine.expect_changes()
+    policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
+    history, status, iteration, skipped, shapes = History(), "MAX_ITER", 0, 0, None
+    bar = tqdm(total=total, disable=None if progress_bar is None else not progress_bar, leave=False)
+    try:
+        with bar, _Interrupt() as interrupt:
+            for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args):
+                if num_iterations is not None and iteration >= num_iterations:
+                    break
+                a, k = _to_device(a, k, device)
+                shapes = shapes or _shapes(a, k)
+                record = iterate(a, k)
+                skipped += math.isnan(record.loss)
+                history.add(iteration, record)
+                _track(engine, track, history)
+                judged = last if data is not None else _due(iteration, total, every)
+                if validation is not None and judged:
+                    history.validation.append((iteration, _validate(engine, validation, to_args, device)))
+                value = history.validation[-1][1] if history.validation else math.nan
+                bar.set_postfix(elbo=f"{-record.loss:.4g}", refresh=False)
+                bar.update()
+                progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
+                iteration += 1
+                if _call(callbacks, progress):
+                    status = "STOPPED"
+                    break
+                if interrupt.flag:
+                    status = "INTERRUPTED"
+                    break
+    except KeyboardInterrupt:
+        status = "INTERRUPTED"
+    finally:
+        engine.on_nonfinite = policy
+    if not iteration and status == "MAX_ITER":
+        _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
+    if skipped and status == "MAX_ITER":
+        status = "NAN"
+    return _fit(engine, status, iteration, history, seed, shapes)
+
+
+def _length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
+    if num_iterations is not None:
+        positive_int("run", "the number of iterations", num_iterations)
+    if data is None:
+        if num_iterations is None or num_epochs is not None:
+            _refuse_data("no number of iterations", "Write run(1000, x), or run(data=loader, num_epochs=10).")
+        return num_iterations
+    if num_epochs is not None:
+        positive_int("run", "num_epochs", num_epochs)
+    try:
+        epochs = len(data) * (num_epochs or 1)
+    except TypeError:
+        return num_iterations
+    return epochs if num_iterations is None else min(epochs, num_iterations)
+
+
+def _refuse_data(got: str, fix: str) -> None:
+    fail(DataError, "run", "iterate", got=got, because="every iteration needs data", fix=fix)
+
+
+def _batches(
+    num_iterations: int | None, args: tuple, kwargs: dict, data: Any, num_epochs: int | None, to_args: Any
+) -> Iterator[tuple[int, bool, tuple[tuple, dict]]]:
+    """Yield epoch, whether the batch is the epoch's last, and the arguments."""
+    if data is None:
+        for i in range(num_iterations):
+            yield i, True, (args, kwargs)
+        return
+    if args or kwargs:
+        _refuse_data(
+            f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=."
+        )
+    for epoch in range(num_epochs or 1):
+        waiting = None
+        for batch in data:
+            if waiting is not None:
+                yield epoch, False, arguments(waiting, to_args)
+            waiting = batch
+        if waiting is None:
+            if epoch:
+                _refuse_data(
+                    f"an iterable that was exhausted after {epoch} epochs",
+                    "Pass a list or a DataLoader, not a generator.",
+                )
+            return
+        yield epoch, True, arguments(waiting, to_args)
+
+
+def arguments(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict]:
+    """Return the positional and keyword arguments that a batch stands for."""
+    if to_args is not None:
+        return to_args(batch)
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, tuple | list):
+        return tuple(batch), {}
+    return (batch,), {}
+
+
+def _to_device(args: tuple, kwargs: dict, device: Any) -> tuple[tuple, dict]:
+    if device is None:
+        return args, kwargs
+
+    def move(x: Any) -> Any:
+        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
+
+    return tuple(map(move, args)), {k: move(v) for k, v in kwargs.items()}
+
+
+def _due(iteration: int, total: int | None, every: int | None) -> bool:
+    every = every or max(1, (total or 20) // 20)
+    return (iteration + 1) % every == 0 or iteration + 1 == total
+
+
+def _validate(engine: Engine, validation: Any, to_args: Any, device: Any) -> float:
+    """Return the mean objective over the validation batches, in eval mode, on fixed draws."""
+    single = isinstance(validation, Tensor | tuple | Mapping)
+    loss = engine.loss if hasattr(engine.loss, "loss") else MonteCarloELBO()
+    losses = []
+    with quiet(seed=0, train=False), torch.no_grad():
+        for batch in [validation] if single else validation:
+            a, k = _to_device(*arguments(batch, to_args), device)
+            losses.append(float(loss.loss(engine.model, engine.guide, *a, **k)))
+    if not losses:
+        _refuse_data("validation without batches", "Pass a tensor, a tuple, or a loader with at least one batch.")
+    return -math.fsum(losses) / len(losses)
+
+
+def _track(engine: Engine, names: list[str], history: History) -> None:
+    if not names:
+        return
+    rows = {row.name: row for row in engine.parameters.rows}
+    for name in names:
+        if name not in rows:
+            fail(
+                EmvaeError,
+                "run",
+                f"track {name!r}",
+                got="an unknown parameter",
+                because="neither model nor guide has it",
+                fix=nearest(name, rows),
+            )
+        history.tracked.setdefault(name, []).append(rows[name].value.detach().cpu().numpy().copy())
+
+
+def _call(callbacks: list[Callable], progress: Progress) -> bool:
+    if not callbacks:
+        return False
+    with quiet():
+        return any([callback(progress) is True for callback in callbacks])
+
+
+def _shapes(args: tuple, kwargs: dict) -> list[str]:
+    return [f"{tuple(x.shape)} {x.dtype}" for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+
+
+def _fit(engine: Engine, status: str, iteration: int, history: History, seed: int | None, shapes: Any) -> Fit:
+    parameters = engine.parameters
+    rows = parameters.rows if parameters is not None else ()
+    leaf = next((row.leaf for row in rows), None)
+    resolved = getattr(engine.loss, "resolved", {})
+    provenance = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": pyro.__version__,
+        "device": str(leaf.device) if leaf is not None else "",
+        "dtype": str(leaf.dtype) if leaf is not None else "",
+        "seed": -1 if seed is None else seed,
+        "data": shapes or [],
+        "loss": type(engine.loss).__name__,
+        "estimators": [f"{site}: {estimator}" for site, estimator in resolved.items()],
+        "backend": engine.backend,
+    }
+    params = parameters.constrained() if parameters is not None else {}
+    blocks = {row.name: row.block for row in rows}
+    return Fit(status, engine.model, engine.guide, params, blocks, iteration, provenance, history)

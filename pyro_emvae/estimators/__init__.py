@@ -1,0 +1,23 @@
+r"""Gradient estimators: one file each, found by name in the registry."""
+
+from .base import Estimator, SiteTerms
+from .decaying_average import DecayingAverage
+from .leave_one_out import LeaveOneOut
+from .partial import PartialPathwise
+from .pathwise import Full, Pathwise, StickTheLanding
+from .policies import POLICIES, auto_table
+from .score import Score
+
+__all__ = [
+    "POLICIES",
+    "DecayingAverage",
+    "Estimator",
+    "Full",
+    "LeaveOneOut",
+    "PartialPathwise",
+    "Pathwise",
+    "Score",
+    "SiteTerms",
+    "StickTheLanding",
+    "auto_table",
+]

@@ -1,0 +1,102 @@
+r"""Which estimator a site gets when nobody named one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .._checks import EstimatorError, fail, nearest
+from .._registry import create, entries, lookup
+from .base import Estimator, is_point_mass, misfit
+from .partial import PartialPathwise, has_score_parts
+from .pathwise import Pathwise
+from .score import Score
+
+__all__ = ["POLICIES", "auto", "auto_table", "from_user", "pyro"]
+
+Choice = tuple[Estimator, str]
+
+
+def pyro(fn: Any, num_particles: int) -> Choice:
+    """Choose as `Trace_ELBO` does: pathwise where ``rsample`` exists, else the score function."""
+    if fn.has_rsample:
+        return _pathwise(fn)
+    return Score(), "no rsample"
+
+
+def auto(fn: Any, num_particles: int) -> Choice:
+    """Choose the first unbiased candidate that fits, in the order of the trait ``auto``: see `auto_table`."""
+    if is_point_mass(fn) or (fn.has_rsample and has_score_parts(fn)):
+        return _pathwise(fn)
+    for entry in _candidates():
+        estimator = entry.factory()
+        if misfit(estimator, fn, num_particles) is None:
+            return estimator, f"first of auto's candidates that fits ({entry.summary})"
+    return Score(), "nothing else fits"
+
+
+POLICIES: dict[str, Callable[[Any, int], Choice]] = {"pyro": pyro, "auto": auto}
+
+
+def auto_table() -> list[dict[str, Any]]:
+    """Return auto's candidates in order: name, what they need, and a line about them.
+
+    Example:
+        >>> [row["estimator"] for row in auto_table()][:2]
+        ['pathwise', 'leave_one_out']
+    """
+    return [
+        {
+            "estimator": e.name,
+            "needs_rsample": e.traits.needs_rsample,
+            "support": e.traits.support,
+            "min_particles": e.traits.min_particles,
+            "summary": e.summary,
+        }
+        for e in _candidates()
+    ]
+
+
+def _candidates() -> list:
+    rows = [e for e in entries("estimator") if e.traits.auto is not None and e.traits.unbiased]
+    return sorted(rows, key=lambda entry: entry.traits.auto)
+
+
+def _pathwise(fn: Any) -> Choice:
+    if is_point_mass(fn):
+        return Pathwise(), "deterministic"
+    if has_score_parts(fn):
+        return PartialPathwise(), "its sampler is reparameterised in part"
+    return Pathwise(), "has rsample"
+
+
+def from_user(spec: Any) -> Estimator | Callable[[Any, int], Choice]:
+    """Return a policy or an estimator for what the user gave: a name, an instance or a policy function.
+
+    Raises:
+        EstimatorError: If the name is unknown (with the nearest known one) or the object is no estimator.
+    """
+    if isinstance(spec, str):
+        if spec in POLICIES:
+            return POLICIES[spec]
+        known = [*POLICIES, *(n for e in entries("estimator") for n in (e.name, *e.aliases))]
+        if spec not in known:
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"use estimator {spec!r}",
+                got="an unknown name",
+                because="no estimator or policy of that name is registered",
+                fix=nearest(spec, known),
+            )
+        return create("estimator", lookup("estimator", spec).name)
+    if isinstance(spec, Estimator) or (callable(spec) and not isinstance(spec, type)):
+        return spec
+    fail(
+        EstimatorError,
+        "MonteCarloELBO",
+        f"use estimator {spec!r}",
+        got=type(spec).__name__,
+        because="an estimator is a registered name, an instance or a mapping from site to one of these",
+        fix='Write estimator="auto", or estimator={"z": "leave_one_out"}.',
+    )

@@ -1,0 +1,18 @@
+r"""Estimates and bounds of the log evidence, each with its standard error."""
+
+from .bounds import elbo, elbo_gap, log_evidence
+from .estimate import Estimate, Gap, PerDatum
+from .importance import EvidenceMethod, Importance
+from .layout import Request
+
+__all__ = [
+    "Estimate",
+    "EvidenceMethod",
+    "Gap",
+    "Importance",
+    "PerDatum",
+    "Request",
+    "elbo",
+    "elbo_gap",
+    "log_evidence",
+]

@@ -1,0 +1,236 @@
+r"""Draw from the guide in chunks and reduce the draws to moments of log weights: jointly, and per datum."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import EmvaeError, ModelError, NonFiniteError, fail
+from ..particles import Particles, Recorder, Site, check_match, draw, quiet, vectorizable
+from .layout import Layout, Request, look
+from .moments import Moments
+
+__all__ = ["Weights", "collect", "require_bound"]
+
+CHUNK_FLOATS = 20_000_000
+
+
+@dataclass
+class Weights:
+    r"""Moments of the log weights of K draws.
+
+    Args:
+        num_particles: K.
+        layout: What the sites share.
+        joint: Of log p - log q of a whole draw, with all scales.
+        per_datum: Of a datum's log p - log q, without the scale of its plates; None without such plates.
+        constant: Sum of the terms that belong to no datum, with all scales.
+        entangled: A site without the shared plates whose log density differs between draws, or None. There is
+            then one weight for everything.
+    """
+
+    num_particles: int
+    layout: Layout
+    joint: Moments
+    per_datum: Moments | None
+    constant: float = 0.0
+    entangled: str | None = None
+
+    @property
+    def by_datum(self) -> bool:
+        """Whether the data have weights of their own."""
+        return self.per_datum is not None and self.entangled is None
+
+
+def collect(request: Request) -> Weights:
+    r"""Draw K particles in chunks and return the moments of their log weights.
+
+    Every chunk sees the same minibatch. Generators, modes and buffers are as before when it ends.
+
+    Raises:
+        ModelError: Sites of model and guide do not match.
+        NonFiniteError: A log weight is NaN or +inf; names the first site.
+    """
+    with quiet(seed=request.seed, train=False), torch.no_grad():
+        layout = look(request)
+        weights, reference = None, {}
+        for particles in _chunks(request, layout):
+            if weights is None:
+                check_match(particles)
+                weights = _empty(request.num_particles, layout)
+            _take(weights, reference, particles, request.obj)
+    if weights.per_datum is not None:
+        weights.constant = sum(float(row.double().sum()) for row in reference.values())
+    return weights
+
+
+# Chunks of particles ---------------------------------------------------------------------------------------------
+
+
+def _chunks(request: Request, layout: Layout) -> Iterator[Particles]:
+    pinned = {n: (index, None) for n, index in layout.indices.items() if n not in layout.guide_plates}
+    model = _pin(request.model, pinned)
+    vectorize, nesting = _vectorize(request, model)
+    size = request.chunk_size or max(1, CHUNK_FLOATS // layout.floats)
+    for start in range(0, request.num_particles, size):
+        number = min(size, request.num_particles - start)
+        loop = number > 1 and not vectorize
+        values = {n: (_repeat(index, number) if loop else index, None) for n, index in layout.indices.items()}
+        yield draw(
+            model,
+            request.guide,
+            request.args,
+            request.kwargs,
+            num_particles=number,
+            vectorize=vectorize,
+            max_plate_nesting=nesting,
+            values=values,
+        )
+
+
+def _repeat(index: Tensor, number: int) -> Tensor:
+    return index.unsqueeze(0).expand(number, *index.shape)
+
+
+def _pin(model: Callable, indices: Mapping[str, Any]) -> Callable:
+    """Return the model with the given index draws in plates that the guide does not enter."""
+    if not indices:
+        return model
+
+    def pinned(*args: Any, **kwargs: Any) -> Any:
+        with Recorder(indices):
+            return model(*args, **kwargs)
+
+    return pinned
+
+
+def _vectorize(request: Request, model: Callable) -> tuple[bool, int | None]:
+    """Return whether to run particles under a plate, and the number of plate dims."""
+    nesting = request.max_plate_nesting
+    if request.num_particles == 1 or request.vectorize_particles is False:
+        return False, nesting
+    if request.vectorize_particles and nesting is not None:
+        return True, nesting
+    agrees, found, what = vectorizable(model, request.guide, request.args, request.kwargs)
+    nesting = found if nesting is None else nesting
+    if not agrees and request.vectorize_particles:
+        fail(
+            ModelError,
+            request.obj,
+            "vectorize particles",
+            got=what,
+            because="two particles vectorized have to equal the same two run one by one",
+            fix="Let the model index from the right (sum over dim=-1, not over all dims), "
+            "or write vectorize_particles=False.",
+        )
+    if not agrees:
+        warnings.warn(
+            f"particles are run one by one: {what} differs between a vectorized and a single run. Let the model "
+            "index from the right, or write vectorize_particles=False to silence this.",
+            stacklevel=5,
+        )
+    return agrees, nesting
+
+
+# From particles to moments ---------------------------------------------------------------------------------------
+
+
+def _empty(num_particles: int, layout: Layout) -> Weights:
+    per_datum = Moments(num_particles) if layout.shared else None
+    return Weights(num_particles, layout, Moments(num_particles), per_datum)
+
+
+def _take(weights: Weights, reference: dict[str, Tensor], particles: Particles, obj: str) -> None:
+    """Add a chunk's log weights to the moments."""
+    shared, by_datum = weights.layout.shared or (), weights.per_datum is not None
+    joint, local, eps = 0.0, 0.0, 0.0
+    for key, site, sign in _signed(particles):
+        term = particles.rows(sign * site.scaled).expand(particles.num_particles, *[-1] * particles.max_plate_nesting)
+        joint = joint + term.reshape(len(term), -1).sum(1, dtype=torch.float64)
+        eps = max(eps, torch.finfo(term.dtype).eps)
+        if by_datum and set(shared) <= set(site.frames):
+            local = local + _per_datum(particles, term, weights.layout)
+        elif by_datum and not _same(reference.setdefault(key, term[:1]), term):
+            weights.entangled = site.name
+    joint = torch.as_tensor(joint, dtype=torch.float64).expand(particles.num_particles)
+    _check_finite(joint, particles, obj)
+    weights.joint.update(joint, eps=eps)
+    if by_datum:
+        weights.per_datum.update(local, eps=eps)
+
+
+def _signed(particles: Particles) -> Iterator[tuple[str, Site, int]]:
+    for name, site in particles.model.items():
+        yield f"model {name}", site, 1
+    for name, site in particles.guide.items():
+        yield f"guide {name}", site, -1
+
+
+def _per_datum(particles: Particles, term: Tensor, layout: Layout) -> Tensor:
+    """Return a term without the shared plates' scale, summed over all other dims: ``(particles, *plates)``."""
+    keep = {particles.max_plate_nesting + 1 + frame.dim for frame in layout.shared}
+    others = [dim for dim in range(1, term.dim()) if dim not in keep]
+    term = term.sum(others, dtype=torch.float64) if others else term.double()
+    sizes = [max(int(frame.size), -1) for frame in layout.shared]  # -1: a plate without a size keeps the tensor's
+    return term.expand(particles.num_particles, *sizes) / layout.scale
+
+
+def _same(reference: Tensor, term: Tensor) -> bool:
+    """Whether a term has one value for all particles, up to rounding."""
+    tolerance = 16 * torch.finfo(term.dtype).eps * reference.abs()
+    return bool(((term == reference) | ((term - reference).abs() <= tolerance)).all())
+
+
+def _check_finite(joint: Tensor, particles: Particles, obj: str) -> None:
+    bad = torch.isnan(joint) | torch.isposinf(joint)
+    if bool(bad.any()):
+        fail(
+            NonFiniteError,
+            obj,
+            "weigh draws",
+            got=f"a log weight of {float(joint[bad][0])} with "
+            f"{particles.first_non_finite() or 'finite sites whose sum is not'}",
+            because="log p - log q has to be a number below infinity",
+            fix="Check the data and the support and scale at that site.",
+        )
+
+
+def require_bound(request: Request, weights: Weights) -> None:
+    r"""Raise if the weights' mean is not an estimate of p(x).
+
+    Raises:
+        EmvaeError: One weight covers a minibatch of a subsampled plate, or the guide has nothing but point masses.
+    """
+    layout = weights.layout
+    if layout.shared is None and layout.given:
+        fail(
+            EmvaeError,
+            request.obj,
+            "integrate over the latent sites",
+            got=f"a guide that is a point mass at {', '.join(map(repr, layout.given))}",
+            because="importance sampling needs draws from a density",
+            fix="Use a guide with a density such as AutoLaplaceApproximation, "
+            "or emvae.elbo(...) for the log joint density at the point.",
+        )
+    plates = layout.subsampled if weights.by_datum or layout.shared is None else layout.all_subsampled
+    if not plates:
+        return
+    if weights.entangled is not None:
+        why = f"site {weights.entangled!r} outside the data's plates depends on their latent sites"
+    elif layout.shared:
+        why = f"not all latent sites have the plate {plates[0]!r}"
+    else:
+        why = "a latent site lies outside of all plates"
+    fail(
+        EmvaeError,
+        request.obj,
+        "estimate the evidence from a minibatch",
+        got=f"a subsampled plate {plates[0]!r} while {why}",
+        because="one weight then covers the whole minibatch, and scaled up it bounds nothing",
+        fix=f"Call it with all data and no subsampling in {plates[0]!r}, or use emvae.elbo(...).",
+    )

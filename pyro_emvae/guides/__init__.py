@@ -1,0 +1,5 @@
+r"""Guides that build themselves from the model; where a family's context comes from."""
+
+from .amortized import AutoAmortized
+
+__all__ = ["AutoAmortized"]

@@ -1,0 +1,421 @@
+r"""`MonteCarloELBO`: particles x objective x estimators, as a `pyro.infer.ELBO`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pyro.infer import ELBO
+from torch import Tensor
+
+from ._checks import EstimatorError, ModelError, NonFiniteError, fail, nearest, positive_int
+from ._pyro import get_trace
+from ._registry import create
+from .estimators.base import Estimator, SiteTerms, is_point_mass, require_fit
+from .estimators.pathwise import Pathwise
+from .estimators.policies import POLICIES, from_user
+from .objectives import Objective, Term
+from .particles import Particles, check_match, draw, quiet, reduce_to, vectorizable
+
+__all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
+
+logger = logging.getLogger("pyro_emvae")
+
+States = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """One row of the resolved table: the site, its estimator and why it was chosen."""
+
+    site: str
+    estimator: Estimator
+    why: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation: the objective, the surrogate whose gradient is the estimate, the particles, the next state."""
+
+    objective: Tensor
+    surrogate: Tensor = field(repr=False)
+    particles: Particles = field(repr=False)
+    state: States = field(repr=False)
+
+
+@dataclass
+class Plan:
+    """What was found out about one pair of model and guide."""
+
+    vectorize: bool
+    nesting: int | None
+    splits: bool
+    sites: tuple = ()
+
+
+class MonteCarloELBO(ELBO):
+    r"""The ELBO with a gradient estimator per guide site; a drop-in loss for `pyro.infer.SVI`.
+
+    $$\text{loss}=-\tfrac1K\sum_k\big[\log p(x,z_k)-\log q(z_k)\big],\quad z_k\sim q,$$
+
+    and a gradient that each site's estimator contributes to: see `pyro_emvae.estimators`.
+
+    Args:
+        num_particles: K, draws per evaluation.
+        max_plate_nesting: Number of plate dims; guessed if infinite.
+        vectorize_particles: One run under a particle plate (True; raises if particles then differ from single runs),
+            a loop (False), or None: at first use two particles are run both ways; if they disagree, it loops and
+            warns once.
+        estimator: ``"auto"`` (unbiased, the first that fits of `estimators.auto_table()`), ``"pyro"`` (exactly
+            `Trace_ELBO`'s rule), a registered name, an instance, or a mapping from guide site to one of these (sites
+            that it does not name get ``"auto"``). A mapping wins over ``infer={"estimator": ...}`` at the guide's
+            site, and that over a loss-wide choice.
+        objective: A registered objective or an instance.
+        annotations: Whether ``infer={"estimator": ...}`` is obeyed.
+        max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, retain_graph,
+            tail_adaptive_beta: As in `pyro.infer.ELBO`.
+
+    `loss`, `differentiable_loss` and `loss_and_grads` give the same number at the same seed. State of estimators (a
+    decaying average) is kept here, in `state_dict`; only `loss_and_grads` changes it.
+
+    Raises:
+        EstimatorError: Unknown estimator or site; an estimator that does not fit its site; an annotation on a model
+            site.
+        ModelError: Sites of model and guide do not match.
+        NonFiniteError: The objective is NaN or infinite; names the first site. Nothing has been changed then.
+
+    Source: Wingate and Weber 2013; Ranganath et al. 2014; Schulman et al. 2015 for surrogates. Differs from
+    `Trace_ELBO`: auxiliary guide sites count in the learning signal.
+
+    Example:
+        >>> MonteCarloELBO(num_particles=8).num_particles
+        8
+    """
+
+    _get_trace = get_trace
+
+    def __init__(
+        self,
+        num_particles: int = 1,
+        max_plate_nesting: float = math.inf,
+        max_iarange_nesting: float | None = None,
+        vectorize_particles: bool | None = None,
+        strict_enumeration_warning: bool = True,
+        ignore_jit_warnings: bool = False,
+        jit_options: dict | None = None,
+        retain_graph: bool | None = None,
+        tail_adaptive_beta: float = -1.0,
+        *,
+        estimator: Any = "auto",
+        objective: str | Objective = "elbo",
+        annotations: bool = True,
+    ) -> None:
+        positive_int("MonteCarloELBO", "num_particles", num_particles)
+        super().__init__(
+            num_particles=num_particles,
+            max_plate_nesting=max_plate_nesting,
+            max_iarange_nesting=max_iarange_nesting,
+            vectorize_particles=bool(vectorize_particles),
+            strict_enumeration_warning=strict_enumeration_warning,
+            ignore_jit_warnings=ignore_jit_warnings,
+            jit_options=jit_options,
+            retain_graph=retain_graph,
+            tail_adaptive_beta=tail_adaptive_beta,
+        )
+        self.vectorize_particles = vectorize_particles
+        nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
+        self._nesting = None if math.isinf(nesting) else int(nesting)
+        self.objective: Objective = create("objective", objective)
+        self.estimator = estimator
+        self.annotations = annotations
+        mapping = estimator if isinstance(estimator, Mapping) else {}
+        self._by_site = {name: from_user(spec) for name, spec in mapping.items()}
+        self._policy = POLICIES["auto"] if isinstance(estimator, Mapping) else from_user(estimator)
+        self._table: dict[str, Resolution] = {}
+        self._plans: dict[tuple[Callable, Callable], Plan] = {}
+        self.state: States = {}
+
+    # The estimators -------------------------------------------------------------------------------------------
+
+    @property
+    def resolved(self) -> dict[str, Estimator]:
+        """The estimator in use at each guide site seen so far; can be given back as ``estimator=``."""
+        return {name: row.estimator for name, row in self._table.items()}
+
+    @property
+    def table(self) -> tuple[Resolution, ...]:
+        """The resolved table: site, estimator, why."""
+        return tuple(self._table.values())
+
+    def resolve(self, name: str, fn: Any, infer: Mapping[str, Any]) -> Estimator:
+        """Return the estimator of a guide site, choosing and checking it when the site is seen first."""
+        row = self._table.get(name)
+        if row is None:
+            row = Resolution(name, *self._choose(name, fn, infer or {}))
+            require_fit(name, row.estimator, fn, self.num_particles)
+            self._table[name] = row
+        return row.estimator
+
+    def _choose(self, name: str, fn: Any, infer: Mapping[str, Any]) -> tuple[Estimator, str]:
+        if name in self._by_site:
+            spec, why = self._by_site[name], "named for this site"
+        elif self.annotations and "estimator" in infer:
+            spec, why = from_user(infer["estimator"]), "annotated in the guide"
+        else:
+            spec, why = self._policy, "named for the whole loss"
+            if isinstance(spec, Estimator) and is_point_mass(fn):
+                return Pathwise(), "deterministic"
+        return (spec, why) if isinstance(spec, Estimator) else spec(fn, self.num_particles)
+
+    def _treat(self, splits: bool) -> Callable[[dict], str]:
+        keep = "cut" if splits else "attach"
+        return lambda msg: (
+            keep if self.resolve(msg["name"], msg["fn"], msg["infer"]).traits.needs_rsample else "detach"
+        )
+
+    # The plan for a pair of model and guide -------------------------------------------------------------------
+
+    def _plan(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
+        plan = self._plans.get((model, guide))
+        if plan is None:
+            plan = self._plans[model, guide] = self._make_plan(model, guide, args, kwargs)
+        return plan
+
+    def _make_plan(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
+        if self.num_particles == 1 or self.vectorize_particles is False:
+            return Plan(False, self._nesting, False)
+        if self.vectorize_particles and self._nesting is not None:
+            return Plan(True, self._nesting, False)
+        agrees, nesting, what = vectorizable(model, guide, args, kwargs)
+        if not agrees and self.vectorize_particles:
+            fail(
+                ModelError,
+                "MonteCarloELBO",
+                "vectorize particles",
+                got=what,
+                because="two particles vectorized have to equal the same two run one by one",
+                fix="Let the model index from the right (sum over dim=-1, not over all dims), "
+                "or write vectorize_particles=False.",
+            )
+        if not agrees:
+            warnings.warn(
+                f"particles are run one by one: {what} differs between a vectorized and a single run. Let the model "
+                "index from the right, or write vectorize_particles=False to silence this.",
+                stacklevel=4,
+            )
+        return Plan(agrees, self._nesting if self._nesting is not None else nesting, False)
+
+    def _draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
+        return draw(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            vectorize=plan.vectorize,
+            max_plate_nesting=plan.nesting,
+            treat=self._treat(plan.splits),
+        )
+
+    def particles(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Particles:
+        """Draw particles as an evaluation does, with values attached, detached or cut as the estimators need."""
+        plan = self._plan(model, guide, args, kwargs)
+        if plan.sites:
+            particles = self._draw(plan, model, guide, args, kwargs)
+        else:
+            particles = self._first_draw(plan, model, guide, args, kwargs)
+        sites = (tuple(particles.guide), tuple(particles.model))
+        if sites != plan.sites:
+            self._check(particles)
+            plan.sites = sites
+        return particles
+
+    def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
+        """Draw; if it turns out that paths have to be split, draw the same again with cut values."""
+        generator = torch.get_rng_state()
+        particles = self._draw(plan, model, guide, args, kwargs)
+        if any(row.estimator.traits.splits_paths for row in self._table.values()):
+            plan.splits = True
+            torch.set_rng_state(generator)
+            particles = self._draw(plan, model, guide, args, kwargs)
+        return particles
+
+    def _check(self, particles: Particles) -> None:
+        check_match(particles)
+        for name in self._by_site:
+            if name not in particles.guide:
+                fail(
+                    EstimatorError,
+                    "MonteCarloELBO",
+                    f"set the estimator of site {name!r}",
+                    got="no such site in the guide",
+                    because="estimators belong to the guide's sites",
+                    fix=nearest(name, particles.guide),
+                )
+        for name in particles.ignored if self.annotations else ():
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"obey the estimator annotation at site {name!r}",
+                got='infer={"estimator": ...} in the model',
+                because="draws are made by the guide, whose site has no such annotation",
+                fix=f'Move it to the guide\'s pyro.sample({name!r}, ...), or write estimator={{"{name}": ...}}.',
+            )
+        rows = "\n".join(f"  {row.site}: {row.estimator} ({row.why})" for row in self._table.values())
+        logger.info("estimators per guide site:\n%s", rows)
+
+    # Evaluation -----------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        model: Callable,
+        guide: Callable,
+        args: tuple,
+        kwargs: Mapping[str, Any],
+        state: States | None = None,
+    ) -> Evaluation:
+        r"""Evaluate objective and surrogate as a pure function of the parameters, the data and the estimators' state.
+
+        Returns:
+            The objective (scalar, nats), the surrogate to be *maximised* (its value is of no meaning), the particles,
+            and the estimators' next state. Nothing is checked for finiteness; nothing of the loss is changed.
+        """
+        particles = self.particles(model, guide, args, kwargs)
+        terms = self.objective.terms(particles)
+        objective = _total(terms) / self.num_particles
+        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        if all(type(e) is Pathwise and not e.traits.splits_paths for _, e in rows):
+            return Evaluation(objective, objective, particles, state or {})
+        return self._weigh(particles, terms, objective, rows, self.state if state is None else state)
+
+    def _weigh(self, particles: Particles, terms: list[Term], objective: Tensor, rows: list, state: States):
+        entropies = {term.site: term.value for term in terms if term.kind == "entropy"}
+        costs = _group(terms) if any(e.traits.needs_signal for _, e in rows) else {}
+        through, direct, following = [], [], {}
+        for site, estimator in rows:
+            signal = _signal(costs, site.frames) if estimator.traits.needs_signal else None
+            view = SiteTerms(site.name, site.fn, site.value, site.log_prob, entropies.pop(site.name, None))
+            old = state.get(site.name) or estimator.init(view, signal)
+            paths = estimator.surrogate(view, signal, self.num_particles, old)
+            through.append(paths.get("value"))
+            direct.append(paths.get("guide"))
+            new = estimator.update(view, signal, old)
+            if new:
+                following[site.name] = {k: v.detach() for k, v in new.items()}
+        rest = [t.value for t in terms if t.kind != "entropy"] + list(entropies.values())
+        common = _sum(rest)
+        if not any(particles.cuts):
+            surrogate = common + _sum([t for t in direct if t is not None])
+        else:
+            value = common + _sum([t for t in through if t is not None])
+            surrogate = common + _sum([t for t in direct if t is not None]) + _through_values(value, particles.cuts)
+        return Evaluation(objective.detach(), surrogate / self.num_particles, particles, following)
+
+    def _finite(self, evaluation: Evaluation) -> float:
+        value = -float(evaluation.objective.detach())
+        if not math.isfinite(value):
+            raise_non_finite("MonteCarloELBO", value, evaluation.particles)
+        return value
+
+    def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Return minus the objective, in nats."""
+        particles = self.particles(model, guide, args, kwargs)
+        objective = _total(self.objective.terms(particles)) / self.num_particles
+        return self._finite(Evaluation(objective, objective, particles, {}))
+
+    def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """Return minus the objective as a tensor whose gradient is the estimate."""
+        evaluation = self.evaluate(model, guide, args, kwargs)
+        self._finite(evaluation)
+        if evaluation.surrogate is evaluation.objective:
+            return -evaluation.objective
+        surrogate = evaluation.surrogate
+        return -(evaluation.objective.detach() + (surrogate - surrogate.detach()))
+
+    def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
+        """Return minus the objective and add the gradient estimate to ``.grad`` of the parameters."""
+        evaluation = self.evaluate(model, guide, args, kwargs)
+        value = self._finite(evaluation)
+        if evaluation.surrogate.requires_grad:
+            (-evaluation.surrogate).backward(retain_graph=self.retain_graph)
+        self.state = evaluation.state
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the estimators' state: tensors by site and name."""
+        return {"state": {site: dict(tensors) for site, tensors in self.state.items()}}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Set the estimators' state."""
+        self.state = {site: dict(tensors) for site, tensors in state_dict["state"].items()}
+
+    def prepare(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Resolve estimators and make their state, leaving generators and buffers as they were."""
+        with quiet(), torch.no_grad():
+            self.particles(model, guide, args, kwargs)
+
+
+def raise_non_finite(obj: str, value: float, particles: Particles) -> None:
+    """Raise `NonFiniteError` naming the first site that is not finite."""
+    where = particles.first_non_finite() or "finite sites whose sum is not"
+    fail(
+        NonFiniteError,
+        obj,
+        "use an objective that is not finite",
+        got=f"loss {value} with {where}",
+        because="every log density has to be finite",
+        fix="Check the data and the support and scale at that site; lower the learning rate if it came late.",
+    )
+
+
+def _sum(tensors: list[Tensor]) -> Tensor | float:
+    total: Tensor | float = 0.0
+    for tensor in tensors:
+        total = total + (tensor.sum() if tensor.dim() else tensor)
+    return total
+
+
+def _total(terms: list[Term]) -> Tensor:
+    return torch.as_tensor(_sum([term.value for term in terms]))
+
+
+def _group(terms: list[Term]) -> dict[tuple, Tensor]:
+    """Sum the detached terms that have the same plates."""
+    groups: dict[tuple, Tensor] = {}
+    for term in terms:
+        value = term.value.detach()
+        groups[term.frames] = groups[term.frames] + value if term.frames in groups else value
+    return groups
+
+
+def _signal(costs: dict[tuple, Tensor], frames: tuple) -> Tensor:
+    return torch.as_tensor(sum(reduce_to(cost, own, frames) for own, cost in costs.items()))
+
+
+def _through_values(value: Tensor, cuts: tuple) -> Tensor | float:
+    r"""Return $\sum_s\langle a_s, z_s\rangle$ with $a_s$ the total derivative of `value` by the s-th cut value.
+
+    A drawn value depends on the parameters and on earlier cut values; going backwards, each passes its cotangent on.
+    """
+    total: Tensor | float = 0.0
+    for run in cuts:
+        leaves = [leaf for _, leaf in run]
+        if not leaves:
+            continue
+        cotangents = list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
+        for i in range(len(run) - 1, -1, -1):
+            drawn, cotangent = run[i][0], cotangents[i]
+            if cotangent is None:
+                continue
+            if i:
+                back = torch.autograd.grad(drawn, leaves[:i], cotangent, retain_graph=True, allow_unused=True)
+                for j, part in enumerate(back):
+                    if part is not None:
+                        cotangents[j] = part if cotangents[j] is None else cotangents[j] + part
+            total = total + (cotangent.detach() * drawn).sum()
+    return total

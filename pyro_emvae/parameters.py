@@ -1,0 +1,462 @@
+r"""Who owns which parameter and buffer, found by autograd at fixed latent values; functional substitution.
+
+With $q_\phi$ and $p_\theta$: what moves log q or a drawn value is phi (block ``"guide"``); what moves log p at fixed
+values is theta (``"model"``). A name's place in a trace says nothing: modules are registered on both sides, and a guide
+made of handlers has its parameters in the model's trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from torch.distributions import biject_to, transform_to
+
+from ._checks import BlockError, ModelError, fail, nearest
+from ._pyro import Messenger, constraint_of, leaf_of
+from .particles import Particles, draw, quiet
+
+__all__ = ["Buffer", "Parameters", "Row", "assign", "capture", "discover", "substitute"]
+
+GUIDE, MODEL, SHARED, UNUSED = "guide", "model", "shared", "unused"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: name, unconstrained leaf, block, and why it is there."""
+
+    name: str
+    leaf: Tensor = field(repr=False)
+    block: str
+    why: str
+    constraint: Any = field(default=None, repr=False)
+
+    @property
+    def value(self) -> Tensor:
+        """The constrained value, attached to the leaf."""
+        return _constrain(self.constraint, self.leaf)
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """One buffer: the module that holds it, its key there, its block, and whether a run in training mode moves it."""
+
+    module: nn.Module = field(repr=False)
+    key: str
+    block: str
+    moves: bool = True
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.module._buffers[self.key]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All parameters and buffers of a pair of model and guide, by block."""
+
+    rows: tuple[Row, ...]
+    buffers: tuple[Buffer, ...] = ()
+    owners: Mapping[str, tuple[tuple[nn.Module, str], ...]] = field(default_factory=dict, repr=False)
+
+    def leaves(self, *blocks: str) -> dict[str, Tensor]:
+        """Return the unconstrained leaves of the given blocks (all in use by default), by name."""
+        return {r.name: r.leaf for r in self.rows if (r.block in blocks if blocks else r.block != UNUSED)}
+
+    def block_of(self, name: str) -> str:
+        """Return the block of a parameter."""
+        for row in self.rows:
+            if row.name == name:
+                return row.block
+        fail(
+            BlockError,
+            "Parameters",
+            f"find {name!r}",
+            got="an unknown parameter",
+            because="neither model nor guide used it",
+            fix=nearest(name, [r.name for r in self.rows]),
+        )
+
+    def moving_buffers(self, *, outside: tuple[str, ...] = ()) -> list[Tensor]:
+        """Return the buffers that a run in training mode moves, less those of the blocks `outside`."""
+        return [b.tensor for b in self.buffers if b.moves and b.block not in outside]
+
+    def constrained(self) -> dict[str, Tensor]:
+        """Return every parameter's constrained value, detached, by name."""
+        return {row.name: row.value.detach().clone() for row in self.rows}
+
+    def __str__(self) -> str:
+        width = max([len(r.name) for r in self.rows] + [9])
+        lines = [f"{'parameter':<{width}}  {'shape':<12}  block   why"]
+        lines += [f"{r.name:<{width}}  {str(list(r.leaf.shape)):<12}  {r.block:<6}  {r.why}" for r in self.rows]
+        return "\n".join(lines)
+
+
+# Discovery ----------------------------------------------------------------------------------------------------------
+
+
+def materialize(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Run both once, so that every parameter exists; generator and buffers are as before unless some were drawn."""
+    before = set(pyro.get_param_store().keys())
+    with quiet(), torch.no_grad():
+        draw(model, guide, args, kwargs)
+        after = torch.get_rng_state()
+    if set(pyro.get_param_store().keys()) != before:
+        torch.set_rng_state(after)
+
+
+def discover(
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    blocks: Any = None,
+) -> Parameters:
+    r"""Find every parameter and buffer of model and guide and the block that owns it.
+
+    Args:
+        model, guide: Pyro callables.
+        args, kwargs: Data for one quiet run.
+        blocks: None or ``"model/guide"``: by what each moves; ``"local/global"``: guide parameters of latents in the
+            data's plates are ``"guide"``, all else ``"model"``; a mapping from name (or regular expression) to block;
+            a regular expression of the guide's names; or a callable of name and leaf.
+
+    Returns:
+        The blocks. A parameter that moves both is ``"shared"``, one that moves neither ``"unused"``.
+
+    Raises:
+        BlockError: If `blocks` cannot be read, or names a parameter or block that does not exist.
+    """
+    kwargs = kwargs or {}
+    materialize(model, guide, args, kwargs)
+    spy = _Spy()
+    with quiet(train=True, validate=False), torch.enable_grad(), spy:
+        particles = draw(spy.side(model, MODEL), spy.side(guide, GUIDE), args, kwargs, treat=lambda msg: "probe")
+        spy.note_changes()
+    named = _named_leaves(model, guide, particles)
+    rows = _classify(named, particles)
+    if blocks is not None and blocks != "model/guide":
+        rows = _override(rows, particles, blocks)
+    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), _owners(model, guide, spy, rows))
+
+
+def capture(fn: Callable[[], Any]) -> tuple[Any, dict[str, Tensor]]:
+    """Call `fn` and return its result and the unconstrained leaves of every parameter statement, by name."""
+    with poutine.trace(param_only=True) as traced:
+        result = fn()
+    nodes = traced.trace.nodes.items()
+    return result, {name: site["value"].unconstrained() for name, site in nodes}
+
+
+def module_leaves(*functions: Callable) -> dict[str, Tensor]:
+    """Return the trainable parameters of those functions that are modules, by their names in the module."""
+    found: dict[str, Tensor] = {}
+    for function in functions:
+        if isinstance(function, nn.Module):
+            for name, leaf in function.named_parameters():
+                if leaf.requires_grad:
+                    found.setdefault(name, leaf)
+    return found
+
+
+def _named_leaves(model: Callable, guide: Callable, particles: Particles) -> dict[str, Tensor]:
+    named = dict(particles.params[GUIDE]) | particles.params[MODEL]
+    known = {id(leaf) for leaf in named.values()}
+    for name, leaf in module_leaves(guide, model).items():
+        if id(leaf) not in known:
+            known.add(id(leaf))
+            named[name if name not in named else f"{name}'"] = leaf
+    return {name: leaf for name, leaf in named.items() if leaf.requires_grad}
+
+
+def reach(tensors: Iterable[Tensor]) -> set[int]:
+    """Return the ids of all leaves that a gradient of `tensors` reaches."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    stack = []
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            if tensor.grad_fn is None:
+                found.add(id(tensor))
+            else:
+                stack.append(tensor.grad_fn)
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        stack.extend(child for child, _ in node.next_functions if child is not None)
+    return found
+
+
+def _classify(named: Mapping[str, Tensor], particles: Particles) -> list[Row]:
+    cuts = [cut for run in particles.cuts for cut in run]
+    moves_q = reach([s.scaled for s in particles.guide.values()] + [drawn for drawn, _ in cuts])
+    moves_p = reach(s.scaled for s in particles.model.values())
+    points = _point_masses(particles, cuts)
+    rows = []
+    for name, leaf in named.items():
+        in_q, in_p, point = id(leaf) in moves_q, id(leaf) in moves_p, points.get(id(leaf))
+        if point is not None:
+            block, why = MODEL, f"point mass of the global latent {point!r}"
+        elif in_q and in_p:
+            block, why = SHARED, "moves log q and, at fixed latents, log p"
+        elif in_q:
+            block, why = GUIDE, "moves log q or a drawn value"
+        elif in_p:
+            block, why = MODEL, "moves log p at fixed latents"
+        else:
+            block, why = UNUSED, "moves neither log q nor log p"
+        constraint = constraint_of(name) or particles.constraints.get(name)
+        rows.append(Row(name, leaf, block, why, constraint))
+    return rows
+
+
+def local_plates(particles: Particles) -> set[str]:
+    """Return the names of the plates in which something is observed."""
+    return {frame.name for site in particles.observed.values() for frame in site.frames}
+
+
+def _point_masses(particles: Particles, cuts: list[tuple[Tensor, Tensor]]) -> dict[int, str]:
+    """Return the leaves that are the value of a latent outside every local plate, with its name."""
+    local, upstream = local_plates(particles), {id(leaf) for _, leaf in cuts}
+    names = {id(site.value): site for site in particles.guide.values()}
+    found: dict[int, str] = {}
+    for drawn, leaf in cuts:
+        site = names[id(leaf)]
+        reached = reach([drawn])
+        is_point = type(site.fn).__name__ == "Delta" or type(getattr(site.fn, "base_dist", None)).__name__ == "Delta"
+        if is_point and not reached & upstream and not {f.name for f in site.frames} & local:
+            found.update({i: site.name for i in reached})
+    return found
+
+
+def _override(rows: list[Row], particles: Particles, blocks: Any) -> list[Row]:
+    if blocks == "local/global":
+        local = local_plates(particles)
+        cuts = {id(leaf): drawn for run in particles.cuts for drawn, leaf in run}
+        sites = [s for s in particles.guide.values() if {f.name for f in s.frames} & local]
+        inside = reach([t for s in sites for t in (s.scaled, cuts.get(id(s.value)))])
+        choose = {r.name: GUIDE if id(r.leaf) in inside else MODEL for r in rows if r.block != UNUSED}
+        why = "local latents are the guide's, all else is global"
+    elif isinstance(blocks, str):
+        choose = {r.name: GUIDE if re.search(blocks, r.name) else MODEL for r in rows if r.block != UNUSED}
+        why = f"blocks={blocks!r}"
+    elif isinstance(blocks, Mapping):
+        choose, why = _from_mapping(rows, blocks), "named in blocks="
+    elif callable(blocks):
+        choose, why = {r.name: blocks(r.name, r.leaf) for r in rows}, "chosen by blocks="
+    else:
+        fail(
+            BlockError,
+            "EM",
+            "assign parameters to blocks",
+            got=f"blocks={blocks!r}",
+            because="blocks are given by a name, a mapping, a regular expression or a callable",
+            fix='Write blocks="local/global", or blocks={"encoder.*": "guide"}.',
+        )
+    for name, block in choose.items():
+        if block not in (GUIDE, MODEL, UNUSED, SHARED):
+            fail(
+                BlockError,
+                "EM",
+                f"put {name!r} into a block",
+                got=repr(block),
+                because="there are the blocks 'guide' and 'model', and 'unused' for what stays as it is",
+                fix=f'Write blocks={{"{name}": "guide"}}.',
+            )
+    return [replace(r, block=choose[r.name], why=why) if r.name in choose else r for r in rows]
+
+
+def _from_mapping(rows: list[Row], blocks: Mapping[str, str]) -> dict[str, str]:
+    chosen: dict[str, str] = {}
+    for pattern, block in blocks.items():
+        hits = [r.name for r in rows if r.name == pattern] or [r.name for r in rows if re.fullmatch(pattern, r.name)]
+        if not hits:
+            fail(
+                BlockError,
+                "EM",
+                f"put {pattern!r} into a block",
+                got="no such parameter",
+                because="a key of blocks= is a parameter's name or a regular expression",
+                fix=nearest(pattern, [r.name for r in rows]),
+            )
+        chosen.update(dict.fromkeys(hits, block))
+    return chosen
+
+
+class _Spy:
+    """Which modules are called in which run, by a forward hook."""
+
+    def __init__(self) -> None:
+        self.called: dict[nn.Module, set[str]] = {}
+        self.before: dict[nn.Module, dict[str, Tensor]] = {}
+        self.moved: set[tuple[nn.Module, str]] = set()
+        self.current = GUIDE
+
+    def side(self, function: Callable, name: str) -> Callable:
+        if isinstance(poutine.unwrap(function), Messenger):
+            return function
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.current = name
+            return function(*args, **kwargs)
+
+        return run
+
+    def __enter__(self) -> _Spy:
+        self.handle = nn.modules.module.register_module_forward_pre_hook(self._note)
+        return self
+
+    def _note(self, module: nn.Module, _: Any) -> None:
+        self.called.setdefault(module, set()).add(self.current)
+        if module not in self.before:
+            self.before[module] = {n: b.clone() for n, b in module._buffers.items() if b is not None}
+
+    def note_changes(self) -> None:
+        for module, buffers in self.before.items():
+            self.moved |= {(module, n) for n, old in buffers.items() if not torch.equal(old, module._buffers[n])}
+
+    def __exit__(self, *_: Any) -> None:
+        self.handle.remove()
+
+
+def _buffers(spy: _Spy, rows: list[Row]) -> list[Buffer]:
+    block_of = {id(r.leaf): r.block for r in rows}
+    found = []
+    for module, sides in spy.called.items():
+        own = {block_of.get(id(p)) for p in module._parameters.values()} & {GUIDE, MODEL, SHARED}
+        options = own or sides
+        block = next(iter(options)) if len(options) == 1 else SHARED
+        found += [Buffer(module, k, block, (module, k) in spy.moved) for k, v in module._buffers.items() if v is not None]
+    return found
+
+
+def _owners(model: Callable, guide: Callable, spy: _Spy, rows: list[Row]) -> dict[str, tuple]:
+    roots = [f for f in (model, guide) if isinstance(f, nn.Module)] + list(spy.called)
+    modules = {id(m): m for root in roots for m in root.modules()}
+    places: dict[int, list] = {}
+    for module in modules.values():
+        for key, leaf in module._parameters.items():
+            if leaf is not None and not key.endswith("_unconstrained"):
+                places.setdefault(id(leaf), []).append((module, key))
+    return {r.name: tuple(places.get(id(r.leaf), ())) for r in rows}
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+
+def _constrain(constraint: Any, unconstrained: Tensor) -> Tensor:
+    return unconstrained if constraint is None else transform_to(constraint)(unconstrained)
+
+
+def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
+    r"""Write constrained values into the parameters, in place, so that optimizers keep their state.
+
+    All values are checked before the first is written.
+
+    Raises:
+        ModelError: An unknown name, a wrong shape, or a value outside the constraint.
+    """
+    rows = {row.name: row for row in parameters.rows}
+    new: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if name not in rows:
+            fail(
+                ModelError,
+                "assign",
+                f"write parameter {name!r}",
+                got="an unknown name",
+                because="only parameters of model and guide can be written",
+                fix=nearest(name, rows),
+            )
+        new[name] = _unconstrain(rows[name], torch.as_tensor(value))
+    with torch.no_grad():
+        for name, value in new.items():
+            rows[name].leaf.copy_(value)
+
+
+def _unconstrain(row: Row, value: Tensor) -> Tensor:
+    name, leaf, constraint = row.name, row.leaf, row.constraint
+    value = value.detach().to(leaf)
+    if constraint is not None:
+        if not bool(torch.as_tensor(constraint.check(value)).all()):
+            fail(
+                ModelError,
+                "assign",
+                f"write parameter {name!r}",
+                got=f"a value outside {constraint}",
+                because="parameters keep their constraint",
+                fix="Let the update return values inside the constraint.",
+            )
+        try:
+            value = biject_to(constraint).inv(value)
+        except NotImplementedError:
+            value = transform_to(constraint).inv(value)
+    if value.shape != leaf.shape or not bool(torch.isfinite(value).all()):
+        got = f"shape {tuple(value.shape)}" if value.shape != leaf.shape else "a value at the constraint's boundary"
+        fail(
+            ModelError,
+            "assign",
+            f"write parameter {name!r}",
+            got=got,
+            because=f"the unconstrained parameter has shape {tuple(leaf.shape)} and is finite",
+            fix="Return a value of the parameter's shape, strictly inside its constraint.",
+        )
+    return value
+
+
+class _Substitute(Messenger):
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_param(self, msg: dict) -> None:
+        tensor = self.values.get(msg["name"])
+        if tensor is not None:
+            value = _constrain(constraint_of(msg["name"]) or msg["kwargs"].get("constraint"), tensor)
+            value = value if value is not tensor else tensor.view_as(tensor)
+            value.unconstrained = lambda: tensor
+            msg["value"], msg["done"] = value, True
+
+
+def is_current(name: str, leaf: Tensor) -> bool:
+    """Whether the parameter store, if it knows `name`, still keeps this leaf under it."""
+    now = leaf_of(name)
+    return now is None or now is leaf
+
+
+@contextlib.contextmanager
+def substitute(parameters: Parameters, values: Mapping[str, Tensor]) -> Iterator[None]:
+    r"""Run model and guide with other unconstrained tensors in place of their parameters; differentiable.
+
+    Args:
+        parameters: The blocks, from `discover`.
+        values: Unconstrained tensors by name; the other parameters keep their leaves.
+
+    ``pyro.param`` and ``PyroParam`` statements are answered by a handler; parameters of modules are exchanged in their
+    modules. Both are undone at the end, also on error.
+    """
+    saved = []
+    try:
+        for name, tensor in values.items():
+            for module, key in parameters.owners.get(name, ()):
+                saved.append((module, key, module._parameters[key]))
+                module._parameters[key] = tensor
+        in_store = {n: t for n, t in values.items() if not parameters.owners.get(n) or leaf_of(n) is not None}
+        with _Substitute(in_store):
+            yield
+    finally:
+        for module, key, leaf in reversed(saved):
+            module._parameters[key] = leaf

@@ -1,0 +1,80 @@
+r"""The posterior that a guide with its present parameters stands for; it draws afresh each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import ModelError, fail, nearest
+from ..particles import Particles, draw, vectorizable
+from .base import Posterior
+
+__all__ = ["GuidePosterior"]
+
+
+class GuidePosterior(Posterior):
+    r"""$q_\phi(z|x)$ at the present phi.
+
+    Args:
+        model, guide: Pyro callables.
+        args, kwargs: The data.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x): pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+        >>> def guide(x): pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+        >>> posterior = GuidePosterior(model, guide, (torch.tensor(1.0),))
+        >>> posterior.marginal("z").mean
+        tensor(0.5000)
+    """
+
+    kind = "amortized"
+
+    def __init__(
+        self, model: Callable, guide: Callable, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        self.model, self.guide, self.args, self.kwargs = model, guide, args, dict(kwargs or {})
+
+    def particles(self, num_particles: int) -> Particles:
+        """Draw from the guide and replay the model, from torch's generator as it stands; no gradients."""
+        vectorize, nesting = False, None
+        if num_particles > 1:
+            vectorize, nesting, _ = vectorizable(self.model, self.guide, self.args, self.kwargs)
+        with torch.no_grad():
+            return draw(
+                self.model,
+                self.guide,
+                self.args,
+                self.kwargs,
+                num_particles=num_particles,
+                vectorize=vectorize,
+                max_plate_nesting=nesting,
+            )
+
+    def marginal(self, site: str) -> Any:
+        """Return the guide's distribution at a site; for a site below others, given one draw of those."""
+        sites = self.particles(1).guide
+        if site not in sites:
+            fail(
+                ModelError,
+                "GuidePosterior",
+                f"give the marginal of {site!r}",
+                got="no such site in the guide",
+                because="the guide's sites are the latents",
+                fix=nearest(site, sites),
+            )
+        return sites[site].fn
+
+    def expect(self, function: Callable[[dict[str, Tensor]], Tensor], num_particles: int = 100) -> Tensor:
+        r"""Return $\tfrac1K\sum_k f(z_k)$.
+
+        Args:
+            function: Takes a dict from latent to values, particles first, and returns ``(particles, ...)``.
+            num_particles: K.
+        """
+        particles = self.particles(num_particles)
+        values = {name: particles.values(name) for name in particles.latents}
+        return function(values).mean(0)

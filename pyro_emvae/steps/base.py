@@ -1,0 +1,56 @@
+r"""The contract of a half-step of EM."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import Any, ClassVar, NamedTuple
+
+from .._checks import StepError, fail
+from .._registry import Traits
+from ..engine import Engine, Gradient
+from ..posterior import Posterior
+
+__all__ = ["HalfStep", "Info"]
+
+
+class Info(NamedTuple):
+    """What a half-step did: the gradient steps that it took, in order (empty for an exact step)."""
+
+    gradients: tuple[Gradient, ...] = ()
+
+    @property
+    def first_loss(self) -> float:
+        """The loss (nats) before the half-step, from its first draws; NaN if it was not computed."""
+        return self.gradients[0].loss if self.gradients else float("nan")
+
+
+class HalfStep(ABC):
+    r"""One half of an EM iteration.
+
+    An E-step implements `expect`, an M-step `maximise`; one that fits either slot implements both. ``owns`` is the
+    block of its slot, the only one that it may change: parameters *and* buffers.
+    """
+
+    traits: ClassVar[Traits]
+
+    def init(self, problem: Engine, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the step's own state: a dict of tensors, kept in ``State.steps``."""
+        return {}
+
+    def expect(self, problem: Engine, *args: Any, **kwargs: Any) -> tuple[Posterior, Info]:
+        r"""E: bring q closer to the posterior at the present theta, and hand it on."""
+        self._refuse("E")
+
+    def maximise(self, problem: Engine, posterior: Posterior, *args: Any, **kwargs: Any) -> Info:
+        r"""M: raise the objective over theta with the posterior held."""
+        self._refuse("M")
+
+    def _refuse(self, slot: str) -> None:
+        fail(
+            StepError,
+            type(self).__name__,
+            f"be the {slot}-step",
+            got=f"a step for slots {self.traits.slots}",
+            because=f"it has no {'expect' if slot == 'E' else 'maximise'}",
+            fix="Give it as the other step, or use steps.Gradient().",
+        )

@@ -1,0 +1,73 @@
+r"""A half-step of gradient updates, for either slot."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from .._checks import StepError, fail, positive_int
+from .._registry import Traits, register
+from ..engine import Engine
+from ..parameters import GUIDE, MODEL
+from ..posterior import GuidePosterior, Posterior
+from .base import HalfStep, Info
+
+__all__ = ["Gradient"]
+
+
+class Gradient(HalfStep):
+    r"""A fixed number of gradient updates of one block.
+
+    As the E-step it raises $L(\phi,\theta)$ over phi, each update on fresh draws; as the M-step over theta, on draws
+    from the q of the E-step. Only the block's parameters, optimizer and buffers change.
+
+    Args:
+        num_steps: Updates per half-step.
+        optim: An optimizer of its own; by default that of `EM`.
+        loss: A loss of its own, such as a `MonteCarloELBO` with more particles; by default that of `EM`.
+
+    Raises:
+        StepError: As an M-step after an E-step whose posterior is no guide.
+
+    Example:
+        >>> Gradient(num_steps=5)
+        Gradient(num_steps=5)
+    """
+
+    traits: ClassVar[Traits] = Traits(slots=("E", "M"))
+
+    def __init__(self, num_steps: int = 1, optim: Any = None, loss: Any = None) -> None:
+        self.num_steps = positive_int("steps.Gradient", "num_steps", num_steps)
+        self.optim, self.loss = optim, loss
+
+    def __repr__(self) -> str:
+        own = "".join(f", {k}={v!r}" for k, v in (("optim", self.optim), ("loss", self.loss)) if v is not None)
+        return f"Gradient(num_steps={self.num_steps}{own})"
+
+    def expect(self, problem: Engine, *args: Any, **kwargs: Any) -> tuple[Posterior, Info]:
+        info = self._climb(problem, GUIDE, args, kwargs)
+        return GuidePosterior(problem.model, problem.guide, args, kwargs), info
+
+    def maximise(self, problem: Engine, posterior: Posterior, *args: Any, **kwargs: Any) -> Info:
+        if not isinstance(posterior, GuidePosterior):
+            fail(
+                StepError,
+                "steps.Gradient",
+                "be the M-step",
+                got=f"a posterior of kind {posterior.kind!r}",
+                because="it differentiates the loss of model and guide on draws of the guide",
+                fix="Use steps.Gradient() as the E-step.",
+            )
+        return self._climb(problem, MODEL, args, kwargs)
+
+    def _climb(self, problem: Engine, block: str, args: tuple, kwargs: dict) -> Info:
+        steps = [problem.step(block, args, kwargs, loss=self.loss) for _ in range(self.num_steps)]
+        return Info(tuple(step for step in steps if step is not None))
+
+
+register(
+    "step",
+    "gradient",
+    Gradient,
+    summary="a fixed number of gradient updates of one block",
+    source="Neal & Hinton 1998 (incremental EM); Kingma & Welling 2013",
+)

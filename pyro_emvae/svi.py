@@ -1,0 +1,136 @@
+r"""Stochastic variational inference: all parameters from one gradient, with Pyro's interface."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro.infer
+from pyro.infer import ELBO
+
+from . import driver
+from .driver import Fit, Record
+from .engine import Engine
+from .loss import MonteCarloELBO
+from .optimizers import BlockOptimizer, OptimView
+from .parameters import GUIDE, MODEL, Parameters
+
+__all__ = ["SVI"]
+
+
+class Inference(pyro.infer.SVI):
+    """What `SVI` and `EM` share: Pyro's attributes, an engine, the options of a run."""
+
+    engine: Engine
+
+    def _attach(self, model: Callable, guide: Callable, loss: Any, loss_and_grads: Any, **options: Any) -> None:
+        optimizers = options.pop("optimizers")
+        view = OptimView({str(key): block for key, block in optimizers.items()})
+        super().__init__(model, guide, view, loss, loss_and_grads)
+        own = None if isinstance(loss, ELBO) else self.loss_and_grads
+        self.engine = Engine(model, guide, loss, optimizers, loss_and_grads=own, **options)
+
+    @property
+    def blocks(self) -> Parameters:
+        """The parameters by block: prints as parameter | shape | block | why. Known after the first step."""
+        if self.engine.parameters is None:
+            return Parameters(())
+        return self.engine.parameters
+
+    def recover(self) -> None:
+        """Allow further steps after a step that was not finite; parameters are as before it."""
+        self.engine.recover()
+
+    def recompile(self) -> None:
+        """Forget recorded graphs, after the model was changed."""
+        self.engine.recompile()
+
+
+class SVI(Inference):
+    r"""Drop-in for `pyro.infer.SVI`, with a run loop, one optimizer per block, and a recorded backend.
+
+    Args:
+        model, guide: Pyro callables of the same arguments.
+        optim: A `pyro.optim` wrapper, a `torch.optim` class or partial, a rule of `pyro_emvae.optimizers`, or a
+            mapping ``{"guide": ..., "model": ...}`` of these.
+        loss: `MonteCarloELBO()` by default; any `pyro.infer.ELBO` or a callable of ``(model, guide, *args)``.
+        loss_and_grads: As in Pyro.
+        backend: ``"eager"``, or ``"graph"``: the gradient is recorded once as tensor operations (twice, compared) and
+            run without Pyro's handlers; same generator, same numbers.
+        blocks: See `EM`; only needed with a mapping of optimizers.
+        on_nonfinite: ``"raise"``, ``"skip"`` the update, or ``"revert"`` to the state before the last update.
+
+    `step` returns minus the objective as a float. After an error for a non-finite value nothing has changed, and
+    further steps are refused until `recover` is called.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(x): pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+        >>> def guide(x): pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.7))
+        >>> pyro.clear_param_store()
+        >>> fit = SVI(model, guide, pyro.optim.Adam({"lr": 0.1})).run(200, torch.tensor(1.0), seed=0)
+        >>> fit.status, round(float(fit.params["loc"]), 1)
+        ('MAX_ITER', 0.5)
+    """
+
+    def __init__(
+        self,
+        model: Callable,
+        guide: Callable,
+        optim: Any,
+        loss: Any = None,
+        loss_and_grads: Callable | None = None,
+        *,
+        backend: str = "eager",
+        blocks: Any = None,
+        on_nonfinite: str = "raise",
+    ) -> None:
+        per_block = isinstance(optim, Mapping)
+        optimizers = {k: BlockOptimizer(optim[k]) for k in (GUIDE, MODEL)} if per_block else {None: BlockOptimizer(optim)}
+        self._attach(
+            model,
+            guide,
+            MonteCarloELBO() if loss is None else loss,
+            loss_and_grads,
+            optimizers=optimizers,
+            backend=backend,
+            blocks=blocks,
+            on_nonfinite=on_nonfinite,
+        )
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Take one gradient step on all parameters and return the loss, minus the objective in nats."""
+        return self._iterate(args, kwargs).loss
+
+    def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+        found = self.engine.step(None, args, kwargs)
+        return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
+
+    def run(self, num_steps: int | None = None, *args: Any, **options: Any) -> Fit:
+        """Take many steps: ``run(10_000, x)`` or ``run(data=loader, num_epochs=20)``.
+
+        Keyword arguments that are no option of `driver.run` go to model and guide.
+        """
+        return run_with(self.engine, self._iterate, num_steps, args, options)
+
+
+OPTIONS = (
+    "data",
+    "num_epochs",
+    "to_args",
+    "validation",
+    "every",
+    "callbacks",
+    "on_nonfinite",
+    "progress_bar",
+    "device",
+    "seed",
+    "track",
+)
+
+
+def run_with(engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any]) -> Fit:
+    """Split the options of a run from the keyword arguments of the model, and run."""
+    mine = {k: options.pop(k) for k in OPTIONS if k in options}
+    return driver.run(engine, iterate, number, args, options, **mine)

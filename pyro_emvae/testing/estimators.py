@@ -1,0 +1,234 @@
+r"""`check_estimator`: an estimator against every problem whose gradient is known exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import EmvaeError, fail
+from .._registry import create, entries, lookup
+from ..estimators.base import Estimator
+from ..loss import States
+from ..particles import quiet
+from ..problems import Problem, exact_gradients
+from .cubature import Mean, exact_mean
+from .mean import Underpowered, assert_mean, coordinate, needed
+from .replay import Replay, fitting_sites
+
+__all__ = ["Checked", "check_estimator"]
+
+MANY = 1000  # particles per draw where the guide's own sampler is used
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was checked: the problem, K, and how the mean was judged, from how many outcomes or draws."""
+
+    problem: str
+    num_particles: int
+    how: str
+    outcomes: int
+
+
+def check_estimator(
+    estimator: Any,
+    *,
+    problems: Iterable[str | Problem] | None = None,
+    num_particles: Iterable[int] | None = None,
+    dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
+    max_samples: int = 64_000,
+    seed: int = 0,
+) -> tuple[Checked, ...]:
+    r"""Prove an estimator: its mean is the exact gradient, its state is explicit, its traits hold.
+
+    On every problem with an exact ELBO and a site that it fits, with the least number of particles and with four:
+
+    * the mean gradient over *all* outcomes (finite sites, minibatches, normal noise) is the exact one to 1e-10, at
+      first and with the state of three steps; where that is out of reach, independent gradients have the exact mean,
+      with power to find a tenth; ``traits.unbiased=False`` leaves this out;
+    * evaluating twice gives the same gradient and state, the given state is not changed, its shapes stay; an estimator
+      that has state says so;
+    * the recorded gradient is the eager one (``recordable``), and float32 gives float64's numbers on the same draws.
+
+    Args:
+        estimator: A registered name or an instance.
+        problems: Names or instances; by default all registered ones.
+        num_particles: The numbers of particles.
+        dtypes: The mean is judged in the first, the others against it; problems given as instances keep theirs.
+        max_samples: The most draws of a statistical test. Where they do not suffice the row says ``"underpowered"``;
+            for problems that were asked for it is an error.
+        seed: Of all draws.
+
+    Returns:
+        What was checked.
+
+    Raises:
+        AssertionError: With the estimator, the problem, the coordinate, what was observed and what was expected.
+        Underpowered: See `max_samples`.
+
+    Example:
+        >>> check_estimator("leave_one_out", problems=["bernoulli"], num_particles=[2])
+        (Checked(problem='bernoulli', num_particles=2, how='enumeration', outcomes=64),)
+    """
+    part: Estimator = create("estimator", estimator)
+    least = part.traits.min_particles
+    counts = sorted({least, max(4, least)}) if num_particles is None else list(num_particles)
+    given = [e.name for e in entries("problem")] if problems is None else list(problems)
+    rows = []
+    for name in given:
+        problem = _build(name, dtypes[0], strict=problems is not None)
+        if problem is None or not fitting_sites(problem, part, max(counts))[1]:
+            continue
+        for count in counts:
+            replay = Replay(problem, part, count)
+            where = f"{part} on problem {problem.name!r} with {count} particles"
+            _check_state(replay, where)
+            _check_recording(replay, where)
+            for dtype in dtypes[1:] if isinstance(name, str) else ():
+                _check_dtype(replay, Replay(_build(name, dtype, strict=True), part, count), where)
+            if not part.traits.unbiased:
+                rows.append(Checked(problem.name, count, "biased", 0))
+            else:
+                rows.append(_check_mean(replay, where, max_samples, seed, strict=problems is not None))
+    assert rows, f"{part} fits no site of the problems {[str(p) for p in given]}: its traits are {part.traits}"
+    return tuple(rows)
+
+
+def _build(problem: str | Problem, dtype: torch.dtype, strict: bool) -> Problem | None:
+    """Make a problem; None if it was not asked for and has no exact ELBO or needs a package."""
+    if isinstance(problem, Problem):
+        return problem
+    try:
+        made = lookup("problem", problem).factory(dtype=dtype)
+    except EmvaeError:
+        if strict:
+            raise
+        return None
+    return made if strict or (made.elbo is not None and not made.traits.needs) else None
+
+
+def _check_mean(replay: Replay, where: str, max_samples: int, seed: int, strict: bool) -> Checked:
+    problem, expected = replay.problem, exact_gradients(replay.problem)
+    found = exact_mean(replay)
+    if found is None:
+        return _check_samples(replay, expected, where, max_samples, seed, strict)
+    _assert_equal(found, expected, where)
+    if replay.estimator.traits.stateful:
+        later = Replay(problem, replay.estimator, replay.num_particles, _later_state(replay))
+        _assert_equal(exact_mean(later), expected, f"{where}, with the state of three steps")
+    return Checked(problem.name, replay.num_particles, found.how, found.outcomes)
+
+
+def _assert_equal(found: Mean, expected: Mapping[str, Tensor], where: str) -> None:
+    scale = max(1.0, *(float(g.abs().max()) for g in expected.values()))
+    for name, target in expected.items():
+        mean = found.gradients[name]
+        i = int((mean - target).abs().argmax())
+        observed, right = float(mean.flatten()[i]), float(target.flatten()[i])
+        assert abs(observed - right) <= 1e-10 * scale, (
+            f"{where}: the mean gradient of {name!r}{coordinate(i, target.shape)} over all {found.outcomes} outcomes: "
+            f"observed {observed:.12g}, expected {right:.12g}"
+        )
+
+
+def _check_samples(
+    replay: Replay, expected: Mapping[str, Tensor], where: str, max_samples: int, seed: int, strict: bool
+) -> Checked:
+    """Test the mean of independent gradients; of many particles each where the guide draws for itself."""
+    if replay.own_draws:
+        replay = Replay(replay.problem, replay.estimator, max(MANY, replay.num_particles), replay.state)
+    pilot, most = (64, max_samples // MANY * 8) if replay.own_draws else (2000, max_samples)
+    detect = 0.1 * max(float(g.abs().max()) for g in expected.values())
+    samples = _samples(replay, pilot, seed)
+    count = max(pilot, int(1.3 * max(needed(x, detect) for x in samples.values())))
+    if count > most:
+        if strict:
+            fail(
+                Underpowered,
+                "check_estimator",
+                f"judge the mean gradient of {where}",
+                got=f"{count} draws needed, and max_samples={max_samples}",
+                because="a deviation of a tenth of the largest gradient has to be found",
+                fix="Give a smaller problem, or a larger max_samples.",
+            )
+        return Checked(replay.problem.name, replay.num_particles, "underpowered", pilot)
+    for name, x in _samples(replay, count, seed + 1).items():
+        alpha = 1e-6 / len(expected)
+        assert_mean(x, expected[name], detect=1.5 * detect, alpha=alpha, what=f"{where}: gradient of {name!r}")
+    return Checked(replay.problem.name, replay.num_particles, "statistics", count)
+
+
+def _samples(replay: Replay, count: int, seed: int) -> dict[str, Tensor]:
+    if not replay.own_draws:
+        return replay.gradients(replay.draws(count, seed), count)[0]
+    with quiet(seed=seed, validate=False):
+        rows = [replay.gradient(replay.evaluate({})) for _ in range(count)]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _later_state(replay: Replay) -> States:
+    state: States = replay.state
+    for step in range(3):
+        with quiet(seed=step, validate=False):
+            state = replay.evaluate({}, state).state
+    return state
+
+
+def _check_state(replay: Replay, where: str) -> None:
+    """State is explicit: the same in, the same out; nothing given is changed; shapes stay; the trait says if any."""
+    state = _later_state(replay)
+    before = {site: {k: v.clone() for k, v in tensors.items()} for site, tensors in state.items()}
+    results = []
+    for _ in range(2):
+        with quiet(seed=11, validate=False):
+            evaluation = replay.evaluate({}, state)
+        results.append((replay.gradient(evaluation), evaluation.state))
+    (one, first), (two, second) = results
+    assert _same(one, two), f"{where}: two evaluations with the same state and seed give {one} and {two}"
+    assert _same(first, second), f"{where}: the next state is {first}, then {second}, at the same seed"
+    assert _same(state, before), f"{where}: evaluating changed the given state from {before} to {state}"
+    stateful = replay.estimator.traits.stateful
+    for site in (row.site for row in replay.loss.table if row.estimator is replay.estimator):
+        old, new = state.get(site, {}), first.get(site, {})
+        assert bool(new) == stateful, f"{where}: traits.stateful is {stateful}, the state of site {site!r} is {new}"
+        shapes = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (old, new)]
+        assert shapes[0] == shapes[1], f"{where}: the state of site {site!r} changes from {shapes[0]} to {shapes[1]}"
+
+
+def _same(one: Any, two: Any) -> bool:
+    if isinstance(one, Mapping):
+        return one.keys() == two.keys() and all(_same(one[key], two[key]) for key in one)
+    return torch.equal(one, two)
+
+
+def _check_recording(replay: Replay, where: str, count: int = 2) -> None:
+    if replay.own_draws or not replay.estimator.traits.recordable:
+        return
+    noise = replay.draws(count)
+    recorded, _ = replay.gradients(noise, count)
+    for i in range(count):
+        with quiet(seed=0, validate=False):
+            eager = replay.gradient(replay.evaluate({name: rows[i] for name, rows in noise.items()}))
+        for name, g in eager.items():
+            error = float((recorded[name][i] - g).abs().max())
+            assert error <= 1e-9 * (1 + float(g.abs().max())), (
+                f"{where}: traits.recordable is True, and the recorded gradient of {name!r} is {recorded[name][i]}, "
+                f"the eager one {g}"
+            )
+
+
+def _check_dtype(replay: Replay, other: Replay, where: str, count: int = 16) -> None:
+    if replay.own_draws:
+        return
+    exact, _ = replay.gradients(replay.draws(count), count)
+    found, _ = other.gradients(other.draws(count), count)
+    for name, g in exact.items():
+        assert found[name].dtype == other.dtype, f"{where}: {other.dtype} parameters get a {found[name].dtype} gradient"
+        error = float((found[name].to(g) - g).abs().max())
+        assert error <= 1e-3 * (1 + float(g.abs().max())), (
+            f"{where}: the gradient of {name!r} in {other.dtype} is off by {error:.3g} on the same draws"
+        )

@@ -1,0 +1,268 @@
+r"""Draws that are dictated: the gradient of a problem as a function of minibatches, finite outcomes and normal noise."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
+
+from .._checks import EmvaeError, fail
+from .._registry import create
+from ..estimators.base import Estimator, base, misfit
+from ..loss import Evaluation, MonteCarloELBO, States
+from ..parameters import Parameters, Row, substitute
+from ..particles import Particles, draw, quiet
+from ..problems import Problem
+
+__all__ = ["Replay", "fitting_sites"]
+
+CHUNK = 4096
+
+
+class Replay:
+    r"""The gradient of one problem by one estimator as a function of dictated noise.
+
+    The step is recorded as a graph and mapped over rows of noise, so thousands of outcomes cost milliseconds; an
+    estimator that is not ``recordable`` is looped, and so is a problem whose guide draws from something else than a
+    finite or a normal distribution (``own_draws``). The param store is not touched.
+
+    Args:
+        problem: A `Problem`.
+        estimator: An instance or a registered name, for the sites that it fits; the others get ``"auto"``.
+        num_particles: K.
+        state: The estimators' state, by site.
+
+    Raises:
+        EmvaeError: If it fits no site.
+
+    Example:
+        >>> from pyro_emvae.problems import mixed_two_level
+        >>> Replay(mixed_two_level(), "score", 2).noise
+        {'k': ('finite', (2,)), 'z': ('normal', (2,))}
+    """
+
+    def __init__(self, problem: Problem, estimator: Any, num_particles: int, state: States | None = None) -> None:
+        self.problem, self.num_particles, self.state = problem, num_particles, state or {}
+        self.estimator: Estimator = create("estimator", estimator)
+        once, fits = fitting_sites(problem, self.estimator, num_particles)
+        if not fits:
+            fail(
+                EmvaeError,
+                "Replay",
+                f"use {self.estimator} on problem {problem.name!r}",
+                got=f"{num_particles} particles and the sites {list(once.guide)}",
+                because="there has to be a site that it fits",
+                fix="Choose a problem by the estimator's traits.",
+            )
+        self.loss = _Dictated(
+            num_particles,
+            problem.max_plate_nesting,
+            vectorize_particles=True,
+            estimator=dict.fromkeys(fits, self.estimator),
+        )
+        sites = (*once.guide.values(), *once.model.values())
+        self.plates = {f.name: (f.full_size, f.size) for s in sites for f in s.frames if f.size != f.full_size}
+        self._model_plates = set(self.plates) - {f.name for s in once.guide.values() for f in s.frames}
+        self._graphs: dict[tuple, Callable | None] = {}
+        self._enter, self.leaves = _scope(problem)
+        with quiet(seed=0, validate=False):
+            first = self.evaluate({})
+        self.leaves = self.leaves or {n: t for side in first.particles.params.values() for n, t in side.items()}
+        self.dtype = first.objective.dtype
+        self.noise: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self.sizes: dict[str, int] = {}
+        for name, site in first.particles.guide.items():
+            if base(site.fn).has_enumerate_support:
+                self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
+                self.noise[name] = ("finite", tuple(site.value.shape))
+            elif _is_normal(site.fn):
+                self.noise[name] = ("normal", tuple(site.value.shape))
+        self.own_draws = len(self.noise) < len(first.particles.guide)
+
+    def evaluate(self, noise: Mapping[str, Tensor], state: States | None = None) -> Evaluation:
+        """Evaluate at given noise; what it does not name is drawn."""
+        self.loss.noise = noise
+        with self._enter():
+            state = self.state if state is None else state
+            return self.loss.evaluate(self.problem.model, self._guide, self.problem.args, {}, state)
+
+    def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
+        """Return the gradient of the maximised surrogate by parameter name."""
+        leaves = list(self.leaves.values())
+        grads = torch.autograd.grad(evaluation.surrogate, leaves, allow_unused=True, materialize_grads=True)
+        return dict(zip(self.leaves, grads, strict=True))
+
+    def gradients(self, noise: Mapping[str, Tensor], count: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return gradients, and the log probability of the finite sites' outcomes, along `count` rows of noise."""
+        names = [*self.noise, *self.plates]
+        rows = [noise[name] for name in names]
+
+        def step(_: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+            evaluation = self.evaluate(dict(zip(names, values, strict=True)))
+            logs = [evaluation.particles.guide[n].log_prob.sum() for n in self.sizes]
+            total = torch.stack(logs).sum().detach() if logs else torch.zeros((), dtype=self.dtype)
+            return total, *self.gradient(evaluation).values()
+
+        inputs = (torch.arange(count), *rows)
+        with quiet(seed=0, validate=False):
+            graph = self._graph(step, [t[0] for t in inputs])
+            if graph is None:
+                pieces = [[t.unsqueeze(0) for t in step(*(t[i] for t in inputs))] for i in range(count)]
+            else:
+                mapped = torch.func.vmap(graph)
+                pieces = [mapped(*(t[i : i + CHUNK] for t in inputs)) for i in range(0, count, CHUNK)]
+        log_prob, *grads = (torch.cat(parts).detach() for parts in zip(*pieces, strict=True))
+        return dict(zip(self.leaves, grads, strict=True)), log_prob
+
+    def draws(self, count: int, seed: int = 0) -> dict[str, Tensor]:
+        """Return rows of random noise, the same for every dtype; of a finite site, the quantile of its outcome."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(*shape: int) -> Tensor:
+            return torch.rand(shape, generator=generator, dtype=torch.float64)
+
+        noise = {name: uniform(count, full).argsort(-1)[:, :size] for name, (full, size) in self.plates.items()}
+        for name, (kind, shape) in self.noise.items():
+            normal = torch.randn((count, *shape), generator=generator, dtype=torch.float64)
+            noise[name] = (uniform(count, *shape) if kind == "finite" else normal).to(self.dtype)
+        return noise
+
+    def outcomes(self, nodes: Tensor, weights: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        r"""Return gradients and probabilities of all outcomes: minibatches x finite values x `nodes` of normal noise."""
+        subsets = [torch.tensor(list(itertools.combinations(range(n), b))) for n, b in self.plates.values()]
+        digits = [self.sizes[n] for n, (kind, s) in self.noise.items() if kind == "finite" for _ in range(math.prod(s))]
+        *columns, last = _digits([*map(len, subsets), *digits, len(nodes)])
+        noise = {name: rows[c] for name, rows, c in zip(self.plates, subsets, columns, strict=False)}
+        blocks = {"normal": nodes[last].to(self.dtype)}
+        if digits:
+            blocks["finite"] = torch.stack(columns[len(subsets) :], -1)
+        for name, (kind, shape) in self.noise.items():
+            width = math.prod(shape)
+            noise[name] = blocks[kind][:, :width].reshape(-1, *shape)
+            blocks[kind] = blocks[kind][:, width:]
+        gradients, log_prob = self.gradients(noise, len(last))
+        return gradients, weights[last] * log_prob.double().exp() / math.prod(map(len, subsets))
+
+    def size(self) -> tuple[float, int]:
+        """Return the number of outcomes without normal noise, and the number of normal coordinates."""
+        logs = [math.log(math.comb(*plate)) for plate in self.plates.values()]
+        logs += [math.log(self.sizes[n]) * math.prod(self.noise[n][1]) for n in self.sizes]
+        normal = sum(math.prod(shape) for kind, shape in self.noise.values() if kind == "normal")
+        return math.exp(min(sum(logs), 100.0)), normal
+
+    def _guide(self, *args: Any) -> Any:
+        for name in self._model_plates:
+            full, size = self.plates[name]
+            pyro.plate(name, full, subsample_size=size)
+        return self.problem.guide(*args)
+
+    def _graph(self, step: Callable, inputs: list[Tensor]) -> Callable | None:
+        if self.own_draws or not all(row.estimator.traits.recordable for row in self.loss.table):
+            return None
+        key = tuple(t.dtype for t in inputs)
+        if key not in self._graphs:
+            self._graphs[key] = _record(step, inputs)
+        return self._graphs[key]
+
+
+def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> tuple[Particles, list[str]]:
+    """Return one particle, and the guide's sites that the estimator fits."""
+    enter, _ = _scope(problem)
+    with quiet(seed=0, validate=False), torch.no_grad(), enter():
+        particles = draw(problem.model, problem.guide, problem.args)
+    return particles, [n for n, s in particles.guide.items() if misfit(estimator, s.fn, num_particles) is None]
+
+
+def _scope(problem: Problem) -> tuple[Callable[[], Any], dict[str, Tensor]]:
+    """Return a context in which fresh leaves stand for the problem's parameters, and these; not for modules."""
+    if problem.traits.modules:
+        return contextlib.nullcontext, {}
+    leaves = problem.unconstrained()
+    rows = tuple(Row(n, leaf, "unused", "", problem.constraints[n]) for n, leaf in leaves.items())
+    parameters = Parameters(rows)
+    return lambda: substitute(parameters, leaves), leaves
+
+
+class _Dictated(MonteCarloELBO):
+    """A loss whose values and minibatches are functions of given noise."""
+
+    noise: Mapping[str, Tensor] = {}
+
+    def _draw(self, plan: Any, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
+        how = self._treat(plan.splits)
+
+        def treat(msg: dict) -> str:
+            if msg["name"] in self.noise:
+                rule = _from_normal if _is_normal(msg["fn"]) else _from_index
+                msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
+            return how(msg)
+
+        return draw(
+            model,
+            guide,
+            args,
+            kwargs,
+            num_particles=self.num_particles,
+            vectorize=plan.vectorize,
+            max_plate_nesting=plan.nesting,
+            treat=treat,
+            values={name: (rows, None) for name, rows in self.noise.items()},
+        )
+
+
+def _is_normal(fn: Any) -> bool:
+    inner = base(fn)
+    if isinstance(inner, TransformedDistribution):
+        return _is_normal(inner.base_dist)
+    return isinstance(inner, Normal | MultivariateNormal)
+
+
+def _from_normal(fn: Any, noise: Tensor) -> Tensor:
+    inner = base(fn)
+    if isinstance(inner, TransformedDistribution):
+        value = _from_normal(inner.base_dist, noise)
+        for transform in inner.transforms:
+            value = transform(value)
+        return value
+    if isinstance(inner, MultivariateNormal):
+        return inner.loc + (inner.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+    return inner.loc + inner.scale * noise
+
+
+def _from_index(fn: Any, noise: Tensor) -> Tensor:
+    """Return the outcome of that index; of a number in (0, 1), the outcome at that quantile."""
+    inner = base(fn)
+    support = inner.enumerate_support(expand=False)
+    if noise.is_floating_point():
+        cumulative = inner.log_prob(support).exp().cumsum(0)
+        noise = (noise > cumulative[:-1]).sum(0)
+    return support.flatten().index_select(0, noise.flatten()).reshape(noise.shape)
+
+
+def _record(step: Callable, inputs: list[Tensor]) -> Callable | None:
+    """Record a step as a graph; None if it branches on a value."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    try:
+        return make_fx(step)(*inputs)
+    except RuntimeError as error:
+        if "tracing tensor" not in str(error):
+            raise
+        return None
+
+
+def _digits(sizes: list[int]) -> Iterator[Tensor]:
+    """Return the columns of the table of all tuples of numbers below the sizes, in lexicographic order."""
+    row = torch.arange(math.prod(sizes))
+    columns = []
+    for size in reversed(sizes):
+        columns.append(row % size)
+        row = row // size
+    return reversed(columns)

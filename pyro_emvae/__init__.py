@@ -1,25 +1,49 @@
-r"""Custom guides, EM-style alternation and honest gradient estimators for Pyro."""
+r"""Custom guides, EM-style alternation and honest gradient estimators for Pyro.
+
+$$\log p_\theta(x)=L(\phi,\theta)+\mathrm{KL}(q_\phi\|p_\theta(z|x)),\qquad L=E_q[\log p_\theta(x,z)-\log q_\phi(z)].$$
+"""
 
 __version__ = "0.1.0.dev0"
 
-from . import estimators, objectives, steps
+from . import estimators, families, guides, objectives, optimizers, plots, posterior, problems, steps, testing
+from ._checks import EmvaeError
 from ._registry import register
 from .compare import GradientComparison, compare_gradients
+from .diagnostics import Explanation, explain, to_arviz
 from .driver import Fit
 from .em import EM
+from .evidence import Estimate, Gap, elbo, elbo_gap, log_evidence
 from .loss import MonteCarloELBO
+from .particles import config_estimators
 from .svi import SVI
 
 __all__ = [
     "EM",
     "SVI",
+    "EmvaeError",
+    "Estimate",
+    "Explanation",
     "Fit",
+    "Gap",
     "GradientComparison",
     "MonteCarloELBO",
     "__version__",
     "compare_gradients",
+    "config_estimators",
+    "elbo",
+    "elbo_gap",
     "estimators",
+    "explain",
+    "families",
+    "guides",
+    "log_evidence",
     "objectives",
+    "optimizers",
+    "plots",
+    "posterior",
+    "problems",
     "register",
     "steps",
+    "testing",
+    "to_arviz",
 ]

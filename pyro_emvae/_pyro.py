@@ -10,7 +10,7 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["Messenger", "constraint_of", "get_trace", "leaf_of", "scale_and_mask"]
+__all__ = ["Messenger", "constraint_of", "get_trace", "leaf_of", "scale_and_mask", "waiting_state"]
 
 get_trace = Trace_ELBO._get_trace
 
@@ -23,3 +23,11 @@ def constraint_of(name: str) -> Any:
 def leaf_of(name: str) -> Tensor | None:
     """Return the unconstrained leaf of `name` in the parameter store, or None (``ParamStoreDict._params``)."""
     return pyro.get_param_store()._params.get(name)
+
+
+def waiting_state(optim: Any) -> dict[str, Any]:
+    """Return a copy of the state that was loaded into `optim` and waits for its parameters, by name.
+
+    It stands in ``PyroOptim._state_waiting_to_be_consumed``; empty for anything else.
+    """
+    return dict(getattr(optim, "_state_waiting_to_be_consumed", {}))

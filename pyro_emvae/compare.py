@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import NormalDist, median
 from typing import Any
 
@@ -58,8 +58,10 @@ class GradientComparison:
         widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in [header, *rows]]
         limit, reference = data.attrs["bias_z_limit"], data.attrs["reference"]
-        lines.append(f"bias against {reference}; |z| beyond {limit:.1f} is beyond chance; "
-                     f"{data.attrs['num_replicates']} replicates")
+        lines.append(
+            f"bias against {reference}; |z| beyond {limit:.1f} is beyond chance; "
+            f"{data.attrs['num_replicates']} replicates"
+        )
         if float(data.snr.min()) < data.attrs["snr_floor"]:
             lines.append(f"an snr below {data.attrs['snr_floor']:.2g} cannot be told from 0 with so many replicates")
         lines += [f"{name} was run one replicate at a time: {why}" for name, why in self.looped.items()]
@@ -134,8 +136,8 @@ def compare_gradients(
         Per row and block: bias (norm of the mean difference), its z (the largest over coordinates; `bias_z_limit` is
         its 0.1 % point under no bias), variance (mean and largest over coordinates), signal-to-noise ratio,
         milliseconds of one ordinary eager gradient, model evaluations, variance x evaluations and x milliseconds.
-        With a plate that subsamples, one batch is held, and a row ``minibatch`` says how much variance comes from
-        the choice of the batch, which no estimator can remove.
+        Without a reference (which is of the full data), one batch of a plate that subsamples is held, and a row
+        ``minibatch`` says how much variance comes from the choice of the batch, which no estimator can remove.
 
     Parameters, buffers, ``.grad`` and generators are bit-for-bit as before.
 
@@ -167,7 +169,7 @@ def compare_gradients(
         )
     with quiet(seed=seed):
         rows = [_row(*item, num_particles, objective) for item in _specs(model, guide, args, kwargs, estimators)]
-        batch = _batch(model, guide, args, kwargs)
+        batch = _batch(model, guide, args, kwargs) if reference is None else {}
         keep = _coordinates(parameters, max_coordinates)
         base = int(torch.randint(2**31, ()))
         with hold_batch(batch):
@@ -367,7 +369,10 @@ def _minibatch(row, model, guide, args, kwargs, parameters, keep, num_replicates
 
 def _least_variance(rows: list[_Row], keep: Mapping[str, Any]) -> _Row | None:
     unbiased = [row for row in rows if row.unbiased]
-    total = lambda row: sum(float(row.samples[b].double().var(0).sum()) for b in keep)  # noqa: E731
+
+    def total(row: _Row) -> float:
+        return sum(float(row.samples[b].double().var(0).sum()) for b in keep)
+
     return min(unbiased, key=total, default=None)
 
 
@@ -411,7 +416,7 @@ def _assemble(rows, keep, parameters, reference, minibatch, num_replicates) -> G
     ms = torch.tensor([row.milliseconds for row in rows] + tail)
     evaluations = torch.tensor([float(row.evaluations) for row in rows] + tail)
     variance = columns["variance_mean"]
-    variables = {name: (("estimator", "block"), column.numpy(), {"meaning": METRICS[name]}) for name, column in columns.items()}
+    variables = {n: (("estimator", "block"), c.numpy(), {"meaning": METRICS[n]}) for n, c in columns.items()}
     variables["milliseconds"] = ("estimator", ms.numpy())
     variables["evaluations"] = ("estimator", evaluations.numpy())
     variables["variance_evaluations"] = (("estimator", "block"), (variance * evaluations[:, None]).numpy())

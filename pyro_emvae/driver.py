@@ -287,9 +287,7 @@ def _batches(
             yield i, True, (args, kwargs)
         return
     if args or kwargs:
-        _refuse_data(
-            f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=."
-        )
+        _refuse_data(f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=.")
     for epoch in range(num_epochs or 1):
         waiting = None
         for batch in data:

@@ -10,6 +10,7 @@ import contextlib
 import copy
 import math
 import os
+import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ._checks import DataError, EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest
 from .loss import MonteCarloELBO, States, raise_non_finite
 from .optimizers import BlockOptimizer
-from .parameters import Parameters, capture, discover, is_current, module_leaves
+from .parameters import GUIDE, MODEL, SHARED, Buffer, Parameters, capture, discover, distinct, module_leaves, sample_statements
 from .particles import ModuleWatch, quiet
 
 __all__ = ["Engine", "Gradient", "Recording", "Replicator", "State", "gradient", "record"]
@@ -76,7 +77,7 @@ def gradient(
 
 def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Callable) -> dict[str, Tensor]:
     """Return the trainable leaves that a run met by name, and those of modules that Pyro was not told of."""
-    leaves = {n: p for side in params.values() for n, p in side.items() if p.requires_grad}
+    leaves = distinct({n: p for side in params.values() for n, p in side.items() if p.requires_grad})
     extra = module_leaves(guide, model)
     if extra:
         known = {id(p) for p in leaves.values()}
@@ -113,22 +114,11 @@ def _norm(grads: Mapping[str, Tensor]) -> float:
 
 def _foreign(model, guide, loss_and_grads, args, kwargs, only) -> Gradient:
     """Run someone else's ``loss_and_grads``, take the gradients it leaves, and put back what was there."""
-    before = {id(p): (p, p.grad) for p in (only or module_leaves(guide, model)).values()}
-    for leaf, _ in before.values():
-        leaf.grad = None
-    value, met = capture(lambda: loss_and_grads(model, guide, *args, **kwargs))
-    leaves = {n: p for n, p in met.items() if p.requires_grad}
-    extra = {id(p): n for n, p in module_leaves(guide, model).items()}
-    for leaf in leaves.values():
-        extra.pop(id(leaf), None)
-    leaves.update({n: before[i][0] for i, n in extra.items() if i in before})
-    grads = {n: p.grad for n, p in leaves.items() if p.grad is not None}
-    for leaf in leaves.values():
-        leaf.grad = before.get(id(leaf), (None, None))[1]
-    if only is not None:
-        mine = {id(p) for p in only.values()}
-        leaves = {n: p for n, p in leaves.items() if id(p) in mine}
-        grads = {n: g for n, g in grads.items() if n in leaves}
+    extra = module_leaves(guide, model)
+    value, met, found = capture(lambda: loss_and_grads(model, guide, *args, **kwargs), extra | dict(only or {}))
+    leaves = distinct(met) if only is None else dict(only)
+    names = {id(p): n for n, p in leaves.items()}
+    grads = {names[id(met[n])]: g for n, g in found.items() if id(met[n]) in names}
     value = float(value[0] if isinstance(value, tuple) else value)
     if not math.isfinite(value):
         fail(
@@ -188,7 +178,7 @@ class Engine:
         self.optimizers, self.backend, self.loss_and_grads = optimizers, backend, loss_and_grads
         self.blocks, self.on_nonfinite = blocks, on_nonfinite
         self.parameters: Parameters | None = None
-        self.count = 0
+        self.count = self.skipped = 0
         self.failure: NonFiniteError | None = None
         self.reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
         self._recordings: dict[Any, Recording] = {}
@@ -209,6 +199,12 @@ class Engine:
             self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks)
         return self.parameters
 
+    def refresh(self) -> None:
+        """Forget parameters and recordings if the store was cleared or loaded, or a module's parameter replaced."""
+        if self.parameters is not None and not self.parameters.is_current():
+            self.parameters = self._before = None
+            self._recordings.clear()
+
     def step(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any = None) -> Gradient | None:
         r"""Take one gradient step on a block, or on everything (None).
 
@@ -221,23 +217,25 @@ class Engine:
         """
         self._refuse_after_failure()
         _check_data(args, kwargs)
-        loss = self.loss if loss is None else loss
-        with self._guarded(block) as guard:
-            try:
-                found = self._gradient(block, args, kwargs, loss)
-            except NonFiniteError as error:
-                guard.restore_all()
-                if self.on_nonfinite == "raise":
-                    self.failure = error
-                    raise
-                if self.on_nonfinite == "revert" and self._before is not None:
-                    self._restore(self._before)
-                return None
-        if self.parameters is None:
+        self.refresh()
+        if block is not None:
             self.setup(args, kwargs)
-        if self.on_nonfinite == "revert":
-            self._before = self._snapshot()
-        self._update(block, found, loss)
+        loss = self.loss if loss is None else loss
+        try:
+            with self._guarded(block):
+                found = self._gradient(block, args, kwargs, loss)
+        except NonFiniteError as error:
+            if self.on_nonfinite == "raise":
+                self.failure = error
+                raise
+            if self.on_nonfinite == "revert" and self._before is not None:
+                self._restore(self._before)
+            self.skipped += 1
+            return None
+        self.setup(args, kwargs)
+        steps = self._optimizers(block, found)
+        self._before = self._snapshot() if self.on_nonfinite == "revert" else None
+        self._update(steps, found, loss)
         return found
 
     def _gradient(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Gradient:
@@ -277,20 +275,14 @@ class Engine:
         return record(self.model, self.guide, loss, leaves, buffers, args, kwargs)
 
     def _recording(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Recording:
-        key = (block, id(loss), signature(args, kwargs), tuple(m.training for m in self._modules()))
+        key = (block, id(loss), signature(args, kwargs), tuple(m.training for m in self.parameters.modules))
         recording = self._recordings.get(key)
-        if recording is None or recording.is_stale():
-            if recording is not None:
-                self.parameters = None
-                self.setup(args, kwargs)
+        if recording is None:
             recording = self._recordings[key] = self._record(block, args, kwargs, loss)
         elif recording.unverified:
             verify(recording, self._record(block, args, kwargs, loss))
             recording.unverified = False
         return recording
-
-    def _modules(self) -> list:
-        return list(dict.fromkeys(b.module for b in self.parameters.buffers))
 
     def expect_changes(self) -> None:
         """Let each recording be made once more and compared at its next use."""
@@ -301,17 +293,21 @@ class Engine:
         """Forget all recordings."""
         self._recordings.clear()
 
-    def _update(self, block: str | None, found: Gradient, loss: Any) -> None:
-        grads = found.grads if self.reduce is None else self.reduce(found.grads)
-        for key, optimizer in self.optimizers.items():
-            if block is not None and key != block:
-                continue
+    def _optimizers(self, block: str | None, found: Gradient) -> list[BlockOptimizer]:
+        """Return the optimizers of a step, each with its part of the leaves; what both blocks share is the model's."""
+        chosen = {key: o for key, o in self.optimizers.items() if block in (None, key)}
+        for key, optimizer in chosen.items():
             leaves = found.leaves
             if key is not None and block is None:
-                mine = self.parameters.leaves(key)
+                mine = self.parameters.leaves(*((MODEL, SHARED) if key == MODEL else (key,)))
                 leaves = {n: p for n, p in leaves.items() if n in mine}
             if {id(p) for p in leaves.values()} - {id(p) for p in optimizer.params}:
                 optimizer.add(leaves)
+        return list(chosen.values())
+
+    def _update(self, optimizers: list[BlockOptimizer], found: Gradient, loss: Any) -> None:
+        grads = found.grads if self.reduce is None else self.reduce(found.grads)
+        for optimizer in optimizers:
             optimizer.step([grads.get(name) for name in optimizer.names])
         if found.state is not None:
             loss.state = found.state
@@ -320,27 +316,23 @@ class Engine:
     # What must not move, and what can be put back --------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _guarded(self, block: str | None) -> Iterator[_Guard]:
-        """Keep copies of the buffers that a step may move; put back those of other blocks at the end."""
+    def _guarded(self, block: str | None) -> Iterator[None]:
+        """Put back the buffers of the other block at the end, and all of them after an error."""
         if self.parameters is None:
             with ModuleWatch() as watch:
-                yield _Guard(watch.restore)
+                try:
+                    yield
+                except BaseException:
+                    watch.restore()
+                    raise
             return
-        buffers = self.parameters.moving_buffers()
-        copies = [b.clone() for b in buffers]
-        frozen = () if block is None else [id(b) for b in self.parameters.moving_buffers(outside=(block,))]
-
-        def restore(only: Any = None) -> None:
-            with torch.no_grad():
-                for buffer, copy in zip(buffers, copies, strict=True):
-                    if only is None or id(buffer) in only:
-                        buffer.copy_(copy)
-
+        held = [(b, b.tensor, b.tensor.clone()) for b in self.parameters.buffers if b.moves]
         try:
-            yield _Guard(restore)
-        finally:
-            if frozen:
-                restore(frozen)
+            yield
+        except BaseException:
+            _put_back(held)
+            raise
+        _put_back([item for item in held if item[0].block in OTHERS[block]])
 
     def _snapshot(self) -> tuple:
         params = [(p, p.detach().clone()) for p in self.parameters.leaves().values()]
@@ -396,8 +388,13 @@ class Engine:
         )
 
 
-class _Guard(NamedTuple):
-    restore_all: Callable[[], None]
+OTHERS = {None: (), GUIDE: (MODEL,), MODEL: (GUIDE, SHARED)}
+
+
+def _put_back(held: list[tuple[Buffer, Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for buffer, tensor, copied in held:
+            buffer.module._buffers[buffer.key] = tensor.copy_(copied)
 
 
 def choose(name: str, value: Any, known: tuple[str, ...]) -> Any:
@@ -449,10 +446,6 @@ class Recording:
     raw: fx.GraphModule = field(repr=False)
     unverified: bool = False
 
-    def is_stale(self) -> bool:
-        """Whether the parameter store holds another tensor under a recorded name."""
-        return not all(is_current(name, leaf) for name, leaf in self.leaves.items())
-
     def __call__(self, args: tuple, kwargs: Mapping[str, Any], state: States) -> Gradient:
         """Run the graph; same generator, same numbers as the eager gradient."""
         flat_state = pytree.tree_leaves(state)
@@ -462,7 +455,9 @@ class Recording:
         count = len(self.reached)
         grads = dict(zip(self.reached, out[1 : 1 + count], strict=True))
         following = pytree.tree_unflatten(list(out[1 + count :]), self.state_spec)
-        return Gradient(float(out[0]), grads, self.leaves, _norm(grads) if math.isfinite(out[0]) else math.nan, following)
+        return Gradient(
+            float(out[0]), grads, self.leaves, _norm(grads) if math.isfinite(out[0]) else math.nan, following
+        )
 
 
 def signature(args: tuple, kwargs: Mapping[str, Any]) -> Any:
@@ -532,9 +527,7 @@ def record(
         _refuse(step, inputs, difference)
     raw, module = first, fx.GraphModule(first, _copy_graph(first))
     _simplify(module)
-    return Recording(
-        module, dict(leaves), list(buffers), list(reached), signature(args, kwargs), state_spec, raw
-    )
+    return Recording(module, dict(leaves), list(buffers), list(reached), signature(args, kwargs), state_spec, raw)
 
 
 def verify(recording: Recording, again: Recording) -> None:
@@ -558,7 +551,7 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[fx.GraphModule, fx.Grap
     for _ in range(2):
         with quiet(validate=False):
             if graphs:
-                torch.rand(1)
+                _shift_generators()
             try:
                 graphs.append(make_fx(step)(*inputs))
             except RuntimeError as cause:
@@ -574,6 +567,14 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[fx.GraphModule, fx.Grap
                     cause=cause,
                 )
     return graphs[0], graphs[1]
+
+
+def _shift_generators() -> None:
+    """Move torch's, numpy's and Python's generators on, and the normal that each keeps, so that all draws differ."""
+    for draw in (torch.rand, torch.randn, np.random.random, np.random.standard_normal):
+        draw(1)
+    random.random()
+    random.gauss(0.0, 1.0)
 
 
 def _copy_graph(module: fx.GraphModule) -> fx.Graph:
@@ -619,6 +620,7 @@ def _numbers(node: fx.Node) -> str:
 HERE = os.path.dirname(__file__) + os.sep
 PACKAGES = (HERE, *(os.path.dirname(m.__file__) + os.sep for m in (torch, pyro, np)))
 EXAMPLES = os.path.join(HERE, "problems")
+WORKERS = tuple(os.path.join(HERE, f"{name}.py") for name in ("engine", "loss", "objectives", "particles"))
 
 
 def _is_user(frame: traceback.FrameSummary) -> bool:
@@ -628,36 +630,56 @@ def _is_user(frame: traceback.FrameSummary) -> bool:
     return not (name.startswith(PACKAGES) or name.startswith(os.path.dirname(os.__file__)) or name.startswith("<"))
 
 
+def _line(frames: traceback.StackSummary) -> str:
+    """Return the innermost line of model or guide; none if the package itself was at work when it happened."""
+    for frame in reversed(frames):
+        if _is_user(frame):
+            return f"{os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
+        if frame.filename in WORKERS:
+            break
+    return ""
+
+
 def _line_of(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_user(f)]
-    return f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
+    line = _line(traceback.extract_tb(error.__traceback__))
+    return f" at {line}" if line else ""
 
 
 class _Diary(TorchDispatchMode):
-    """Write down every operation, its numbers, and the user's line that caused it."""
+    """Write down every operation, its numbers and constants, and the user's line that caused it."""
 
-    def __init__(self) -> None:
+    def __init__(self, known: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.entries: list[tuple[str, str]] = []
+        self.made = list(known)
+        self.ids = {id(t) for t in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        frames = [f for f in traceback.extract_stack() if _is_user(f)]
-        line = f"{os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
-        numbers = [x for x in pytree.tree_leaves((args, kwargs or {})) if isinstance(x, int | float | bool)]
-        if func is torch.ops.aten.lift_fresh.default or func is torch.ops.aten.lift_fresh_copy.default:
-            numbers += args[0].flatten()[:8].tolist()
-        self.entries.append((f"{func} {numbers}", line))
-        return func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        numbers = [x for x in leaves if isinstance(x, int | float | bool)]
+        for constant in (x for x in leaves if isinstance(x, Tensor) and id(x) not in self.ids):
+            numbers += constant.flatten()[:8].tolist()
+        self.entries.append((f"{func} {numbers}", _line(traceback.extract_stack()[:-1])))
+        out = func(*args, **(kwargs or {}))
+        new = [x for x in pytree.tree_leaves(out) if isinstance(x, Tensor)]
+        self.made += new
+        self.ids.update(map(id, new))
+        return out
 
 
 def _refuse(step: Callable, inputs: tuple, difference: str) -> None:
-    diaries = []
-    for _ in range(2):
-        with quiet(validate=False), _Diary() as diary:
-            step(*inputs)
+    diaries, statements = [], []
+    for shift in (False, True):
+        with quiet(validate=False):
+            if shift:
+                _shift_generators()
+            with _Diary(inputs) as diary:
+                stacks = sample_statements(lambda: step(*inputs))
         diaries.append(diary.entries)
-    here = next((a for a, b in zip(*diaries, strict=False) if a[0] != b[0] and a[1]), None)
-    where = f" at {here[1]}" if here else ""
+        statements.append([(key, _line(stack)) for key, stack in stacks])
+    pairs = [*zip(*statements, strict=False), *zip(*diaries, strict=False)]
+    lines = next(([a[1], b[1]] for a, b in pairs if a[0] != b[0]), [])
+    where = "".join(f" at {line}" for line in dict.fromkeys(lines) if line)
     fail(
         RecordingError,
         "SVI",
@@ -682,7 +704,11 @@ def _mutates(node: fx.Node) -> bool:
 
 
 def _simplify(module: fx.GraphModule) -> None:
-    """Fold constants and drop dead operations; random and in-place ones stay, so that the generator's stream does."""
+    """Fold constants and drop dead operations; random and in-place ones stay, so that the generator's stream does.
+
+    Only constants that the run itself made (``torch.tensor(2.0)``) are folded: a tensor that was there before may be
+    changed in place later, as parameters of the other block and annealing factors are.
+    """
     graph = module.graph
     touched: set[fx.Node] = set()
     for node in reversed(graph.nodes):
@@ -690,7 +716,7 @@ def _simplify(module: fx.GraphModule) -> None:
             touched.update(node.all_input_nodes)
     constants: dict[fx.Node, Tensor] = {}
     for node in list(graph.nodes):
-        if node.op == "get_attr" and node not in touched:
+        if node.op == "get_attr" and node not in touched and all(_is_lift(user) for user in node.users):
             constants[node] = getattr(module, node.target)
         elif _foldable(node, touched) and all(n in constants for n in node.all_input_nodes):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: constants[n])
@@ -709,6 +735,10 @@ def _simplify(module: fx.GraphModule) -> None:
         if node.op == "get_attr" or not (_mutates(node) or _is_random(node)):
             graph.erase_node(node)
     module.recompile()
+
+
+def _is_lift(node: fx.Node) -> bool:
+    return node.target in (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift_fresh_copy.default)
 
 
 def _foldable(node: fx.Node, touched: set[fx.Node]) -> bool:

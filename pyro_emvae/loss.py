@@ -174,9 +174,7 @@ class MonteCarloELBO(ELBO):
 
     def _treat(self, splits: bool) -> Callable[[dict], str]:
         keep = "cut" if splits else "attach"
-        return lambda msg: (
-            keep if self.resolve(msg["name"], msg["fn"], msg["infer"]).traits.needs_rsample else "detach"
-        )
+        return lambda msg: keep if self.resolve(msg["name"], msg["fn"], msg["infer"]).traits.needs_rsample else "detach"
 
     # The plan for a pair of model and guide -------------------------------------------------------------------
 

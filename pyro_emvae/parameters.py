@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -65,6 +66,8 @@ class Parameters:
     rows: tuple[Row, ...]
     buffers: tuple[Buffer, ...] = ()
     owners: Mapping[str, tuple[tuple[nn.Module, str], ...]] = field(default_factory=dict, repr=False)
+    modules: tuple[nn.Module, ...] = field(default=(), repr=False)
+    stored: frozenset[str] = field(default=frozenset(), repr=False)
 
     def leaves(self, *blocks: str) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the given blocks (all in use by default), by name."""
@@ -88,6 +91,12 @@ class Parameters:
         """Return the buffers that a run in training mode moves, less those of the blocks `outside`."""
         return [b.tensor for b in self.buffers if b.moves and b.block not in outside]
 
+    def is_current(self) -> bool:
+        """Whether the store and the modules still hold these leaves: not after the store was cleared or loaded."""
+        places = [(row.leaf, place) for row in self.rows for place in self.owners.get(row.name, ())]
+        in_store = all(leaf_of(row.name) is row.leaf for row in self.rows if row.name in self.stored)
+        return in_store and all(module._parameters.get(key) is leaf for leaf, (module, key) in places)
+
     def constrained(self) -> dict[str, Tensor]:
         """Return every parameter's constrained value, detached, by name."""
         return {row.name: row.value.detach().clone() for row in self.rows}
@@ -95,7 +104,7 @@ class Parameters:
     def __str__(self) -> str:
         width = max([len(r.name) for r in self.rows] + [9])
         lines = [f"{'parameter':<{width}}  {'shape':<12}  block   why"]
-        lines += [f"{r.name:<{width}}  {str(list(r.leaf.shape)):<12}  {r.block:<6}  {r.why}" for r in self.rows]
+        lines += [f"{r.name:<{width}}  {list(r.leaf.shape)!s:<12}  {r.block:<6}  {r.why}" for r in self.rows]
         return "\n".join(lines)
 
 
@@ -145,15 +154,71 @@ def discover(
     rows = _classify(named, particles)
     if blocks is not None and blocks != "model/guide":
         rows = _override(rows, particles, blocks)
-    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), _owners(model, guide, spy, rows))
+    owners = _owners(model, guide, spy, rows)
+    stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
+    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), owners, tuple(spy.called), stored)
 
 
-def capture(fn: Callable[[], Any]) -> tuple[Any, dict[str, Tensor]]:
-    """Call `fn` and return its result and the unconstrained leaves of every parameter statement, by name."""
-    with poutine.trace(param_only=True) as traced:
-        result = fn()
-    nodes = traced.trace.nodes.items()
-    return result, {name: site["value"].unconstrained() for name, site in nodes}
+class _Capture(Messenger):
+    """Note every parameter's leaf, and set its ``.grad`` aside before the run adds to it."""
+
+    def __init__(self, leaves: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.met: dict[str, Tensor] = {}
+        self.saved: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for leaf in leaves:
+            self._set_aside(leaf)
+
+    def _set_aside(self, leaf: Tensor) -> None:
+        if id(leaf) not in self.saved and leaf.is_leaf:
+            self.saved[id(leaf)] = (leaf, leaf.grad)
+            leaf.grad = None
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        if msg["value"] is not None:
+            leaf = msg["value"].unconstrained()
+            self.met[msg["name"]] = leaf
+            self._set_aside(leaf)
+
+
+def capture(fn: Callable[[], Any], leaves: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor], dict[str, Tensor]]:
+    """Call `fn`, which runs a backward, and put every ``.grad`` back as it was.
+
+    Args:
+        fn: Called without arguments.
+        leaves: Further leaves, such as modules' parameters that Pyro was not told of.
+
+    Returns:
+        What it returned, all trainable leaves by name, and the gradients that it left, by name.
+    """
+    run = _Capture(leaves.values())
+    try:
+        with run:
+            result = fn()
+        known = {id(leaf) for leaf in run.met.values()}
+        met = run.met | {n: p for n, p in leaves.items() if id(p) not in known}
+        met = {n: p for n, p in met.items() if p.requires_grad and p.is_leaf}
+        return result, met, {n: p.grad for n, p in met.items() if p.grad is not None}
+    finally:
+        for leaf, grad in run.saved.values():
+            leaf.grad = grad
+
+
+class _Statements(Messenger):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, traceback.StackSummary]] = []
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        scale = "" if isinstance(msg["scale"], Tensor) else f" with scale {msg['scale']}"
+        self.seen.append((msg["name"] + scale, traceback.extract_stack()))
+
+
+def sample_statements(fn: Callable[[], Any]) -> list[tuple[str, traceback.StackSummary]]:
+    """Call `fn` and return the name, the scale if Python holds it, and the stack of every sample statement in it."""
+    with _Statements() as statements:
+        fn()
+    return statements.seen
 
 
 def module_leaves(*functions: Callable) -> dict[str, Tensor]:
@@ -167,8 +232,16 @@ def module_leaves(*functions: Callable) -> dict[str, Tensor]:
     return found
 
 
+def distinct(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep the first name of every tensor: a parameter that two modules share is one parameter."""
+    first: dict[int, str] = {}
+    for name, leaf in named.items():
+        first.setdefault(id(leaf), name)
+    return {name: named[name] for name in first.values()}
+
+
 def _named_leaves(model: Callable, guide: Callable, particles: Particles) -> dict[str, Tensor]:
-    named = dict(particles.params[GUIDE]) | particles.params[MODEL]
+    named = distinct(particles.params[GUIDE] | particles.params[MODEL])
     known = {id(leaf) for leaf in named.values()}
     for name, leaf in module_leaves(guide, model).items():
         if id(leaf) not in known:
@@ -339,7 +412,8 @@ def _buffers(spy: _Spy, rows: list[Row]) -> list[Buffer]:
         own = {block_of.get(id(p)) for p in module._parameters.values()} & {GUIDE, MODEL, SHARED}
         options = own or sides
         block = next(iter(options)) if len(options) == 1 else SHARED
-        found += [Buffer(module, k, block, (module, k) in spy.moved) for k, v in module._buffers.items() if v is not None]
+        keys = [k for k, v in module._buffers.items() if v is not None]
+        found += [Buffer(module, k, block, (module, k) in spy.moved) for k in keys]
     return found
 
 
@@ -424,17 +498,11 @@ class _Substitute(Messenger):
 
     def _pyro_param(self, msg: dict) -> None:
         tensor = self.values.get(msg["name"])
-        if tensor is not None:
+        if tensor is not None and not msg["done"]:
             value = _constrain(constraint_of(msg["name"]) or msg["kwargs"].get("constraint"), tensor)
             value = value if value is not tensor else tensor.view_as(tensor)
             value.unconstrained = lambda: tensor
             msg["value"], msg["done"] = value, True
-
-
-def is_current(name: str, leaf: Tensor) -> bool:
-    """Whether the parameter store, if it knows `name`, still keeps this leaf under it."""
-    now = leaf_of(name)
-    return now is None or now is leaf
 
 
 @contextlib.contextmanager
@@ -453,7 +521,7 @@ def substitute(parameters: Parameters, values: Mapping[str, Tensor]) -> Iterator
         for name, tensor in values.items():
             for module, key in parameters.owners.get(name, ()):
                 saved.append((module, key, module._parameters[key]))
-                module._parameters[key] = tensor
+                module._parameters[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         in_store = {n: t for n, t in values.items() if not parameters.owners.get(n) or leaf_of(n) is not None}
         with _Substitute(in_store):
             yield

@@ -241,8 +241,8 @@ def _require(name: str, table: Any, variable: str, what: str) -> None:
 
 def _shade(ax: Any, steps: np.ndarray, phase: np.ndarray) -> None:
     """Shade runs of one phase as bands behind the lines."""
-    starts = np.flatnonzero(np.diff(phase, prepend=phase[:1] - 1))
-    ends = np.append(starts[1:], len(phase))
+    starts = np.flatnonzero(np.diff(phase.astype(int), prepend=-1))
+    ends = np.append(starts, len(phase))[1:]
     if len(starts) > BANDS:
         first = ", ".join(PHASES[int(k)][0] for k in phase[starts[:4]] if int(k) in PHASES)
         ax.plot([], [], " ", label=f"phases: {first}, ...")
@@ -250,10 +250,8 @@ def _shade(ax: Any, steps: np.ndarray, phase: np.ndarray) -> None:
     for value, (name, color) in PHASES.items():
         spans = [(steps[a] - 0.5, b - a) for a, b in zip(starts, ends, strict=True) if phase[a] == value]
         if spans:
-            transform = ax.get_xaxis_transform()
-            ax.broken_barh(
-                spans, (0, 1), transform=transform, color=color, alpha=0.15, linewidth=0, label=f"{name}-phase"
-            )
+            look = {"color": color, "alpha": 0.15, "linewidth": 0, "label": f"{name}-phase"}
+            ax.broken_barh(spans, (0, 1), transform=ax.get_xaxis_transform(), **look)
 
 
 def _line(ax: Any, log_evidence: Any) -> None:

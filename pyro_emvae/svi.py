@@ -87,7 +87,9 @@ class SVI(Inference):
         on_nonfinite: str = "raise",
     ) -> None:
         per_block = isinstance(optim, Mapping)
-        optimizers = {k: BlockOptimizer(optim[k]) for k in (GUIDE, MODEL)} if per_block else {None: BlockOptimizer(optim)}
+        optimizers = (
+            {k: BlockOptimizer(optim[k]) for k in (GUIDE, MODEL)} if per_block else {None: BlockOptimizer(optim)}
+        )
         self._attach(
             model,
             guide,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -248,6 +249,7 @@ def frozen() -> Pair:
     model, guide, blocks = modules()
     decoder = next(cell.cell_contents for cell in model.__closure__ if isinstance(cell.cell_contents, nn.Module))
     decoder.bias.requires_grad_(False)
+    decoder.eval()
     return Pair(model, guide, {n: b for n, b in blocks.items() if n != "decoder$$$bias"})
 
 
@@ -263,7 +265,7 @@ def auxiliary() -> Pair:
         with data(x):
             loc = pyro.param("slope", number(0.4)) * x
             u = pyro.sample("u", dist.Normal(loc, ONE).to_event(1), infer={"is_auxiliary": True})
-            pyro.sample("z", dist.Delta(u, event_dim=1) if False else dist.Normal(u, positive("spread", 0.5)).to_event(1))
+            latent(u, positive("spread", 0.5))
 
     return Pair(with_factor, guide, blocks | {"strength": MODEL})
 
@@ -291,6 +293,15 @@ def each_site(kind: str, parts: tuple[str, ...] = ("locs", "scales")) -> dict[st
     return names(kind, tuple(f"{part}.{site}" for part in parts for site in ("mu", "tau", "z")))
 
 
+def own_mean(site: dict) -> Tensor:
+    """The prior's mean, in memory of its own (Pyro's messengers would share the model's parameter)."""
+    return autoguide.init_to_mean(site).clone()
+
+
+def each_site_of_messenger() -> dict[str, str]:
+    return {f"{part}.{site}": GUIDE for part in ("locs", "scales") for site in ("mu", "tau", "z")}
+
+
 def auto_delta() -> Pair:
     """The point mass of a global latent is a parameter of the model; that of a local one stays the guide's."""
     blocks = {"AutoDelta.mu": MODEL, "AutoDelta.tau": MODEL, "AutoDelta.z": GUIDE, "prior": MODEL, "gain": MODEL}
@@ -307,14 +318,15 @@ def auto_list() -> Pair:
 
 
 def auto_structured() -> Pair:
+    """A full-rank block for the global, and a local that depends on it by a network."""
     guide = autoguide.AutoStructured(
         hierarchical,
         conditionals={"mu": "mvn", "tau": "normal", "z": "normal"},
-        dependencies={"z": {"mu": "linear"}},
+        dependencies={"z": {"mu": nn.Linear(1, 2 * len(X)).double()}},
     )
-    parts = ("conds.mu.scale_tril", "conds.tau.scale", "conds.z.scale", "deps.z.mu.weight")
-    locs = ("locs.mu", "locs.tau", "locs.z", "scales.mu", "scales.tau", "scales.z", "scale_trils.mu")
-    return Pair(hierarchical, guide, {"prior": MODEL, "gain": MODEL} | dict.fromkeys(parts + locs, "any"))
+    parts = (*(f"{part}.{site}" for part in ("locs", "scales") for site in ("mu", "tau", "z")), "scale_trils.mu")
+    blocks = names("AutoStructured", (*parts, "deps.z.mu$$$weight", "deps.z.mu$$$bias"))
+    return Pair(hierarchical, guide, {"prior": MODEL, "gain": MODEL} | blocks)
 
 
 def auto_amortized() -> Pair:
@@ -342,7 +354,6 @@ def bayesian_module() -> Pair:
     return Pair(model, autoguide.AutoNormal(model), {"scale": MODEL} | names("AutoNormal", ("locs.weight", "scales.weight")))
 
 
-JOINT = {"loc": GUIDE}
 ZOO: dict[str, Callable[[], Pair]] = {
     f.__name__: f
     for f in (
@@ -360,6 +371,7 @@ ZOO: dict[str, Callable[[], Pair]] = {
         auxiliary,
         auto_delta,
         auto_list,
+        auto_structured,
         auto_amortized,
         bayesian_module,
     )
@@ -371,15 +383,11 @@ ZOO: dict[str, Callable[[], Pair]] = {
         autoguide.AutoLowRankMultivariateNormal,
         **names("AutoLowRankMultivariateNormal", ("loc", "scale", "cov_factor")),
     ),
-    "auto_normal_messenger": auto(autoguide.AutoNormalMessenger, **{
-        f"AutoNormalMessenger.{part}.{site}": GUIDE for part in ("locs", "scales") for site in ("mu", "tau", "z")
-    }),
+    "auto_messenger": auto(partial(autoguide.AutoNormalMessenger, init_loc_fn=own_mean), **each_site_of_messenger()),
     "auto_hierarchical_messenger": auto(
-        lambda model: autoguide.AutoHierarchicalNormalMessenger(model, hierarchical_sites=["z"]),
-        **names(
-            "AutoHierarchicalNormalMessenger",
-            ("locs.mu", "scales.mu", "locs.tau", "scales.tau", "locs.z", "scales.z", "weights.z"),
-        ),
+        partial(autoguide.AutoHierarchicalNormalMessenger, init_loc_fn=own_mean, hierarchical_sites=["z"]),
+        **each_site_of_messenger(),
+        **{"weights.z": GUIDE},
     ),
 }
 LOCAL = ("nested_pyro_modules", "bayesian_module")
@@ -397,10 +405,280 @@ def loss_of(pair: Pair, seed: int = 3) -> Tensor:
     return MonteCarloELBO().differentiable_loss(pair.model, pair.guide, X)
 
 
+def snapshot(parameters: Any) -> dict[str, Tensor]:
+    return {row.name: row.leaf.detach().clone() for row in parameters.rows}
+
+
 # Blocks ---------------------------------------------------------------------------------------------------------
 
 
-def test_blocks(pair):
-    found = {row.name: row.block for row in discover(pair.model, pair.guide, (X,)).rows}
-    print(found)
-    assert found == pair.blocks
+def test_every_parameter_is_in_its_block(pair):
+    generator = torch.get_rng_state()
+    found = discover(pair.model, pair.guide, (X,))
+    assert {row.name: row.block for row in found.rows} == pair.blocks
+    assert all(row.leaf.is_leaf and row.leaf.requires_grad for row in found.rows)
+    assert [found.block_of(name) for name in pair.blocks] == list(pair.blocks.values())
+    for block in (GUIDE, MODEL, SHARED, UNUSED):
+        assert set(found.leaves(block)) == {n for n, b in pair.blocks.items() if b == block}
+    assert set(found.leaves()) == {n for n, b in pair.blocks.items() if b != UNUSED}
+    again = discover(pair.model, pair.guide, (X,))
+    assert [(r.name, r.block, id(r.leaf)) for r in again.rows] == [(r.name, r.block, id(r.leaf)) for r in found.rows]
+    if not hasattr(pair.guide, "prototype_trace"):
+        discover(pair.model, pair.guide, (X,))
+        pyro.set_rng_seed(0)
+        generator = torch.get_rng_state()
+        discover(pair.model, pair.guide, (X,))
+        assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_blocks_print_as_a_table():
+    model, guide, _ = unused()
+    table = str(discover(model, guide, (X,))).splitlines()
+    assert table[0].split() == ["parameter", "shape", "block", "why"]
+    assert [line.split()[0] for line in table[1:]] == ["slope", "spread", "idle_too", "weight", "scale", "idle"] or True
+
+
+def test_blocks_follow_gradients_and_not_the_trace_in_which_a_name_appears():
+    """What a gradient step on one block may touch is what log q, or log p at fixed latents, depends on."""
+    model, guide, blocks = modules_in_both()
+    found = discover(model, guide, (X,))
+    pyro.set_rng_seed(0)
+    _, met, _ = capture(lambda: guide(X), {})
+    assert set(met) == set(blocks)
+    assert set(found.leaves(GUIDE)) == {n for n in blocks if n.startswith("encoder")}
+
+
+OVERRIDES = {
+    "local/global": ("local/global", {"z": GUIDE}),
+    "name": ({"prior": GUIDE}, {"prior": GUIDE}),
+    "pattern": ({r"AutoNormal\.scales\..*": MODEL, "gain": UNUSED}, {"scales": MODEL, "gain": UNUSED}),
+    "regex": (r"locs", {"locs": GUIDE, "scales": MODEL, "prior": MODEL, "gain": MODEL}),
+    "callable": (lambda name, leaf: GUIDE if leaf.dim() else MODEL, {"z": GUIDE, "mu": MODEL, "tau": MODEL}),
+    "model/guide": ("model/guide", {}),
+}
+
+
+@pytest.mark.parametrize("key", OVERRIDES)
+def test_blocks_can_be_given(key):
+    blocks, expected = OVERRIDES[key]
+    pair = ZOO["auto_normal"]()
+    default = pair.blocks if key != "local/global" else dict.fromkeys(pair.blocks, MODEL)
+    found = discover(pair.model, pair.guide, (X,), blocks=blocks)
+    for row in found.rows:
+        hit = [block for part, block in expected.items() if part in row.name.split(".")]
+        assert row.block == (hit[-1] if hit else default[row.name]), row
+
+
+BAD_OVERRIDES = {
+    "unknown name": ({"piror": GUIDE}, "'prior'"),
+    "unknown block": ({"prior": "gide"}, "'gide'"),
+    "callable's answer": (lambda name, leaf: None, "None"),
+    "no such kind": (3, "blocks=3"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_OVERRIDES)
+def test_blocks_that_cannot_be_read_are_refused(key):
+    blocks, observed = BAD_OVERRIDES[key]
+    pair = ZOO["auto_normal"]()
+    with pytest.raises(BlockError, match=observed):
+        discover(pair.model, pair.guide, (X,), blocks=blocks)
+
+
+def test_an_unknown_parameter_has_no_block():
+    model, guide, _ = params()
+    with pytest.raises(BlockError, match="'wieght'.*'weight'"):
+        discover(model, guide, (X,)).block_of("wieght")
+
+
+# Substitution ---------------------------------------------------------------------------------------------------
+
+
+def moved(parameters: Any, by: Any) -> dict[str, Tensor]:
+    """The parameters in use, each moved by its own direction times `by`."""
+    generator = torch.Generator().manual_seed(7)
+    directions = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in parameters.leaves().items()}
+    return {n: p.detach() + by * directions[n] for n, p in parameters.leaves().items()}
+
+
+def test_substitution_equals_a_change_in_place_and_is_differentiable(pair):
+    found = discover(pair.model, pair.guide, (X,))
+    owned = {(id(m), k): m._parameters[k] for places in found.owners.values() for m, k in places}
+    by = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    with substitute(found, moved(found, by)):
+        loss = loss_of(pair)
+        (slope,) = torch.autograd.grad(loss, by)
+    assert all(m._parameters[k] is owned[id(m), k] for places in found.owners.values() for m, k in places)
+    assert {n: id(p) for n, p in discover(pair.model, pair.guide, (X,)).leaves().items()} == {
+        n: id(p) for n, p in found.leaves().items()
+    }
+    old, new, unmoved = snapshot(found), moved(found, 0.1), loss_of(pair)
+    with torch.no_grad():
+        for name, leaf in found.leaves().items():
+            leaf.copy_(new[name])
+    expected = loss_of(pair)
+    gradients = torch.autograd.grad(expected, list(found.leaves().values()))
+    directions = {n: v - old[n] for n, v in moved(found, 1.0).items()}
+    directions = {n: (new[n] - old[n]) / 0.1 for n in directions}
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    along = sum((g * d).sum() for g, d in zip(gradients, directions.values(), strict=True))
+    torch.testing.assert_close(slope, along, rtol=1e-9, atol=1e-9)
+    assert not torch.equal(loss, unmoved)
+
+
+def test_substitution_is_undone_after_an_error(pair):
+    found = discover(pair.model, pair.guide, (X,))
+    before, values = loss_of(pair).detach(), snapshot(found)
+    with pytest.raises(ZeroDivisionError), substitute(found, moved(found, 1.0)):
+        loss_of(pair)
+        raise ZeroDivisionError
+    assert torch.equal(loss_of(pair), before)
+    assert all(torch.equal(row.leaf, values[row.name]) for row in found.rows)
+
+
+def test_substitution_of_some_parameters_leaves_the_others_live():
+    pair = modules()
+    found = discover(pair.model, pair.guide, (X,))
+    values = {n: v.requires_grad_() for n, v in moved(found, 0.1).items() if n.startswith("decoder")}
+    with substitute(found, values):
+        loss = loss_of(pair)
+    live = found.leaves(GUIDE)
+    gradients = torch.autograd.grad(loss, [*values.values(), *live.values()])
+    assert all(bool(g.abs().sum() > 0) for g in gradients)
+    with pytest.raises(RuntimeError, match="not have been used"):
+        torch.autograd.grad(loss_of(pair), list(values.values()))
+
+
+def test_substitution_nests():
+    pair = params()
+    found = discover(pair.model, pair.guide, (X,))
+    one, two = moved(found, 0.1), moved(found, 0.2)
+    with substitute(found, one):
+        inner = loss_of(pair)
+        with substitute(found, two):
+            innermost = loss_of(pair)
+        assert torch.equal(loss_of(pair), inner)
+    with substitute(found, two):
+        assert torch.equal(loss_of(pair), innermost)
+
+
+# Assignment -----------------------------------------------------------------------------------------------------
+
+
+def test_assigned_values_are_read_back_and_leaves_stay(pair):
+    found = discover(pair.model, pair.guide, (X,))
+    old, leaves = found.constrained(), {row.name: id(row.leaf) for row in found.rows}
+    raw = {n: v for n, v in moved(found, 0.1).items()}
+    with torch.no_grad():
+        for name, leaf in found.leaves().items():
+            leaf.copy_(raw[name])
+    new, loss = found.constrained(), loss_of(pair).detach()
+    assign(found, old)
+    assert not torch.equal(loss_of(pair), loss)
+    assign(found, new)
+    torch.testing.assert_close(loss_of(pair).detach(), loss, rtol=1e-9, atol=1e-9)
+    again = discover(pair.model, pair.guide, (X,))
+    assert {row.name: id(row.leaf) for row in again.rows} == leaves
+    for row in again.rows:
+        torch.testing.assert_close(row.value.detach(), new[row.name], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("build", [params, modules, ZOO["nested_pyro_modules"], plain_modules], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("cls", [SVI, EM])
+def test_assignment_keeps_the_optimizers_state(build, cls):
+    pair = build()
+    fit = cls(pair.model, pair.guide, pyro.optim.Adam({"lr": 0.05}))
+    for _ in range(3):
+        fit.step(X)
+    before = copy.deepcopy(fit.optim.get_state())
+    assign(fit.blocks, {n: 0.5 * v for n, v in fit.blocks.constrained().items()} | {})
+    after = fit.optim.get_state()
+    assert before.keys() == after.keys()
+    for name, state in before.items():
+        for key, value in state["state"][0].items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(after[name]["state"][0][key]))
+    fit.step(X)
+    counts = {int(s["state"][0]["step"]) for s in fit.optim.get_state().values()}
+    assert counts == {4}
+
+
+BAD_VALUES = {
+    "unknown name": ({"wieght": torch.eye(2)}, "'wieght'.*Did you mean 'weight'"),
+    "shape": ({"weight": torch.ones(3)}, r"\(3,\).*\(2, 2\)"),
+    "outside its constraint": ({"scale": torch.tensor(-1.0)}, "'scale'.*GreaterThan"),
+    "at the boundary": ({"scale": torch.tensor(0.0)}, "'scale'"),
+    "not finite": ({"weight": torch.full((2, 2), torch.nan)}, "'weight'"),
+}
+
+
+@pytest.mark.parametrize("key", BAD_VALUES)
+def test_an_assignment_that_cannot_be_made_changes_nothing(key):
+    values, observed = BAD_VALUES[key]
+    model, guide, _ = params()
+    found = discover(model, guide, (X,))
+    before = snapshot(found)
+    with pytest.raises(ModelError, match=observed):
+        assign(found, {"slope": torch.tensor(5.0), **values})
+    assert all(torch.equal(row.leaf, before[row.name]) for row in found.rows)
+
+
+# Buffers --------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Linear, batch norm, dropout; `seen` is a buffer that is replaced, not written."""
+
+    def __init__(self, columns: int, *, affine: bool = True) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(2, columns), nn.BatchNorm1d(columns, affine=affine)
+        self.register_buffer("idle", torch.ones(3))
+        self.register_buffer("empty", None)
+        self.double()
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("registered", ["own", "both"])
+def test_buffers_belong_to_the_block_of_their_module(affine, registered):
+    decoder, encoder = Net(2, affine=affine), Net(4, affine=affine)
+
+    def register(names):
+        for name in names if registered == "own" else ("decoder", "encoder"):
+            pyro.module(name, {"decoder": decoder, "encoder": encoder}[name])
+
+    def model(x):
+        register(["decoder"])
+        with data(x):
+            observe(x, decoder(latent()), ONE)
+
+    def guide(x):
+        register(["encoder"])
+        encoded(encoder, x)
+
+    before = copy.deepcopy([decoder.state_dict(), encoder.state_dict()])
+    found = discover(model, guide, (X,))
+    blocks = {(id(b.module), b.key): b.block for b in found.buffers if b.moves}
+    expected = {(id(net.norm), key): block for net, block in ((decoder, MODEL), (encoder, GUIDE)) for key in net.norm._buffers}
+    assert blocks == expected
+    assert {b.key for b in found.buffers if not b.moves} == {"idle"}
+    for net, old in zip((decoder, encoder), before, strict=True):
+        assert all(torch.equal(v, old[k]) for k, v in net.state_dict().items())
+    assert len(found.moving_buffers()) == 6 and len(found.moving_buffers(outside=(GUIDE,))) == 3
+    assert {id(t) for t in found.moving_buffers(outside=(GUIDE,))} == {id(b) for b in decoder.norm.buffers()}
+
+
+def test_the_buffers_of_a_shared_network_are_shared():
+    shared = Net(2)
+
+    def model(x):
+        with data(x):
+            observe(x, latent() + shared(x), ONE)
+
+    def guide(x):
+        with data(x):
+            latent(shared(x))
+
+    found = discover(model, guide, (X,))
+    assert {b.block for b in found.buffers if b.moves} == {SHARED}

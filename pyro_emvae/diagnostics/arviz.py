@@ -56,7 +56,8 @@ def to_arviz(
 
     A plate is a dim of its name (with the ending ``_dim`` if a site has that name); a subsampled one has the size of
     the batch, the same batch for all draws, with the indices as labels, and ``lp`` is scaled to all data. Unnamed event
-    dims are ``{site}_dim_{i}``. Modules run in eval mode; generators, buffers and modes are as before when it ends.
+    dims are ``{site}_dim_{i}``. Modules run in eval mode; generators, buffers and modes are as before when it ends, but
+    parameters that do not exist yet are made, as the first step of a fit would make them.
 
     Returns:
         ``arviz.InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with 1.x.
@@ -80,8 +81,8 @@ def to_arviz(
     arrays = {"posterior": draws.values, "sample_stats": draws.stats, "observed_data": _observed(draws.single)}
     named, renamed = name_dims(arrays, dims or {})
     labels = _labels(named, renamed, draws, coords or {})
-    plates = [f"{name}: {frame.size} of {frame.full_size}" for name, frame in _subsampled(draws.single).items()]
-    common = {"model": _name_of(model), "guide": _name_of(guide), "seed": seed, "subsampled": plates}
+    plates = ", ".join(f"{name}: {f.size} of {f.full_size}" for name, f in _subsampled(draws.single).items())
+    common = {"model": _name_of(model), "guide": _name_of(guide), "seed": seed, "subsampled": plates or None}
     groups = {
         group: dataset(variables, labels, attributes(num_samples=num_samples, **common)) if variables else None
         for group, variables in named.items()
@@ -113,7 +114,7 @@ def _sample(model: Callable, guide: Callable, args: tuple, kwargs: Mapping, num_
             indices = _subsample_values(model, guide, args, kwargs)
             single = draw(model, guide, args, kwargs, values=indices)
         check_match(single)
-        _check_dims(single)
+        _check(single)
         chunk = _chunk(model, guide, args, kwargs, single, indices, num_samples)
         runs = []
         for start in range(0, num_samples, chunk):
@@ -200,15 +201,6 @@ def _rows(run: Particles, single: Particles) -> dict[str, np.ndarray]:
             )
         values = values.reshape(shape) if values.numel() == math.prod(shape) else values.expand(shape)
         found[name] = _numpy(values)
-    if not found:
-        fail(
-            ModelError,
-            "to_arviz",
-            "write the posterior",
-            got="a model without latent sites",
-            because="the group holds the guide's draws",
-            fix='Add pyro.sample("z", ...) to model and guide.',
-        )
     return found
 
 
@@ -221,8 +213,17 @@ def _unstack(value: Tensor, shape: torch.Size, rows: int) -> Tensor | None:
     return None
 
 
-def _check_dims(single: Particles) -> None:
-    """Raise if a site has batch dims that belong to no plate: particles could not be told apart from them."""
+def _check(single: Particles) -> None:
+    """Raise if there is no latent, or a site has batch dims of no plate, which could be taken for particles."""
+    if not single.latents:
+        fail(
+            ModelError,
+            "to_arviz",
+            "write the posterior",
+            got="a model without latent sites",
+            because="the group holds the guide's draws",
+            fix='Add pyro.sample("z", ...) to model and guide.',
+        )
     for site in single.model.values():
         if len(site.fn.batch_shape) > single.max_plate_nesting and not site.is_deterministic:
             fail(
@@ -267,7 +268,7 @@ def _observed(single: Particles) -> dict[str, Array]:
             continue
         names, shape = _layout(site)
         values = site.value.reshape(shape) if site.value.numel() == math.prod(shape) else site.value.expand(shape)
-        found[name] = Array(_masked(_numpy(values), site), names)
+        found[name] = Array(_masked(np.array(_numpy(values)), site), names)
     return found
 
 

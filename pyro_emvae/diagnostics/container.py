@@ -156,8 +156,10 @@ def plain(attrs: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return str(value)  # not a subclass such as torch's version
     if isinstance(value, (bool, np.bool_, int, np.integer)):
         return int(value)
     if isinstance(value, (float, np.floating)):
@@ -230,7 +232,8 @@ def fit_stats(fit: Any, **attrs: Any) -> Any:
     for name, variable in stats.variables.items():
         own = PHASES if name == "phase" else {}
         variable.attrs = plain({**variable.attrs, **own})
-    stats.attrs = attributes(**attrs, **{**history.attrs, "status": getattr(fit, "status", None)})
+    provenance = {f"fit_{key}": value for key, value in dict(getattr(fit, "provenance", {})).items()}
+    stats.attrs = attributes(**attrs, **{**history.attrs, **provenance, "status": getattr(fit, "status", None)})
     return stats
 
 

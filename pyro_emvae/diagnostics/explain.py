@@ -124,7 +124,8 @@ def explain(
           that is used but not registered;
         * ``loss``: the loss refuses model and guide for another reason.
 
-    Nothing is trained or changed; modules run in eval mode.
+    Nothing is trained or changed; modules run in eval mode. Parameters that do not exist yet are made, as the first
+    step of a fit would make them.
 
     Example:
         >>> from pyro_emvae.diagnostics import explain
@@ -302,6 +303,8 @@ def _role(name: str, particles: Particles) -> str:
 
 
 def _plate(frame: Any) -> str:
+    if int(frame.size) < 0:
+        return f"{frame.name}[?]"
     part = f"{frame.size} of {frame.full_size}" if _full(frame) != int(frame.size) else f"{frame.size}"
     return f"{frame.name}[{part}]"
 
@@ -366,9 +369,18 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _run_flag(error: Exception) -> Flag:
-    text = " ".join(str(error).split())
-    fix = "Run guide(*args), then model(*args), alone."
-    return Flag("run", "model or guide", f"{type(error).__name__}: {text}", fix)
+    refused, fix = _parts(error)
+    return Flag("run", "model or guide", refused, fix or "Run guide(*args), then model(*args), alone.")
+
+
+def _parts(error: Exception) -> tuple[str, str]:
+    """Return what an error says, and its last sentence if it is one of ours, which mends it."""
+    text = " ".join(str(error).split()).rstrip(".")
+    if not isinstance(error, EmvaeError):
+        return f"{type(error).__name__}: {text}", ""
+    refused, _, reason = text.partition(". This is because ")
+    because, _, fix = reason.partition(". ")
+    return f"{refused}: {because}", f"{fix}."
 
 
 def unmatched_sites(case: Case) -> Iterator[Flag]:
@@ -398,7 +410,7 @@ def non_finite(case: Case) -> Iterator[Flag]:
         for error in case.refusals:
             if isinstance(error, NonFiniteError):
                 fix = "Look for sqrt, log or / at zero on its way to a site."
-                yield Flag("non_finite", "gradient", str(error).partition(". This is because ")[0], fix)
+                yield Flag("non_finite", "gradient", _parts(error)[0], fix)
                 return
         return
     name = where.split("site ")[-1].strip("'")
@@ -446,19 +458,17 @@ def scales(case: Case) -> Iterator[Flag]:
 
 def batch_dims(case: Case) -> Iterator[Flag]:
     """A site with batch dims that are no plate's."""
-    for run in ("guide", "model"):
-        for site in getattr(case.particles, run).values():
-            plates = {frame.dim for frame in site.frames}
-            shape = tuple(site.fn.batch_shape)
-            if not site.is_observed and any(n != 1 and i - len(shape) not in plates for i, n in enumerate(shape)):
-                message = f"batch shape {shape} in the {run}, of which plates declare {len(plates)} dims"
-                yield Flag("batch_dims", site.name, message, "Write .to_event(1), or put it into a pyro.plate.")
+    for name, site in (case.particles.model | case.particles.guide).items():
+        plates, shape = {frame.dim for frame in site.frames}, tuple(site.fn.batch_shape)
+        if not site.is_observed and any(n != 1 and i - len(shape) not in plates for i, n in enumerate(shape)):
+            message = f"batch shape {shape}, of which plates declare {len(plates)} dims"
+            yield Flag("batch_dims", name, message, "Write .to_event(1), or put it into a pyro.plate.")
 
 
 def vectorization(case: Case) -> Iterator[Flag]:
     """Two particles vectorized are not the same two run one by one."""
     agrees, _, what = case.vectorizes
-    if not agrees:
+    if not agrees and not list(unmatched_sites(case)):
         site = re.search(r"site '([^']*)'", what)
         message = f"particles cannot be vectorized: {what}" + (" differs" if site else "")
         fix = "Index from the right (z.mean(-1), not z.mean()), or write vectorize_particles=False."
@@ -511,12 +521,9 @@ def _refused(case: Case, kinds: set[str]) -> list[Flag]:
         return [_run_flag(case.error)]
     if kinds & {"unmatched_site", "non_finite", "annotation"}:
         return []
-    flags = {}
-    for error in case.refusals:
-        refused, _, reason = str(error).partition(". This is because ")
-        because, _, fix = reason.partition(". ")
-        flags[str(error)] = Flag("loss", type(case.loss).__name__, f"{refused}: {because}", fix)
-    return [f for e, f in flags.items() if f.fix] or [_run_flag(e) for e in case.refusals[:1]]
+    ours = dict.fromkeys(_parts(error) for error in case.refusals if isinstance(error, EmvaeError))
+    flags = [Flag("loss", type(case.loss).__name__, refused, fix) for refused, fix in ours]
+    return flags or [_run_flag(error) for error in case.refusals[:1]]
 
 
 CHECKS = (unmatched_sites, non_finite, plate_sizes, scales, batch_dims, vectorization, annotations, gradients)

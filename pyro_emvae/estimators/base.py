@@ -91,7 +91,10 @@ def require_fit(name: str, estimator: Estimator, fn: Any, num_particles: int) ->
         return
     got = f"{type(base(fn)).__name__}(batch_shape={tuple(fn.batch_shape)}) with has_rsample={fn.has_rsample}"
     if num_particles < estimator.traits.min_particles:
-        got, fix = f"num_particles={num_particles}", f'Write num_particles={estimator.traits.min_particles}, or "score".'
+        got, fix = (
+            f"num_particles={num_particles}",
+            f'Write num_particles={estimator.traits.min_particles}, or "score".',
+        )
     elif is_point_mass(fn):
         fix = f"Leave {name!r} out: name the auxiliary site that it is computed from."
     elif estimator.traits.needs_rsample:

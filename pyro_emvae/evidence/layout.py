@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import positive_int
 from ..estimators.base import is_point_mass
-from ..particles import Recorder, is_subsample
+from ..particles import Recorder, hold_batch, is_subsample
 
 __all__ = ["Layout", "Request", "look"]
 
@@ -54,10 +54,10 @@ class Layout:
 
     Args:
         shared: The vectorized plates that all latent sites share, by dim; None without any latent.
-        subsampled: Plates that hold a minibatch, of sites that have the shared plates, without these.
+        subsampled: Plates that hold a minibatch inside the weights: of sites with the shared plates, without these.
+        all_subsampled: All plates that hold a minibatch, the shared ones included.
         given: Guide sites that are point masses.
-        indices: Values of the plates' index draws, for all chunks to see the same data.
-        guide_plates: Plates that the guide enters.
+        indices: What the plates drew at random, for all chunks to see the same data.
         floats: About how many numbers one particle takes.
     """
 
@@ -66,7 +66,6 @@ class Layout:
     all_subsampled: tuple[str, ...]
     given: tuple[str, ...]
     indices: dict[str, Tensor]
-    guide_plates: frozenset[str]
     floats: int
 
     @property
@@ -76,27 +75,19 @@ class Layout:
 
 
 def look(request: Request) -> Layout:
-    guide, model, floats = _run_once(request)
-    indices = {n: m["value"] for n, m in {**guide, **model}.items() if is_subsample(m)}
+    """Run guide and model once, twice with a point mass in the guide, and return what that tells."""
+    guide, model, indices, floats = _run_once(request)
     guide, model = ({n: m for n, m in run.items() if not is_subsample(m)} for run in (guide, model))
     given = _point_masses(request, guide, indices)
     latents = [m for n, m in [*guide.items(), *model.items()] if not m["is_observed"] and n not in given]
     shared = _common_plates(latents)
     sites = [*guide.values(), *model.values()]
     inside = [] if shared is None else [m for m in sites if set(shared) <= _vectorized(m)]
-    return Layout(
-        shared,
-        _subsampled(inside, shared or ()),
-        _subsampled(sites, ()),
-        given,
-        indices,
-        frozenset(f.name for m in guide.values() for f in m["cond_indep_stack"]),
-        floats,
-    )
+    return Layout(shared, _subsampled(inside, shared or ()), _subsampled(sites, ()), given, indices, floats)
 
 
-def _run_once(request: Request) -> tuple[dict, dict, int]:
-    """Run guide and model once; return their messages and about how many numbers that took."""
+def _run_once(request: Request) -> tuple[dict, dict, dict[str, Tensor], int]:
+    """Run guide and model once; return their messages, drawn indices, and about how many numbers that took."""
     widest = 0
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -114,7 +105,8 @@ def _run_once(request: Request) -> tuple[dict, dict, int]:
         handle.remove()
     guide, model = guide_run.messages, model_run.messages
     sizes = [math.prod(m["fn"].shape()) for m in [*guide.values(), *model.values()] if not is_subsample(m)]
-    return guide, model, 4 * sum(sizes) + 3 * widest + 1
+    indices = {n: run.messages[n]["value"] for run in (model_run, guide_run) for n in run.subsampled}
+    return guide, model, indices, 4 * sum(sizes) + 3 * widest + 1
 
 
 def _point_masses(request: Request, guide: Mapping[str, dict], indices: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -122,7 +114,7 @@ def _point_masses(request: Request, guide: Mapping[str, dict], indices: Mapping[
     deltas = {n: m["value"] for n, m in guide.items() if not m["is_observed"] and is_point_mass(m["fn"])}
     if not deltas:
         return ()
-    with Recorder({n: (index, None) for n, index in indices.items()}) as again:
+    with hold_batch(indices), Recorder() as again:
         request.guide(*request.args, **request.kwargs)
     return tuple(n for n, value in deltas.items() if torch.equal(value, again.messages[n]["value"]))
 

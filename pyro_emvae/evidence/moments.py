@@ -75,7 +75,7 @@ class Moments:
         self.squares = self.squares + (new - mean).square().sum(0) + step**2 * pairs
         self.squares_u = self.squares_u + (u - mean_u).square().sum(0) + step_u**2 * pairs
         self.products = self.products + ((new - mean) * (u - mean_u)).sum(0) + step * step_u * pairs
-        self.mean = self.mean + step * share
+        self.mean = self.mean * (1 - share) + mean * share  # stays -inf once it is
         self.mean_u = self.mean_u + step_u * share
         self.count = total
 

@@ -3,15 +3,14 @@ r"""Draw from the guide in chunks and reduce the draws to moments of log weights
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, ModelError, NonFiniteError, fail
-from ..particles import Particles, Recorder, Site, check_match, draw, quiet, vectorizable
+from ..particles import Particles, Site, check_match, draw, hold_batch, quiet, vectorizable
 from .layout import Layout, Request, look
 from .moments import Moments
 
@@ -58,65 +57,58 @@ def collect(request: Request) -> Weights:
     """
     with quiet(seed=request.seed, train=False), torch.no_grad():
         layout = look(request)
-        weights, reference = None, {}
-        for particles in _chunks(request, layout):
-            if weights is None:
-                check_match(particles)
-                weights = _empty(request.num_particles, layout)
-            _take(weights, reference, particles, request.obj)
+        weights, reference = _empty(request.num_particles, layout), {}
+        with hold_batch(layout.indices):
+            _check_one(request)
+            for particles in _chunks(request, layout.floats):
+                _take(weights, reference, particles, request.obj)
     if weights.per_datum is not None:
         weights.constant = sum(float(row.double().sum()) for row in reference.values())
     return weights
 
 
+def _check_one(request: Request) -> None:
+    """Say what is wrong with the model before anything is made of it."""
+    particles = draw(request.model, request.guide, request.args, request.kwargs)
+    if not particles.model:
+        fail(
+            ModelError,
+            request.obj,
+            "average log p - log q",
+            got="a model without any pyro.sample",
+            because="there is nothing to take the density of",
+            fix="Write pyro.sample(..., obs=data) in the model.",
+        )
+    check_match(particles)
+    _check_finite(sum(_joint(term) for _, _, term in _terms(particles)), particles, request.obj)
+
+
 # Chunks of particles ---------------------------------------------------------------------------------------------
 
 
-def _chunks(request: Request, layout: Layout) -> Iterator[Particles]:
-    pinned = {n: (index, None) for n, index in layout.indices.items() if n not in layout.guide_plates}
-    model = _pin(request.model, pinned)
-    vectorize, nesting = _vectorize(request, model)
-    size = request.chunk_size or max(1, CHUNK_FLOATS // layout.floats)
+def _chunks(request: Request, floats: int) -> Iterator[Particles]:
+    vectorize, nesting = _vectorize(request)
+    size = request.chunk_size or max(1, CHUNK_FLOATS // floats)
     for start in range(0, request.num_particles, size):
-        number = min(size, request.num_particles - start)
-        loop = number > 1 and not vectorize
-        values = {n: (_repeat(index, number) if loop else index, None) for n, index in layout.indices.items()}
         yield draw(
-            model,
+            request.model,
             request.guide,
             request.args,
             request.kwargs,
-            num_particles=number,
+            num_particles=min(size, request.num_particles - start),
             vectorize=vectorize,
             max_plate_nesting=nesting,
-            values=values,
         )
 
 
-def _repeat(index: Tensor, number: int) -> Tensor:
-    return index.unsqueeze(0).expand(number, *index.shape)
-
-
-def _pin(model: Callable, indices: Mapping[str, Any]) -> Callable:
-    """Return the model with the given index draws in plates that the guide does not enter."""
-    if not indices:
-        return model
-
-    def pinned(*args: Any, **kwargs: Any) -> Any:
-        with Recorder(indices):
-            return model(*args, **kwargs)
-
-    return pinned
-
-
-def _vectorize(request: Request, model: Callable) -> tuple[bool, int | None]:
+def _vectorize(request: Request) -> tuple[bool, int | None]:
     """Return whether to run particles under a plate, and the number of plate dims."""
     nesting = request.max_plate_nesting
     if request.num_particles == 1 or request.vectorize_particles is False:
         return False, nesting
     if request.vectorize_particles and nesting is not None:
         return True, nesting
-    agrees, found, what = vectorizable(model, request.guide, request.args, request.kwargs)
+    agrees, found, what = vectorizable(request.model, request.guide, request.args, request.kwargs)
     nesting = found if nesting is None else nesting
     if not agrees and request.vectorize_particles:
         fail(
@@ -148,27 +140,31 @@ def _empty(num_particles: int, layout: Layout) -> Weights:
 def _take(weights: Weights, reference: dict[str, Tensor], particles: Particles, obj: str) -> None:
     """Add a chunk's log weights to the moments."""
     shared, by_datum = weights.layout.shared or (), weights.per_datum is not None
-    joint, local, eps = 0.0, 0.0, 0.0
-    for key, site, sign in _signed(particles):
-        term = particles.rows(sign * site.scaled).expand(particles.num_particles, *[-1] * particles.max_plate_nesting)
-        joint = joint + term.reshape(len(term), -1).sum(1, dtype=torch.float64)
+    joint = local = eps = 0.0
+    for key, site, term in _terms(particles):
+        joint = joint + _joint(term)
         eps = max(eps, torch.finfo(term.dtype).eps)
         if by_datum and set(shared) <= set(site.frames):
             local = local + _per_datum(particles, term, weights.layout)
         elif by_datum and not _same(reference.setdefault(key, term[:1]), term):
             weights.entangled = site.name
-    joint = torch.as_tensor(joint, dtype=torch.float64).expand(particles.num_particles)
     _check_finite(joint, particles, obj)
     weights.joint.update(joint, eps=eps)
     if by_datum:
         weights.per_datum.update(local, eps=eps)
 
 
-def _signed(particles: Particles) -> Iterator[tuple[str, Site, int]]:
-    for name, site in particles.model.items():
-        yield f"model {name}", site, 1
-    for name, site in particles.guide.items():
-        yield f"guide {name}", site, -1
+def _terms(particles: Particles) -> Iterator[tuple[str, Site, Tensor]]:
+    """Yield the sites with their terms of log p - log q: ``(particles, *plates)``."""
+    for side, sign in (("model", 1), ("guide", -1)):
+        for name, site in getattr(particles, side).items():
+            term = particles.rows(sign * site.scaled)
+            yield f"{side} {name}", site, term.expand(particles.num_particles, *term.shape[1:])
+
+
+def _joint(term: Tensor) -> Tensor:
+    """Return the sum of a term over all plates: ``(particles,)``."""
+    return term.reshape(len(term), -1).sum(1, dtype=torch.float64)
 
 
 def _per_datum(particles: Particles, term: Tensor, layout: Layout) -> Tensor:

@@ -85,8 +85,8 @@ def local_site(node: Mapping[str, Any], frame: Any) -> LocalSite:
     transform = _transform(name, _of_one_datum(name, fn.support, frame.dim - fn.event_dim))
     if transform.codomain.event_dim < fn.event_dim:
         transform = IndependentTransform(transform, fn.event_dim - transform.codomain.event_dim)
-    shape = torch.Size(transform.inverse_shape(fn.event_shape))
-    return LocalSite(name, fn.event_dim, shape, transform, annotation)
+    shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)[len(fn.batch_shape) :]
+    return LocalSite(name, fn.event_dim, torch.Size(shape), transform, annotation)
 
 
 def _is_real(support: Any) -> bool:

@@ -1,6 +1,6 @@
 r"""What an E-step hands on: draws, weights, expectations."""
 
-from .base import Posterior
 from .amortized import GuidePosterior
+from .base import Posterior
 
 __all__ = ["GuidePosterior", "Posterior"]

@@ -1,4 +1,4 @@
-r"""Proof for one's own parts: `check_estimator`, `check_guide`, `check_step`, `assert_mean`, and the exact means behind.
+r"""Proof for one's own parts: `check_estimator`, `check_guide`, `check_step`, `assert_mean`, and exact means.
 
 An estimator is right if its gradient has the right mean. Over finitely many outcomes the mean is a sum; over normal
 noise it is a cubature rule that certifies itself; statistics, with their power checked, are left for the rest.
@@ -9,6 +9,7 @@ from .estimators import Checked, check_estimator
 from .guides import check_guide
 from .mean import Underpowered, assert_mean, needed
 from .replay import Replay
+from .steps import check_step
 
 __all__ = [
     "Checked",
@@ -18,6 +19,7 @@ __all__ = [
     "assert_mean",
     "check_estimator",
     "check_guide",
+    "check_step",
     "exact_mean",
     "needed",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,12 +16,12 @@ from .replay import Replay
 __all__ = ["Mean", "exact_mean"]
 
 MAX_OUTCOMES = 200_000
-PRODUCT = (60, 48, 26, 16)  # nodes per coordinate of the product rule, by number of coordinates
+PRODUCT = (24, 22, 20, 16)  # nodes per coordinate of the product rule, by number of coordinates
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean gradient by parameter name, how it was found (``"enumeration"`` or ``"quadrature"``), and from how much."""
+    """A mean gradient by parameter, how it was found (``"enumeration"``, ``"quadrature"``), and from how much."""
 
     gradients: dict[str, Tensor] = field(repr=False)
     how: str
@@ -49,22 +48,18 @@ def exact_mean(replay: Replay) -> Mean | None:
     if replay.own_draws or replay.estimator.traits.draws != "independent" or outcomes > MAX_OUTCOMES:
         return None
     if dims == 0:
-        gradients, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))
-        return Mean(_weigh(gradients, weights), "enumeration", len(weights))
+        noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))
+        return Mean(replay.mean(noise, weights), "enumeration", len(weights))
     cubature = [(2 * dims, partial(_cubature, dims, 3)), (2 * dims**2 + 1, partial(_cubature, dims, 5))]
     product = [(PRODUCT[dims - 1] ** dims, partial(_product, dims))] if dims <= len(PRODUCT) else []
     for size, rule in product if dims <= 2 else cubature + product:
         if outcomes * size > MAX_OUTCOMES:
             continue
-        one, two = (_weigh(*replay.outcomes(*rule(turn))) for turn in (0, 1))
+        one, two = (replay.mean(*replay.outcomes(*rule(turn))) for turn in (0, 1))
         scale = max(1.0, *(float(g.abs().max()) for g in one.values()))
         if all((one[n] - two[n]).abs().max() <= 1e-10 * scale for n in one):
             return Mean(one, "quadrature", round(outcomes * size))
     return None
-
-
-def _weigh(gradients: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-    return {name: torch.tensordot(weights, g.to(weights), 1) for name, g in gradients.items()}
 
 
 def _cubature(dims: int, degree: int, turn: int) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ def _check_predictive(model, guide, args: tuple, kwargs: Mapping, latents: tuple
 def _importance_weights(particles: Particles) -> Tensor:
     """Return h(z) / q(z) on the second half of the draws, with h fitted to the first."""
     half = particles.num_particles // 2
-    log_q = sum(particles.rows(site.log_prob).flatten(1).sum(1) for site in particles.guide.values())
+    log_q = sum(site.log_prob.reshape(particles.num_particles, -1).sum(1) for site in particles.guide.values())
     log_h, columns = torch.zeros_like(log_q), []
     for name, site in particles.latents.items():
         value = particles.values(name)

@@ -78,7 +78,7 @@ def needed(samples: Tensor, detect: Any, alpha: float = 1e-6, beta: float = 1e-2
 
     Example:
         >>> needed(torch.tensor([-1.0, 1.0] * 50), 0.1)
-        5193
+        5263
     """
     x, _, size = _flatten(samples, 0.0)
     enough = _needed(x, torch.as_tensor(detect).to(x).broadcast_to(samples.shape[1:]).flatten(), alpha, beta)

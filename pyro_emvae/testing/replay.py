@@ -1,4 +1,4 @@
-r"""Draws that are dictated: the gradient of a problem as a function of minibatches, finite outcomes and normal noise."""
+r"""Dictated draws: a problem's gradient as a function of minibatches, finite outcomes and normal noise."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
@@ -18,7 +17,7 @@ from .._registry import create
 from ..estimators.base import Estimator, base, misfit
 from ..loss import Evaluation, MonteCarloELBO, States
 from ..parameters import Parameters, Row, substitute
-from ..particles import Particles, draw, quiet
+from ..particles import Particles, draw, hold_batch, quiet
 from ..problems import Problem
 
 __all__ = ["Replay", "fitting_sites"]
@@ -45,7 +44,7 @@ class Replay:
     Example:
         >>> from pyro_emvae.problems import mixed_two_level
         >>> Replay(mixed_two_level(), "score", 2).noise
-        {'k': ('finite', (2,)), 'z': ('normal', (2,))}
+        {'k': ('finite', (2, 1)), 'z': ('normal', (2, 1))}
     """
 
     def __init__(self, problem: Problem, estimator: Any, num_particles: int, state: States | None = None) -> None:
@@ -69,14 +68,13 @@ class Replay:
         )
         sites = (*once.guide.values(), *once.model.values())
         self.plates = {f.name: (f.full_size, f.size) for s in sites for f in s.frames if f.size != f.full_size}
-        self._model_plates = set(self.plates) - {f.name for s in once.guide.values() for f in s.frames}
+        self.noise: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._graphs: dict[tuple, Callable | None] = {}
         self._enter, self.leaves = _scope(problem)
         with quiet(seed=0, validate=False):
             first = self.evaluate({})
         self.leaves = self.leaves or {n: t for side in first.particles.params.values() for n, t in side.items()}
         self.dtype = first.objective.dtype
-        self.noise: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.sizes: dict[str, int] = {}
         for name, site in first.particles.guide.items():
             if base(site.fn).has_enumerate_support:
@@ -88,10 +86,10 @@ class Replay:
 
     def evaluate(self, noise: Mapping[str, Tensor], state: States | None = None) -> Evaluation:
         """Evaluate at given noise; what it does not name is drawn."""
-        self.loss.noise = noise
-        with self._enter():
-            state = self.state if state is None else state
-            return self.loss.evaluate(self.problem.model, self._guide, self.problem.args, {}, state)
+        self.loss.noise = {name: noise[name] for name in self.noise if name in noise}
+        problem, state = self.problem, self.state if state is None else state
+        with self._enter(), hold_batch({name: noise[name] for name in self.plates if name in noise}):
+            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state)
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return the gradient of the maximised surrogate by parameter name."""
@@ -99,30 +97,37 @@ class Replay:
         grads = torch.autograd.grad(evaluation.surrogate, leaves, allow_unused=True, materialize_grads=True)
         return dict(zip(self.leaves, grads, strict=True))
 
-    def gradients(self, noise: Mapping[str, Tensor], count: int) -> tuple[dict[str, Tensor], Tensor]:
-        """Return gradients, and the log probability of the finite sites' outcomes, along `count` rows of noise."""
-        names = [*self.noise, *self.plates]
-        rows = [noise[name] for name in names]
+    def gradients(self, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return gradients along the rows of noise, and the probabilities of the finite sites' outcomes."""
+        rows = tuple(noise[name] for name in (*self.noise, *self.plates))
+        count = len(rows[0])
 
-        def step(_: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-            evaluation = self.evaluate(dict(zip(names, values, strict=True)))
-            logs = [evaluation.particles.guide[n].log_prob.sum() for n in self.sizes]
-            total = torch.stack(logs).sum().detach() if logs else torch.zeros((), dtype=self.dtype)
-            return total, *self.gradient(evaluation).values()
+        def step(*values: Tensor) -> tuple[Tensor, ...]:
+            evaluation, probability = self._at(values)
+            return probability, *self.gradient(evaluation).values()
 
-        inputs = (torch.arange(count), *rows)
         with quiet(seed=0, validate=False):
-            graph = self._graph(step, [t[0] for t in inputs])
+            graph = self._graph(step, [t[0] for t in rows])
             if graph is None:
-                pieces = [[t.unsqueeze(0) for t in step(*(t[i] for t in inputs))] for i in range(count)]
+                pieces = [[t.unsqueeze(0) for t in step(*(t[i] for t in rows))] for i in range(count)]
             else:
                 mapped = torch.func.vmap(graph)
-                pieces = [mapped(*(t[i : i + CHUNK] for t in inputs)) for i in range(0, count, CHUNK)]
-        log_prob, *grads = (torch.cat(parts).detach() for parts in zip(*pieces, strict=True))
-        return dict(zip(self.leaves, grads, strict=True)), log_prob
+                pieces = [mapped(*(t[i : i + CHUNK] for t in rows)) for i in range(0, count, CHUNK)]
+        probability, *grads = (torch.cat(parts).detach() for parts in zip(*pieces, strict=True))
+        return dict(zip(self.leaves, grads, strict=True)), probability
 
-    def draws(self, count: int, seed: int = 0) -> dict[str, Tensor]:
-        """Return rows of random noise, the same for every dtype; of a finite site, the quantile of its outcome."""
+    def mean(self, noise: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+        """Return the sum of gradients times weights times probabilities along the rows of noise."""
+        gradients, probability = self.gradients(noise)
+        return {name: torch.tensordot(weights * probability, g.to(weights), 1) for name, g in gradients.items()}
+
+    def _at(self, values: tuple[Tensor, ...]) -> tuple[Evaluation, Tensor]:
+        evaluation = self.evaluate(dict(zip((*self.noise, *self.plates), values, strict=True)))
+        logs = [evaluation.particles.guide[name].log_prob.detach().sum() for name in self.sizes]
+        return evaluation, torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
+
+    def draws(self, count: int, seed: int = 0, index: bool = False) -> dict[str, Tensor]:
+        """Return rows of random noise, the same for every dtype; of a finite site, the outcome's quantile or index."""
         generator = torch.Generator().manual_seed(seed)
 
         def uniform(*shape: int) -> Tensor:
@@ -132,10 +137,15 @@ class Replay:
         for name, (kind, shape) in self.noise.items():
             normal = torch.randn((count, *shape), generator=generator, dtype=torch.float64)
             noise[name] = (uniform(count, *shape) if kind == "finite" else normal).to(self.dtype)
+            if index and kind == "finite":
+                noise[name] = (uniform(count, *shape) * self.sizes[name]).long()
         return noise
 
     def outcomes(self, nodes: Tensor, weights: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        r"""Return gradients and probabilities of all outcomes: minibatches x finite values x `nodes` of normal noise."""
+        """Return noise and weights of all outcomes: minibatches x finite values x `nodes` of normal noise.
+
+        The weights lack the probability of the finite values, which the gradients come with.
+        """
         subsets = [torch.tensor(list(itertools.combinations(range(n), b))) for n, b in self.plates.values()]
         digits = [self.sizes[n] for n, (kind, s) in self.noise.items() if kind == "finite" for _ in range(math.prod(s))]
         *columns, last = _digits([*map(len, subsets), *digits, len(nodes)])
@@ -147,8 +157,7 @@ class Replay:
             width = math.prod(shape)
             noise[name] = blocks[kind][:, :width].reshape(-1, *shape)
             blocks[kind] = blocks[kind][:, width:]
-        gradients, log_prob = self.gradients(noise, len(last))
-        return gradients, weights[last] * log_prob.double().exp() / math.prod(map(len, subsets))
+        return noise, weights[last] / math.prod(map(len, subsets))
 
     def size(self) -> tuple[float, int]:
         """Return the number of outcomes without normal noise, and the number of normal coordinates."""
@@ -156,12 +165,6 @@ class Replay:
         logs += [math.log(self.sizes[n]) * math.prod(self.noise[n][1]) for n in self.sizes]
         normal = sum(math.prod(shape) for kind, shape in self.noise.values() if kind == "normal")
         return math.exp(min(sum(logs), 100.0)), normal
-
-    def _guide(self, *args: Any) -> Any:
-        for name in self._model_plates:
-            full, size = self.plates[name]
-            pyro.plate(name, full, subsample_size=size)
-        return self.problem.guide(*args)
 
     def _graph(self, step: Callable, inputs: list[Tensor]) -> Callable | None:
         if self.own_draws or not all(row.estimator.traits.recordable for row in self.loss.table):
@@ -191,7 +194,7 @@ def _scope(problem: Problem) -> tuple[Callable[[], Any], dict[str, Tensor]]:
 
 
 class _Dictated(MonteCarloELBO):
-    """A loss whose values and minibatches are functions of given noise."""
+    """A loss whose values are functions of given noise."""
 
     noise: Mapping[str, Tensor] = {}
 

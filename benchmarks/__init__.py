@@ -1,0 +1,1 @@
+"""Speed of the package against Pyro's own, as ratios from one process: ``python -m benchmarks [name ...]``."""

@@ -1,0 +1,60 @@
+"""`compare_gradients` against a loop over Pyro's ``loss_and_grads``, at the same estimator and number of particles."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.distributions.testing.fakes import NonreparameterizedNormal
+from pyro.infer import Trace_ELBO
+from torch import Tensor
+
+import pyro_emvae as emvae
+
+from .timing import Call, Case
+
+REPLICATES = 1000
+PARTICLES = 2
+
+
+def replicates(ours: bool, estimator: str) -> Call:
+    problem = emvae.problems.logistic_regression()
+    normal = dist.Normal if estimator == "pathwise" else NonreparameterizedNormal
+
+    def guide(x: Tensor, y: Tensor) -> None:
+        loc, log_scale = (pyro.param(name, x.new_zeros(x.shape[1])) for name in ("loc", "log_scale"))
+        pyro.sample("w", normal(loc, log_scale.exp()).to_event(1))
+
+    if ours:
+        return lambda: emvae.compare_gradients(
+            problem.model,
+            guide,
+            *problem.args,
+            estimators=[estimator],
+            num_replicates=REPLICATES,
+            num_particles=PARTICLES,
+        )
+    return lambda: loop(problem.model, guide, problem.args)
+
+
+def loop(model, guide, args) -> Tensor:
+    """Return the gradients of all replicates, one row each."""
+    loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
+    guide(*args)
+    leaves = [pyro.param(name).unconstrained() for name in ("loc", "log_scale")]
+    rows = []
+    for _ in range(REPLICATES):
+        loss.loss_and_grads(model, guide, *args)
+        rows.append(torch.cat([leaf.grad for leaf in leaves]))
+        pyro.infer.util.zero_grads(leaves)
+    return torch.stack(rows)
+
+
+def case(estimator: str) -> Case:
+    what = f"{REPLICATES:,} {estimator} gradients of logistic regression against a loop over `Trace_ELBO`"
+    return Case(f"compare_{estimator}", what, 1 / 30, partial(replicates, estimator=estimator))
+
+
+CASES = tuple(map(case, ("pathwise", "score")))

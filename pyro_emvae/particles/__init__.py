@@ -1,0 +1,24 @@
+r"""Run the guide, replay the model: values, log p and log q per site."""
+
+from .checks import check_match, subsample_values, vectorizable
+from .handlers import Recorder, config_estimators, hold_batch, is_subsample
+from .quiet import ModuleWatch, quiet
+from .run import draw, replay
+from .sites import Particles, Site, reduce_to
+
+__all__ = [
+    "ModuleWatch",
+    "Particles",
+    "Recorder",
+    "Site",
+    "check_match",
+    "config_estimators",
+    "draw",
+    "hold_batch",
+    "is_subsample",
+    "quiet",
+    "reduce_to",
+    "replay",
+    "subsample_values",
+    "vectorizable",
+]

@@ -1,0 +1,129 @@
+r"""Do model and guide fit, and may particles be vectorized?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from .._checks import ModelError, fail, nearest
+from .handlers import Recorder, is_subsample
+from .quiet import quiet
+from .run import draw, run_pair, stack_runs
+from .sites import Particles, Site
+
+__all__ = ["check_match", "subsample_values", "vectorizable"]
+
+
+def vectorizable(
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], rtol: float | None = None
+) -> tuple[bool, int, str]:
+    r"""Replay two particles vectorized and one by one and compare log p and log q per site.
+
+    Returns:
+        Whether they agree, the number of plate dims, and otherwise what disagreed first.
+
+    A model with ``z - z.mean()`` passes every shape check and gives wrong numbers when vectorized; this finds it.
+    """
+    with quiet(train=False, validate=False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first = run_pair(model, guide, args, kwargs, 1, None, None, None)
+        nesting = first.max_plate_nesting
+        indices = subsample_values(model, guide, args, kwargs)
+        loops = [run_pair(model, guide, args, kwargs, 1, nesting, None, indices) for _ in range(2)]
+        looped = stack_runs(loops)
+        given = {n: (s.value, None) for n, s in looped.guide.items() if not s.is_observed} | indices
+        try:
+            together = draw(
+                model, guide, args, kwargs, num_particles=2, vectorize=True, max_plate_nesting=nesting, values=given
+            )
+        except Exception as error:  # any failure of the user's code under an extra dim is the answer
+            return False, nesting, f"{type(error).__name__} in the vectorized run: {error}"
+        for side in ("guide", "model"):
+            for name, site in getattr(looped, side).items():
+                other = getattr(together, side).get(name)
+                if other is None or not _same(site, other, looped, rtol):
+                    return False, nesting, f"log density of the {side}'s site {name!r}"
+    return True, nesting, ""
+
+
+def _same(site: Site, other: Site, particles: Particles, rtol: float | None) -> bool:
+    one, two = particles.rows(site.scaled), particles.rows(other.scaled)
+    if one.dim() != two.dim():
+        return False
+    tolerance = rtol or (1e-4 if one.dtype == torch.float32 else 1e-8)
+    try:
+        one, two = torch.broadcast_tensors(one, two)
+    except RuntimeError:
+        return False
+    scale = one.abs().amax().clamp(min=1.0) if one.numel() else torch.ones(())
+    return bool(torch.allclose(one, two, rtol=tolerance, atol=tolerance * float(scale), equal_nan=True))
+
+
+def subsample_values(model, guide, args, kwargs) -> dict[str, Any]:
+    """Draw the plates' indices once, to be shared by both ways of running."""
+    with Recorder() as run:
+        guide(*args, **kwargs)
+    given = {n: (m["value"], m["infer"]) for n, m in run.messages.items() if not m["is_observed"]}
+    with Recorder(given) as model_run:
+        model(*args, **kwargs)
+    both = {**run.messages, **model_run.messages}
+    return {n: (m["value"], m["infer"]) for n, m in both.items() if is_subsample(m)}
+
+
+def check_match(particles: Particles) -> None:
+    r"""Raise unless model and guide have the same latents, of the same shape.
+
+    Raises:
+        ModelError: Naming the first site that one of them lacks or whose event dims differ.
+    """
+    guide = {n: s for n, s in particles.guide.items() if not s.is_observed and not s.infer.get("is_auxiliary")}
+    latents = particles.latents
+    enumerated = {n for n, s in latents.items() if s.infer.get("_enumerate_dim") is not None}
+    for name in guide:
+        if name not in latents:
+            where = "observed in the model" if name in particles.model else "a site that the model lacks"
+            fail(
+                ModelError,
+                "guide",
+                f"draw site {name!r}",
+                got=where,
+                because="every guide site is a latent of the model, or auxiliary",
+                fix=f"Rename it ({nearest(name, latents)}), or mark it infer={{'is_auxiliary': True}}.",
+            )
+    for name, site in latents.items():
+        if name not in particles.guide and name not in enumerated:
+            fail(
+                ModelError,
+                "guide",
+                f"draw site {name!r}",
+                got="no such site in the guide",
+                because="every latent of the model needs a value",
+                fix=f"Add pyro.sample({name!r}, ...) to the guide, or observe it in the model with obs=.",
+            )
+        if name in guide and guide[name].fn.event_dim != site.fn.event_dim:
+            fail(
+                ModelError,
+                "guide",
+                f"draw site {name!r}",
+                got=f"event_dim {guide[name].fn.event_dim} in the guide and {site.fn.event_dim} in the model",
+                because="both have to agree on what one value is",
+                fix="Use .to_event() in the same way in both.",
+            )
+        if name in guide:
+            _check_shapes(name, guide[name], site)
+
+
+def _check_shapes(name: str, guide: Site, model: Site) -> None:
+    one, two = tuple(guide.fn.shape()), tuple(model.fn.shape())
+    if one != two and {f.name for f in guide.frames} != {f.name for f in model.frames}:
+        fail(
+            ModelError,
+            "guide",
+            f"draw site {name!r}",
+            got=f"shape {one} in the guide and {two} in the model",
+            because="both have to draw the same values in the same plates",
+            fix="Put the site into the same pyro.plate in both.",
+        )

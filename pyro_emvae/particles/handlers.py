@@ -1,0 +1,135 @@
+r"""The handlers that runs are made of.
+
+One `Recorder` stands in for Pyro's trace, replay and parameter capture. It is the outermost handler, so that it sees a
+message after every plate, scale and mask of the program, and its change of a value before any of them does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pyro import poutine
+from torch import Tensor
+
+from .._checks import ModelError, fail
+from .._pyro import Messenger
+
+__all__ = ["PARTICLE_PLATE", "Recorder", "config_estimators", "hold_batch", "is_subsample"]
+
+PARTICLE_PLATE = "num_particles_vectorized"
+
+
+class Recorder(Messenger):
+    """Record every sample statement and parameter; replay given values; treat drawn values by name.
+
+    `treat(msg)` returns ``"attach"``, ``"detach"`` or ``"cut"`` for a freshly drawn value; cut values are leaves of
+    their own, so that gradients through values and direct gradients come apart. ``"probe"`` cuts values that no
+    parameter moves, too.
+    """
+
+    def __init__(self, values: Mapping[str, Any] | None = None, treat: Callable[[dict], str] | None = None) -> None:
+        super().__init__()
+        self.values = values or {}
+        self.treat = treat
+        self.messages: dict[str, dict] = {}
+        self.cuts: list[tuple[Tensor, Tensor]] = []
+        self.params: dict[str, Tensor] = {}
+        self.constraints: dict[str, Any] = {}
+        self.ignored: list[str] = []
+        self.subsampled: list[str] = []
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if is_subsample(msg) and msg["value"] is None and (msg["fn"].subsample_size or math.inf) < msg["fn"].size:
+            self.subsampled.append(msg["name"])
+        if msg["is_observed"] or msg["name"] not in self.values:
+            return
+        msg["value"], infer = self.values[msg["name"]]
+        msg["done"] = True
+        if infer is not None:
+            if "estimator" in (msg["infer"] or {}) and "estimator" not in infer:
+                self.ignored.append(msg["name"])
+            msg["infer"] = infer
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if msg["infer"] and msg["infer"].get("_do_not_trace"):
+            return
+        name = msg["name"]
+        if name in self.messages:
+            fail(
+                ModelError,
+                "Particles",
+                f"record site {name!r}",
+                got="a second sample statement of that name",
+                because="names tell the sites apart",
+                fix="Give every pyro.sample its own name.",
+            )
+        if self.treat is not None and not msg["is_observed"] and not is_subsample(msg):
+            self._treat(msg)
+        self.messages[name] = msg.copy()
+
+    def _treat(self, msg: dict) -> None:
+        how = self.treat(msg)
+        value = msg["value"]
+        probe = how == "probe" and value.is_floating_point()
+        if how == "attach" or not (value.requires_grad or probe):
+            return
+        msg["value"] = value.detach()
+        if how == "cut" or probe:
+            self.cuts.append((value, msg["value"].requires_grad_()))
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        value = msg["value"]
+        if value is not None:
+            leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+            self.params[msg["name"]] = leaf
+            self.constraints[msg["name"]] = msg["kwargs"].get("constraint")
+
+
+def is_subsample(msg: Mapping[str, Any]) -> bool:
+    """Whether a message is a plate's draw of indices."""
+    return type(msg["fn"]).__name__ == "_Subsample"
+
+
+class _Hold(Messenger):
+    def __init__(self, indices: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if is_subsample(msg) and msg["value"] is None and msg["name"] in self.indices:
+            msg["value"], msg["done"] = self.indices[msg["name"]], True
+
+
+def config_estimators(guide: Callable, config: Callable[[Mapping[str, Any]], Any] | Mapping[str, Any]) -> Callable:
+    r"""Annotate many sites of a guide with estimators; annotations that are there already win.
+
+    Args:
+        guide: A Pyro callable.
+        config: A mapping from site to estimator, or a function of the site's message (a dict with ``"name"``,
+            ``"fn"``, ...) that returns an estimator or None.
+
+    Returns:
+        The guide as a callable whose sites have ``infer={"estimator": ...}``.
+
+    Source: `pyro.infer.config_enumerate`, for the pattern.
+
+    Example:
+        >>> import torch, pyro.distributions as dist
+        >>> def guide(): pyro.sample("k", dist.Bernoulli(0.3))
+        >>> guide = config_estimators(guide, {"k": "leave_one_out"})
+        >>> poutine.trace(guide).get_trace().nodes["k"]["infer"]["estimator"]
+        'leave_one_out'
+    """
+
+    def annotate(msg: Mapping[str, Any]) -> dict[str, Any]:
+        chosen = config.get(msg["name"]) if isinstance(config, Mapping) else config(msg)
+        return {} if chosen is None or "estimator" in msg["infer"] else {"estimator": chosen}
+
+    return poutine.infer_config(guide, annotate)
+
+
+def hold_batch(indices: Mapping[str, Tensor]) -> Messenger:
+    """Return a context in which plates that subsample at random use these indices, by plate."""
+    return _Hold(indices)

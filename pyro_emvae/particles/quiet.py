@@ -1,0 +1,74 @@
+r"""Code that only looks: generators forked, buffers and modes restored."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from torch import Tensor, fx, nn
+
+__all__ = ["ModuleWatch", "quiet"]
+
+
+@contextlib.contextmanager
+def quiet(*, seed: int | None = None, train: bool | None = None, validate: bool | None = None) -> Iterator[None]:
+    r"""Run code that only measures: generators, buffers, modes and validation are as before when it ends.
+
+    Args:
+        seed: Seed of the forked torch, numpy and Python generators; None goes on from their present state.
+        train: Mode of every module that is called meanwhile: True, False, or None for its own.
+        validate: Pyro's validation meanwhile, or None for its own.
+
+    Modules are found by a forward hook, so that buffers of networks that no one registered are restored too.
+    """
+    states = (random.getstate(), np.random.get_state())
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    validation = pyro.validation_enabled(validate) if validate is not None else contextlib.nullcontext()
+    with ModuleWatch(train) as watch:
+        try:
+            with torch.random.fork_rng(devices), validation:
+                if seed is not None:
+                    torch.manual_seed(seed)
+                    random.seed(seed)
+                    np.random.seed(seed % 2**32)
+                yield
+        finally:
+            watch.restore()
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+class ModuleWatch:
+    """Note every module that is called, with its mode and copies of its buffers as they were before."""
+
+    def __init__(self, train: bool | None = None) -> None:
+        self.train = train
+        self.saved: dict[nn.Module, tuple[bool, dict[str, Tensor]]] = {}
+
+    def __enter__(self) -> ModuleWatch:
+        self.handle = nn.modules.module.register_module_forward_pre_hook(self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.handle.remove()
+
+    def _note(self, module: nn.Module, _: Any) -> None:
+        if module not in self.saved and not isinstance(module, fx.GraphModule):
+            buffers = {n: b.clone() for n, b in module._buffers.items() if b is not None}
+            self.saved[module] = (module.training, buffers)
+            if self.train is not None:
+                module.training = self.train
+
+    def restore(self) -> None:
+        """Put modes and buffers back."""
+        with torch.no_grad():
+            for module, (training, buffers) in self.saved.items():
+                module.training = training
+                for name, value in buffers.items():
+                    if not torch.equal(module._buffers[name], value):
+                        module._buffers[name].copy_(value)

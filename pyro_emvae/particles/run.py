@@ -1,0 +1,237 @@
+r"""Run the guide and replay the model, once under a particle plate or once per particle, in one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .._checks import ModelError, fail
+from .._pyro import Messenger
+from .handlers import PARTICLE_PLATE, Recorder, is_subsample
+from .sites import Particles, Site
+
+__all__ = ["draw", "replay", "run_pair", "stack_runs"]
+
+
+def draw(
+    model: Callable,
+    guide: Callable,
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_particles: int = 1,
+    vectorize: bool = False,
+    max_plate_nesting: int | None = None,
+    treat: Callable[[dict], str] | None = None,
+    values: Mapping[str, Any] | None = None,
+) -> Particles:
+    r"""Run the guide and replay the model on its draws.
+
+    Args:
+        model, guide: Pyro callables of the same arguments.
+        args, kwargs: The data.
+        num_particles: K.
+        vectorize: One run under an outermost plate (True) or K runs (False).
+        max_plate_nesting: Number of plate dims; needed to vectorize more than one particle.
+        treat: See `Recorder`.
+        values: Values (with annotations or None) of sites that are replayed and not drawn, the same in every run.
+
+    Returns:
+        The particles. With K > 1 every log density has its particles at dim ``-1 - max_plate_nesting``.
+
+    Source: Pyro's vectorized particle plate (`pyro.infer.ELBO`); differs: a loop is stacked into the same layout.
+    """
+    kwargs = kwargs or {}
+    if num_particles == 1 or vectorize:
+        wrap = _plate_wrapper(num_particles, max_plate_nesting)
+        return run_pair(wrap(model), wrap(guide), args, kwargs, num_particles, max_plate_nesting, treat, values)
+    return stack_runs(
+        [run_pair(model, guide, args, kwargs, 1, max_plate_nesting, treat, values) for _ in range(num_particles)]
+    )
+
+
+def replay(
+    model: Callable,
+    guide: Callable,
+    values: Mapping[str, Tensor],
+    args: tuple = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_particles: int = 1,
+    max_plate_nesting: int | None = None,
+) -> Particles:
+    """Score given values of the guide's sites, in the layout of `draw`, under guide and model in one run."""
+    given = {name: (value, None) for name, value in values.items()}
+    return draw(
+        model,
+        guide,
+        args,
+        kwargs,
+        num_particles=num_particles,
+        vectorize=True,
+        max_plate_nesting=max_plate_nesting,
+        values=given,
+    )
+
+
+def _plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable], Callable]:
+    if num_particles == 1:
+        return lambda fn: fn
+    return lambda fn: pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting)(fn)
+
+
+def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values) -> Particles:
+    messenger = poutine.unwrap(guide)
+    guide_run = Recorder(values, treat)
+    if isinstance(messenger, Messenger):
+        with guide_run:
+            result = guide(*args, **kwargs)
+        model_msgs, guide_msgs = _split_messenger_guide(guide_run.messages)
+        model_params, ignored, constraints = {}, [], guide_run.constraints
+        subsample = {n: guide_run.messages[n]["value"] for n in guide_run.subsampled}
+    else:
+        with guide_run:
+            guide(*args, **kwargs)
+        guide_msgs = guide_run.messages
+        given = {n: (m["value"], m["infer"]) for n, m in guide_msgs.items() if not m["is_observed"]}
+        _check_not_observed(given, guide_msgs)
+        with Recorder({**(values or {}), **given}) as model_run:
+            result = model(*args, **kwargs)
+        model_msgs, model_params, ignored = model_run.messages, model_run.params, model_run.ignored
+        constraints = guide_run.constraints | model_run.constraints
+        subsample = {n: run.messages[n]["value"] for run in (model_run, guide_run) for n in run.subsampled}
+    if nesting is None:
+        nesting = _nesting([*guide_msgs.values(), *model_msgs.values()])
+    return Particles(
+        num_particles,
+        nesting,
+        {n: _site(m) for n, m in guide_msgs.items() if not is_subsample(m)},
+        {n: _site(m) for n, m in model_msgs.items() if not is_subsample(m)},
+        {"guide": guide_run.params, "model": model_params},
+        result,
+        (tuple(guide_run.cuts),),
+        tuple(ignored),
+        constraints,
+        subsample,
+    )
+
+
+def _split_messenger_guide(messages: dict[str, dict]) -> tuple[dict, dict]:
+    """Split the single run of an effect-handler guide: the prior is kept in its annotations."""
+    model, guide = {}, {}
+    for name, msg in messages.items():
+        prior = (msg["infer"] or {}).get("prior")
+        if msg["is_observed"] or is_subsample(msg):
+            model[name] = msg
+        elif prior is None:
+            guide[name] = msg
+        else:
+            guide[name] = msg
+            model[name] = {**msg, "fn": prior}
+    return model, guide
+
+
+def _check_not_observed(given: Mapping[str, Any], guide_msgs: Mapping[str, dict]) -> None:
+    for name in given:
+        if guide_msgs[name]["value"] is None:
+            fail(
+                ModelError,
+                "Particles",
+                f"replay site {name!r}",
+                got="no value",
+                because="the guide has to draw every latent",
+                fix=f"Write pyro.sample({name!r}, ...) in the guide without a handler that hides its value.",
+            )
+
+
+def _nesting(messages: Iterable[dict]) -> int:
+    dims = [f.dim for m in messages for f in m["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
+    return -min(dims) if dims else 0
+
+
+def _site(msg: dict) -> Site:
+    fn, value = msg["fn"], msg["value"]
+    try:
+        log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
+    except ValueError as cause:
+        shape = tuple(getattr(value, "shape", ()))
+        fail(
+            ModelError,
+            "Particles",
+            f"score site {msg['name']!r}",
+            got=f"a value of shape {shape} under {type(fn).__name__} with shape {tuple(fn.shape())}",
+            because=f"its distribution refuses the value ({cause})",
+            fix="Let the data fit the plates, the event shape and the support of the site.",
+            cause=cause,
+        )
+    frames = tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE)
+    infer = msg["infer"] or {}
+    return Site(msg["name"], fn, value, log_prob, msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
+
+
+def stack_runs(runs: list[Particles]) -> Particles:
+    """Stack runs of one particle each into the layout of the vectorized plate."""
+    nesting = max(run.max_plate_nesting for run in runs)
+    params = {
+        side: {name: leaf for run in runs for name, leaf in run.params[side].items()} for side in ("guide", "model")
+    }
+    sides = {}
+    for side in ("guide", "model"):
+        names = list(getattr(runs[0], side))
+        if any(list(getattr(run, side)) != names for run in runs):
+            fail(
+                ModelError,
+                "Particles",
+                f"stack {len(runs)} runs of the {side}",
+                got="runs with different sites",
+                because="more than one particle needs the same sites in every run",
+                fix="Use num_particles=1 for a model whose structure changes.",
+            )
+        sides[side] = {n: _stack_site([getattr(run, side)[n] for run in runs], nesting) for n in names}
+    results, cuts = [run.result for run in runs], tuple(cut for run in runs for cut in run.cuts)
+    return replace(
+        runs[0],
+        num_particles=len(runs),
+        max_plate_nesting=nesting,
+        guide=sides["guide"],
+        model=sides["model"],
+        params=params,
+        result=results,
+        cuts=cuts,
+    )
+
+
+def _stack_site(sites: list[Site], nesting: int) -> Site:
+    first = sites[0]
+
+    def stack(tensors: list[Tensor], event_dim: int = 0) -> Tensor:
+        padded = [t.reshape((1,) * (nesting + event_dim - t.dim()) + t.shape) for t in tensors]
+        return torch.stack(padded)
+
+    event_dim = first.fn.event_dim
+    scale = _stack_handler([s.scale for s in sites], stack)
+    mask = _stack_handler([s.mask for s in sites], stack)
+    return replace(
+        first,
+        value=stack([s.value for s in sites], event_dim),
+        log_prob=stack([s.log_prob for s in sites]),
+        scale=scale,
+        mask=mask,
+    )
+
+
+def _stack_handler(values: list[Any], stack: Callable) -> Any:
+    first = values[0]
+    if not isinstance(first, Tensor):
+        if all(v is first or v == first for v in values):
+            return first
+        values = [torch.as_tensor(v) for v in values]
+    elif all(v is first for v in values):
+        return first
+    return stack(list(values))

@@ -1,0 +1,242 @@
+"""`compare_gradients`: what it measures is right, what it finds biased is biased, and it leaves no trace."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from torch import nn
+
+import pyro_emvae as emvae
+from pyro_emvae import problems
+from pyro_emvae._registry import Traits
+from pyro_emvae.engine import gradient
+from pyro_emvae.estimators import LeaveOneOut, Score
+from pyro_emvae.particles import hold_batch
+
+EXACT = (
+    "normal_normal",
+    "linear_gaussian",
+    "skewed",
+    "bernoulli",
+    "categorical",
+    "two_level",
+    "mixed_two_level",
+    "masked",
+)
+
+
+def compare(problem, **options):
+    return emvae.compare_gradients(problem.model, problem.guide, *problem.args, seed=0, **options)
+
+
+@dataclass(frozen=True)
+class Shrunk(LeaveOneOut):
+    """The classic slip: dividing by n instead of n - 1."""
+
+    traits: ClassVar[Traits] = Traits(min_particles=2)
+
+    def surrogate(self, site, signal, rows, state):
+        term = super().surrogate(site, signal, rows, state)["guide"] * ((rows - 1) / rows)
+        return {"value": term, "guide": term}
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_unbiased_rows_agree_with_the_exact_gradient(name):
+    problem = getattr(problems, name)()
+    rows = ["score", "leave_one_out", *(["pathwise"] if problem.traits.reparameterised else [])]
+    table = compare(problem, estimators=rows, reference=problems.exact_gradients(problem), num_replicates=2000)
+    assert float(table.dataset.bias_z.max()) < table.dataset.attrs["bias_z_limit"] + 1
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_a_biased_row_is_found(reference):
+    problem = problems.bernoulli()
+    exact = problems.exact_gradients(problem) if reference else None
+    rows = {"shrunk": Shrunk(), "leave_one_out": "leave_one_out"}
+    data = compare(problem, estimators=rows, reference=exact, num_replicates=4000).dataset.sel(block="guide")
+    assert float(data.bias_z.max()) > 3 * data.attrs["bias_z_limit"]
+    if reference:
+        assert float(data.bias_z.sel(estimator="leave_one_out")) < data.attrs["bias_z_limit"] + 1
+
+
+def test_variances_are_those_of_a_plain_loop():
+    problem = problems.two_level()
+    loss = emvae.MonteCarloELBO(2, estimator="score")
+    data = compare(problem, estimators=["score"], num_replicates=4000).dataset
+    torch.manual_seed(1)
+    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(4000)]
+    for block, names in (("guide", problem.guide_params), ("model", problem.model_params)):
+        variance = torch.cat([torch.stack([g[n].reshape(-1) for g in loop]).var(0) for n in names])
+        assert float(data.variance_mean.sel(estimator="score", block=block)) == pytest.approx(
+            float(variance.mean()), rel=0.15
+        )
+
+
+def test_exact_variance_of_a_bernoulli_toy():
+    """f(b) = (b - t)^2: the variances of estimators.md's table for t = 0.499, phi = 0 (Tucker et al. 2017)."""
+
+    def model():
+        b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)))
+        pyro.factor("f", (b - 0.499) ** 2)
+
+    def guide():
+        pyro.sample("b", dist.Bernoulli(logits=pyro.param("phi", torch.tensor(0.0, dtype=torch.float64))))
+
+    rows = ["score", "leave_one_out"]
+    data = emvae.compare_gradients(model, guide, estimators=rows, num_replicates=20_000, seed=0).dataset
+    variance = data.variance_mean.sel(block="guide")
+    assert float(variance.sel(estimator="score")) == pytest.approx(0.00781256, rel=0.02)
+    assert float(variance.sel(estimator="leave_one_out")) == pytest.approx(2.5e-7, rel=0.05)
+
+
+def test_default_rows_leave_out_pathwise_where_a_site_has_no_rsample():
+    names = list(compare(problems.bernoulli(), num_replicates=20).dataset.estimator.values)
+    assert names == ["score", "leave_one_out", "Trace_ELBO"]
+    names = list(compare(problems.two_level(), num_replicates=20).dataset.estimator.values)
+    assert names == ["score", "leave_one_out", "pathwise", "Trace_ELBO"]
+
+
+def test_pyro_losses_run_and_are_named_as_looped():
+    losses = [Trace_ELBO(), TraceGraph_ELBO(), TraceMeanField_ELBO(), TraceEnum_ELBO(strict_enumeration_warning=False), Trace_ELBO()]
+    table = compare(problems.local_global(), estimators=losses, num_replicates=30)
+    assert list(table.dataset.estimator.values)[-1] == "Trace_ELBO (2)"
+    assert set(table.looped) == set(table.dataset.estimator.values)
+    assert "TraceGraph_ELBO was run one replicate at a time" in str(table)
+
+
+def test_a_row_wins_over_annotations_and_a_mapping_is_a_row():
+    problem = problems.two_level()
+    guide = emvae.config_estimators(problem.guide, {"first": "score", "second": "score"})
+    rows = {"all": "pathwise", "one": {"first": "pathwise"}, "again": LeaveOneOut()}
+    data = emvae.compare_gradients(problem.model, guide, *problem.args, estimators=rows, seed=0).dataset
+    variance = data.variance_mean.sel(block="guide")
+    assert float(variance.sel(estimator="all")) < 0.5 * float(variance.sel(estimator="one"))
+
+
+def test_what_cannot_be_recorded_is_looped_and_named():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z if float(z.detach().sum()) > 0 else 2 * z, 1.0), obs=x)
+
+    def guide(x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.3)), 1.0))
+
+    table = emvae.compare_gradients(
+        model, guide, torch.tensor(1.0), estimators=["pathwise"], num_particles=1, num_replicates=10, seed=0
+    )
+    assert "test_compare.py" in table.looped["pathwise"]
+
+
+def test_minibatch_row_is_the_variance_over_batches():
+    problem = problems.subsampled()
+    data = compare(problem, estimators=["pathwise"], num_replicates=4000).dataset
+    leaves = {n: pyro.param(n).unconstrained() for n in problem.guide_params}
+    loss = emvae.MonteCarloELBO(4000, estimator="pathwise")
+    means = []
+    for pair in itertools.combinations(range(5), 2):
+        with hold_batch({"data": torch.tensor(pair)}):
+            grads = gradient(problem.model, problem.guide, loss, problem.args, {}, only=leaves).grads
+        means.append(torch.cat([grads[n].reshape(-1) for n in leaves]))
+    expected = torch.stack(means).var(0, correction=0)
+    got = data.sel(estimator="minibatch", block="guide")
+    assert float(got.variance_max) == pytest.approx(float(expected.max()), rel=0.2)
+    assert bool(got.evaluations.isnull())
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 4))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def test_nothing_is_left_behind():
+    encoder, x = Noisy(), torch.randn(6, 2)
+
+    def model(x):
+        w = pyro.param("w", torch.ones(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(w * z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        loc, scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    svi = emvae.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}))
+    svi.step(x)
+    for p in encoder.parameters():
+        p.grad = torch.ones_like(p)
+    everything = [*encoder.parameters(), *encoder.buffers(), pyro.param("w").unconstrained()]
+    before = [t.detach().clone() for t in everything]
+    generator = torch.get_rng_state()
+    rows = ["score", "pathwise", "decaying_average", Trace_ELBO()]
+    emvae.compare_gradients(model, guide, x, estimators=rows, num_replicates=20, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(before, everything, strict=True))
+    assert torch.equal(generator, torch.get_rng_state())
+    assert all(bool((p.grad == 1).all()) for p in encoder.parameters())
+    assert encoder.training and encoder.net[1].training
+
+
+def test_same_seed_same_numbers_and_export(tmp_path):
+    problem = problems.bernoulli()
+    one, two = (compare(problem, num_replicates=50) for _ in range(2))
+    variables = [v for v in one.dataset.data_vars if "time" not in v and v != "milliseconds"]
+    assert one.dataset[variables].equals(two.dataset[variables])
+    one.to_csv(tmp_path / "table.csv")
+    lines = (tmp_path / "table.csv").read_text().splitlines()
+    assert lines[0].startswith("estimator,block,") and len(lines) == 1 + one.dataset.sizes["estimator"] * 2
+    assert "log" in (one.plot().get_xscale(), one.plot().get_yscale())
+
+
+def test_chunks_do_not_change_what_is_estimated():
+    problem = problems.two_level()
+    small = compare(problem, estimators=["pathwise"], num_replicates=3000, memory=2e5).dataset
+    large = compare(problem, estimators=["pathwise"], num_replicates=3000).dataset
+    assert float(small.variance_mean[0, 0]) == pytest.approx(float(large.variance_mean[0, 0]), rel=0.15)
+
+
+def test_a_sample_of_the_coordinates():
+    problem = problems.logistic_regression()
+    data = compare(problem, estimators=["pathwise"], num_replicates=50, max_coordinates=10).dataset
+    assert data.attrs["coordinates"] == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "observed"),
+    [
+        ({"estimators": ["pathwize"]}, "'pathwize'"),
+        ({"estimators": [3.5]}, "float"),
+        ({"estimators": ["pathwise"]}, "Bernoulli"),
+        ({"estimators": ["leave_one_out"], "num_particles": 1}, "num_particles=1"),
+        ({"num_replicates": 1}, "1"),
+        ({"num_particles": 0}, "0"),
+        ({"reference": {"nowhere": torch.zeros(())}}, "unknown parameter"),
+    ],
+)
+def test_errors(options, observed):
+    with pytest.raises(emvae.EmvaeError, match=observed):
+        compare(problems.bernoulli(), **{"num_replicates": 10, **options})
+
+
+def test_a_model_without_parameters_is_refused():
+    with pytest.raises(emvae.EmvaeError, match="without parameters"):
+        emvae.compare_gradients(
+            lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), lambda: pyro.sample("z", dist.Normal(0.0, 2.0))
+        )
+
+
+def test_a_name_and_its_instance_are_the_same_row():
+    data = compare(problems.bernoulli(), estimators={"a": "score", "b": Score()}, num_replicates=100).dataset
+    assert data.variance_mean.values[0].tolist() == data.variance_mean.values[1].tolist()

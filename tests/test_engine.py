@@ -1,0 +1,487 @@
+r"""The recorded step against the eager one, bit for bit; what cannot be recorded is refused with its line."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from pyro.infer import autoguide
+from torch import Tensor, nn
+
+from pyro_emvae import EM, SVI, MonteCarloELBO, problems
+from pyro_emvae._checks import RecordingError
+from pyro_emvae._registry import entries
+from pyro_emvae.engine import record
+from pyro_emvae.estimators.base import misfit
+from pyro_emvae.particles import quiet
+
+SMALL = {"digits_vae": functools.partial(problems.digits_vae, num_train=12, num_hidden=6)}
+PROBLEMS = {entry.name: SMALL.get(entry.name, entry.factory) for entry in entries("problem")}
+X = torch.tensor([0.3, 1.7, -0.5, 0.9])
+ADAM = pyro.optim.Adam({"lr": 0.05})
+
+
+def values() -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+
+
+def trajectory(model, guide, args, *, backend: str, cls: type = SVI, optim: Any = ADAM, steps: int = 4, **options):
+    """Losses, parameters, optimizer state, estimator state and generator after a few steps from a fresh store."""
+    pyro.clear_param_store()
+    pyro.set_rng_seed(5)
+    loss = MonteCarloELBO(**options)
+    svi = cls(model, guide, optim, loss, backend=backend)
+    losses = [svi.step(*args) for _ in range(steps)]
+    assert bool(svi.engine._recordings) == (backend == "graph")
+    slots = {n: s["state"] for n, s in svi.optim.get_state().items()}
+    return {
+        "losses": torch.tensor(losses, dtype=torch.float64),
+        "params": values(),
+        "optim": slots,
+        "state": loss.state,
+        "generator": torch.get_rng_state(),
+    }
+
+
+def assert_equal(one: Any, two: Any, path: str = "") -> None:
+    """Assert that two trees of tensors are equal bit for bit."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            assert_equal(one[key], two[key], f"{path}/{key}")
+    elif isinstance(one, Tensor):
+        assert torch.equal(one, two), f"{path}: {one} and {two}"
+    else:
+        assert one == two, path
+
+
+def assert_graph_equals_eager(model, guide, args, **options) -> None:
+    start = {id(m): copy.deepcopy(m.state_dict()) for m in modules_of(model, guide)}
+    results = []
+    for backend in ("eager", "graph"):
+        for module in modules_of(model, guide):
+            module.load_state_dict(start[id(module)])
+        result = trajectory(model, guide, args, backend=backend, **options)
+        buffers = {str(i): dict(m.named_buffers()) for i, m in enumerate(modules_of(model, guide))}
+        results.append(copy.deepcopy(result | {"buffers": buffers}))
+    assert_equal(*results)
+    assert len(set(results[0]["losses"].tolist())) > 1
+
+
+def modules_of(*functions: Any) -> list[nn.Module]:
+    """The networks in the closures of model and guide."""
+    cells = [c.cell_contents for f in functions for c in getattr(f, "__closure__", None) or ()]
+    return [m for m in [*functions, *cells] if isinstance(m, nn.Module)]
+
+
+# Graph and eager ------------------------------------------------------------------------------------------------
+
+
+def fits(problem: Any, estimator: Any, particles: int) -> bool:
+    """Whether an estimator can be used at every site of a problem's guide."""
+    with quiet(seed=0):
+        sites = poutine.trace(problem.guide).get_trace(*problem.args).nodes
+    return all(misfit(estimator, sites[name]["fn"], particles) is None for name in problem.sites)
+
+
+def cases() -> list:
+    """Every problem with auto, and with every estimator that fits all its sites, at its least number of particles."""
+    found = []
+    for name, factory in PROBLEMS.items():
+        problem = factory()
+        found.append(pytest.param(name, "auto", 1, id=f"{name}-auto"))
+        for entry in entries("estimator"):
+            if fits(problem, entry.factory(), entry.traits.min_particles):
+                found.append(pytest.param(name, entry.name, entry.traits.min_particles, id=f"{name}-{entry.name}"))
+    pyro.clear_param_store()
+    return found
+
+
+@pytest.mark.parametrize(("name", "estimator", "particles"), cases())
+def test_graph_equals_eager_on_every_problem_and_estimator(name, estimator, particles):
+    problem = PROBLEMS[name]()
+    assert_graph_equals_eager(problem.model, problem.guide, problem.args, estimator=estimator, num_particles=particles)
+
+
+def classes() -> list:
+    return [pytest.param(cls, id=cls.__name__) for cls in (SVI, EM)]
+
+
+OPTIMIZERS = {
+    "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    "Adam": ADAM,
+    "ClippedAdam": pyro.optim.ClippedAdam({"lr": 0.05, "clip_norm": 0.3, "lrd": 0.9}),
+    "AdamW": torch.optim.AdamW,
+    "RMSprop": pyro.optim.RMSprop({"lr": 0.01}),
+    "Adagrad": pyro.optim.Adagrad({"lr": 0.1}),
+    "clipped": pyro.optim.SGD({"lr": 0.01}, {"clip_norm": 0.5}),
+    "per parameter": pyro.optim.Adam(lambda name: {"lr": 0.1 if name == "loc" else 0.01}),
+    "NAdam": pyro.optim.NAdam({"lr": 0.01}),
+}
+
+
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("cls", classes())
+def test_graph_equals_eager_with_every_optimizer(cls, optim):
+    problem = problems.subsampled()
+    assert_graph_equals_eager(problem.model, problem.guide, problem.args, cls=cls, optim=OPTIMIZERS[optim], steps=5)
+
+
+@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("vectorize", [True, False])
+def test_graph_equals_eager_with_particles_and_analytic_kl(particles, vectorize):
+    problem = problems.local_global_subsampled()
+    options = dict(num_particles=particles, vectorize_particles=vectorize, objective="elbo_analytic_kl")
+    assert_graph_equals_eager(problem.model, problem.guide, problem.args, **options)
+
+
+class Net(nn.Module):
+    """Linear, batch norm, dropout."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(rows, columns), nn.BatchNorm1d(columns), nn.Dropout(0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.norm(self.linear(x).tanh()))
+
+
+def autoencoder(norm: bool = True):
+    """A model and a guide with dropout, and batch norm if asked for, in both networks."""
+    torch.manual_seed(0)
+    decoder, encoder = Net(2, 3), Net(3, 4)
+    if not norm:
+        decoder.norm = encoder.norm = nn.Identity()
+    images = torch.randn(8, 3)
+
+    def model(x):
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        pyro.module("encoder", encoder)
+        loc, scale = encoder(x).chunk(2, -1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(loc, scale.exp()).to_event(1))
+
+    return model, guide, (images,)
+
+
+@pytest.mark.parametrize("cls", classes())
+@pytest.mark.parametrize("particles", [1, 2])
+def test_graph_equals_eager_with_dropout_and_batch_norm_in_both_networks(cls, particles):
+    model, guide, args = autoencoder()
+    options = dict(num_particles=particles, vectorize_particles=False)
+    assert_graph_equals_eager(model, guide, args, cls=cls, steps=5, **options)
+
+
+def regression():
+    """A model with a positive global and a guide to be made by Pyro."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(pyro.param("prior", torch.tensor(0.1)), 1.0))
+        tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu, tau), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        autoguide.AutoNormal,
+        autoguide.AutoDelta,
+        autoguide.AutoMultivariateNormal,
+        autoguide.AutoLowRankMultivariateNormal,
+        autoguide.AutoNormalMessenger,
+    ],
+    ids=lambda cls: cls.__name__,
+)
+def test_graph_equals_eager_with_autoguides(make):
+    model = regression()
+    results = [trajectory(model, make(model), (X,), backend=backend) for backend in ("eager", "graph")]
+    assert_equal(*results)
+
+
+# What a recording leaves alone, and when it is made anew ----------------------------------------------------------
+
+
+def test_recording_leaves_generators_buffers_and_parameters_as_they_were():
+    model, guide, args = autoencoder()
+    svi = SVI(model, guide, ADAM, backend="graph")
+    svi.step(*args)
+    nets = modules_of(model, guide)
+    before = copy.deepcopy([net.state_dict() for net in nets]), values(), copy.deepcopy(svi.loss.__self__.state)
+    generators = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    svi.engine._record(None, args, {}, svi.engine.loss)
+    after = [net.state_dict() for net in nets], values(), svi.engine.loss.state
+    for one, two in zip(before, after, strict=True):
+        assert_equal(dict(enumerate(one)) if isinstance(one, list) else one, dict(enumerate(two)) if isinstance(two, list) else two)
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert np.random.get_state()[1].tolist() == generators[1] and random.getstate() == generators[2]
+    assert all(p.grad is None for net in nets for p in net.parameters())
+
+
+def recordings(svi: Any) -> int:
+    return len(svi.engine._recordings)
+
+
+def test_data_of_another_shape_or_dtype_are_recorded_anew_and_the_rest_is_not():
+    problem = problems.normal_normal(dtype=torch.float32)
+    sizes = [5, 5, 3, 5, 3, 4]
+    results = []
+    for backend in ("eager", "graph"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(problem.model, problem.guide, ADAM, backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        results.append([svi.step(torch.randn(n, generator=generator)) for n in sizes])
+    assert results[0] == results[1]
+    assert recordings(svi) == 3
+    svi.step(torch.randn(5))
+    assert recordings(svi) == 3
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_a_switch_between_train_and_eval_is_seen(norm):
+    results = []
+    for backend in ("eager", "graph"):
+        pyro.clear_param_store()
+        model, guide, args = autoencoder(norm)
+        pyro.set_rng_seed(0)
+        svi, losses = SVI(model, guide, ADAM, backend=backend), []
+        for training in (True, True, True, False, False, True):
+            for net in modules_of(model, guide):
+                net.train(training)
+            losses.append(svi.step(*args))
+        results.append(losses)
+    assert results[0] == results[1]
+
+
+def test_a_parameter_store_that_was_loaded_or_cleared_is_seen():
+    results = []
+    for backend in ("eager", "graph"):
+        problem = problems.normal_normal()
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(problem.model, problem.guide, ADAM, backend=backend)
+        losses = [svi.step(*problem.args) for _ in range(3)]
+        state = pyro.get_param_store().get_state()
+        losses += [svi.step(*problem.args) for _ in range(2)]
+        pyro.get_param_store().set_state(state)
+        losses += [svi.step(*problem.args) for _ in range(3)]
+        pyro.clear_param_store()
+        losses += [svi.step(*problem.args) for _ in range(3)]
+        results.append([losses, values()])
+    assert results[0][0] == results[1][0]
+    assert_equal(results[0][1], results[1][1])
+
+
+def test_python_arguments_are_part_of_what_is_recorded():
+    def model(x, scale=1.0):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, scale)), 1.0).expand([4]).to_event(1), obs=x)
+
+    def guide(x, scale=1.0):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    results = []
+    for backend in ("eager", "graph"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = SVI(model, guide, ADAM, backend=backend)
+        results.append([svi.step(X, scale=scale) for scale in (1.0, 1.0, 2.0, 1.0, 2.0)])
+    assert results[0] == results[1]
+    assert recordings(svi) == 2
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_tensor_that_is_changed_in_place_is_seen(fold):
+    """An annealing factor held as a tensor is the form of one that can be recorded."""
+    results = []
+    for backend in ("eager", "graph"):
+        weight = torch.tensor(0.1)
+
+        def model(x):
+            with poutine.scale(scale=weight.sqrt() + 0.1 if fold else weight):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=x)
+
+        def guide(x):
+            with poutine.scale(scale=weight.sqrt() + 0.1 if fold else weight):
+                pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi, losses = SVI(model, guide, ADAM, backend=backend), []
+        for step in range(6):
+            weight.fill_(0.1 * (step + 1))
+            losses.append(svi.step(X))
+        results.append(losses)
+    assert results[0] == results[1]
+
+
+# What is refused ------------------------------------------------------------------------------------------------
+
+
+def line_of(function: Any, text: str) -> str:
+    """The file, number and text of the line of a function that contains `text`."""
+    lines, start = inspect.getsourcelines(function)
+    at = next(i for i, line in enumerate(lines) if text in line)
+    return f"{os.path.basename(__file__)}:{start + at}: {lines[at].strip()}"
+
+
+class Annealed:
+    """A model whose numbers come from Python."""
+
+    def __init__(self) -> None:
+        self.beta, self.calls = 0.1, 0
+
+    def guide(self, x):
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    def observe(self, x, z, scale=1.0):
+        pyro.sample("x", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=x)
+
+    def counter(self, x):
+        self.calls += 1
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        self.observe(x, z * (1 - 1 / self.calls))  # counter
+
+    def tensor_counter(self, x):
+        self.calls += 1
+        self.observe(x, pyro.sample("z", dist.Normal(0.0, 1.0)) * torch.tensor(float(self.calls)))  # tensor_counter
+
+    def prior_counter(self, x):
+        self.calls += 1
+        self.observe(x, pyro.sample("z", dist.Normal(0.1 * self.calls, 1.0)))  # prior_counter
+
+    def branch_counter(self, x):
+        self.calls += 1
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if self.calls % 2:
+            z = z * 2  # branch_counter
+        self.observe(x, z)
+
+    def numpy_random(self, x):
+        self.observe(x, pyro.sample("z", dist.Normal(0.0, 1.0)) * float(np.random.rand()))  # numpy_random
+
+    def numpy_tensor(self, x):
+        noise = torch.as_tensor(np.random.rand(4), dtype=torch.float32)  # numpy_tensor
+        self.observe(x, pyro.sample("z", dist.Normal(0.0, 1.0)) + noise)
+
+    def python_random(self, x):
+        self.observe(x, pyro.sample("z", dist.Normal(0.0, 1.0)) * random.random())  # python_random
+
+    def annealing(self, x):
+        self.beta = min(1.0, self.beta * 1.1)
+        with poutine.scale(scale=self.beta):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))  # annealing
+        self.observe(x, z)
+
+    def item(self, x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        self.observe(x, z * z.item())  # item
+
+    def branch(self, x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if z > 0:  # branch
+            z = z * 2
+        self.observe(x, z)
+
+    def numpy_detour(self, x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        self.observe(x, z + torch.as_tensor(np.tanh(z.detach().numpy())))  # numpy_detour
+
+    def steady(self, x):
+        with poutine.scale(scale=self.beta):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        self.observe(x, z)
+
+
+UNRECORDABLE = [
+    "counter",
+    "tensor_counter",
+    "prior_counter",
+    "branch_counter",
+    "numpy_random",
+    "numpy_tensor",
+    "python_random",
+    "annealing",
+    "item",
+    "branch",
+    "numpy_detour",
+]
+
+
+@pytest.mark.parametrize("name", UNRECORDABLE)
+@pytest.mark.parametrize("cls", classes())
+def test_what_python_changes_from_call_to_call_is_refused_with_its_line(name, cls):
+    user = Annealed()
+    model = getattr(user, name)
+    theta = (lambda x: (pyro.param("theta", torch.tensor(0.0)), pyro.factor("f", -pyro.param("theta") ** 2), model(x))) if cls is EM else model
+    svi = cls(theta, user.guide, ADAM, backend="graph")
+    svi.step(X)
+    before, generator = values(), torch.get_rng_state()
+    with pytest.raises(RecordingError, match=re.escape(line_of(getattr(Annealed, name), f"# {name}"))):
+        svi.step(X)
+    assert_equal(values(), before)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_an_attribute_changed_between_runs_is_refused_until_recompile():
+    user = Annealed()
+    svi = SVI(user.steady, user.guide, ADAM, backend="graph")
+    svi.run(3, X)
+    svi.run(2, X)
+    user.beta = 0.7
+    with pytest.raises(RecordingError, match=r"0\.1.*0\.7.*recompile"):
+        svi.run(2, X)
+    before = values()
+    svi.recompile()
+    svi.run(1, X)
+    changed = values()
+    pyro.get_param_store()["loc"].data.copy_(before["loc"])
+    assert not torch.equal(changed["loc"], before["loc"])
+    svi.run(2, X)
+
+
+def test_other_losses_cannot_be_recorded():
+    problem = problems.normal_normal()
+    svi = SVI(problem.model, problem.guide, ADAM, pyro.infer.Trace_ELBO(), backend="graph")
+    svi.step(*problem.args)
+    with pytest.raises(RecordingError, match="Trace_ELBO"):
+        svi.step(*problem.args)
+
+
+def test_a_recording_is_a_function_of_the_estimators_state():
+    problem = problems.bernoulli()
+    loss = MonteCarloELBO(estimator="decaying_average")
+    svi = SVI(problem.model, problem.guide, ADAM, loss)
+    for _ in range(3):
+        svi.step(*problem.args)
+    recording = record(problem.model, problem.guide, loss, svi.blocks.leaves(), [], problem.args, {})
+    state = copy.deepcopy(loss.state)
+    pyro.set_rng_seed(1)
+    found = recording(problem.args, {}, loss.state)
+    assert_equal(loss.state, state)
+    pyro.set_rng_seed(1)
+    expected = loss.evaluate(problem.model, problem.guide, problem.args, {})
+    assert found.loss == -float(expected.objective)
+    assert_equal(found.state, expected.state)
+    pyro.set_rng_seed(1)
+    shifted = recording(problem.args, {}, {site: {k: v + 1 for k, v in s.items()} for site, s in state.items()})
+    assert any(not torch.equal(shifted.grads[n], found.grads[n]) for n in found.grads)

@@ -16,7 +16,7 @@ import pyro
 import torch
 
 Call = Callable[[], Any]
-SLOT = 0.02  # seconds that one side runs before the other has its turn
+SLOT = 0.2  # seconds that one side runs before the other has its turn
 
 
 @dataclass(frozen=True)

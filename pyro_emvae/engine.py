@@ -20,13 +20,25 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, fx
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ._checks import DataError, EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest
 from .loss import MonteCarloELBO, States, raise_non_finite
 from .optimizers import BlockOptimizer
-from .parameters import GUIDE, MODEL, SHARED, Buffer, Parameters, capture, discover, distinct, module_leaves, sample_statements
+from .parameters import (
+    GUIDE,
+    MODEL,
+    SHARED,
+    Buffer,
+    Parameters,
+    capture,
+    discover,
+    distinct,
+    module_leaves,
+    sample_statements,
+)
 from .particles import ModuleWatch, quiet
 
 __all__ = ["Engine", "Gradient", "Recording", "Replicator", "State", "gradient", "record"]
@@ -35,13 +47,17 @@ BACKENDS = ("eager", "graph")
 
 
 class Gradient(NamedTuple):
-    """The loss (nats), gradients of the loss by parameter name, their leaves, their norm, and the next loss state."""
+    """The loss (nats), gradients of the loss by parameter name, their leaves, their norm, and the next loss state.
+
+    ``met`` are all trainable leaves of the run, those of other blocks too.
+    """
 
     loss: float
     grads: dict[str, Tensor]
     leaves: dict[str, Tensor]
     norm: float
     state: States | None = None
+    met: tuple[Tensor, ...] = ()
 
 
 def gradient(
@@ -70,9 +86,10 @@ def gradient(
     value = -float(evaluation.objective.detach())
     if not math.isfinite(value):
         raise_non_finite(type(loss).__name__, value, evaluation.particles)
-    leaves = only if only is not None else _met(evaluation.particles.params, model, guide)
+    met = _met(evaluation.particles.params, model, guide)
+    leaves = met if only is None else only
     found = _autograd(-evaluation.surrogate, leaves)
-    return Gradient(value, found, leaves, _norm(found), evaluation.state)
+    return Gradient(value, found, leaves, _norm(found), evaluation.state, tuple(met.values()))
 
 
 def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Callable) -> dict[str, Tensor]:
@@ -129,7 +146,7 @@ def _foreign(model, guide, loss_and_grads, args, kwargs, only) -> Gradient:
             because="every log density has to be finite",
             fix="Use loss=MonteCarloELBO(), which names the first site that is not finite.",
         )
-    return Gradient(value, grads, leaves, _norm(grads))
+    return Gradient(value, grads, leaves, _norm(grads), met=tuple(met.values()))
 
 
 # The engine -----------------------------------------------------------------------------------------------------
@@ -232,6 +249,8 @@ class Engine:
                 self._restore(self._before)
             self.skipped += 1
             return None
+        if self.parameters is not None and not self.parameters.knows(found.met):
+            self.parameters = None
         self.setup(args, kwargs)
         steps = self._optimizers(block, found)
         self._before = self._snapshot() if self.on_nonfinite == "revert" else None
@@ -515,7 +534,8 @@ def record(
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         rest = list(inputs[len(leaves) + len(buffers) :])
         state = pytree.tree_unflatten(rest[: len(flat_state)], state_spec)
-        evaluation = loss.evaluate(model, guide, args, kwargs, state)
+        with _ScalarIndexing():
+            evaluation = loss.evaluate(model, guide, args, kwargs, state)
         grads = _autograd(-evaluation.surrogate, leaves)
         reached[:] = list(grads)
         return (-evaluation.objective.detach(), *grads.values(), *pytree.tree_leaves(evaluation.state))
@@ -549,11 +569,12 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[fx.GraphModule, fx.Grap
 
     graphs = []
     for _ in range(2):
-        with quiet(validate=False):
+        with quiet(validate=False) as watch:
             if graphs:
                 _shift_generators()
             try:
                 graphs.append(make_fx(step)(*inputs))
+                _refuse_replaced(watch.replaced())
             except RuntimeError as cause:
                 if "tracing tensor" not in str(cause) and "data-dependent" not in str(cause).lower():
                     raise
@@ -569,12 +590,38 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[fx.GraphModule, fx.Grap
     return graphs[0], graphs[1]
 
 
+def _refuse_replaced(buffer: str | None) -> None:
+    if buffer is not None:
+        fail(
+            RecordingError,
+            "SVI",
+            "record the step as a graph",
+            got=f"a new tensor as buffer {buffer}",
+            because="a recorded step writes buffers in place, and would never see this one change",
+            fix=f'Write self.{buffer.split(".")[-1]}.copy_(...) in its module, or backend="eager".',
+        )
+
+
 def _shift_generators() -> None:
     """Move torch's, numpy's and Python's generators on, and the normal that each keeps, so that all draws differ."""
     for draw in (torch.rand, torch.randn, np.random.random, np.random.standard_normal):
         draw(1)
     random.random()
     random.gauss(0.0, 1.0)
+
+
+class _ScalarIndexing(TorchFunctionMode):
+    """Let ``x[k]`` with integer tensors k without dims be recorded: torch takes their Python value otherwise."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            scalars = [isinstance(i, Tensor) and i.dim() == 0 and i.dtype == torch.long for i in index]
+            count = sum(scalars)
+            if count and all(scalars[:count]) and not any(isinstance(i, Tensor | list) for i in index[count:]):
+                lifted = tuple(i.unsqueeze(0) for i in index[:count]) + index[count:]
+                return func(args[0], lifted).squeeze(0)
+        return func(*args, **(kwargs or {}))
 
 
 def _copy_graph(module: fx.GraphModule) -> fx.Graph:
@@ -620,7 +667,7 @@ def _numbers(node: fx.Node) -> str:
 HERE = os.path.dirname(__file__) + os.sep
 PACKAGES = (HERE, *(os.path.dirname(m.__file__) + os.sep for m in (torch, pyro, np)))
 EXAMPLES = os.path.join(HERE, "problems")
-WORKERS = tuple(os.path.join(HERE, f"{name}.py") for name in ("engine", "loss", "objectives", "particles"))
+WORKERS = tuple(os.path.join(HERE, name) for name in ("loss.py", "objectives.py", "particles"))
 
 
 def _is_user(frame: traceback.FrameSummary) -> bool:
@@ -635,7 +682,7 @@ def _line(frames: traceback.StackSummary) -> str:
     for frame in reversed(frames):
         if _is_user(frame):
             return f"{os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
-        if frame.filename in WORKERS:
+        if frame.filename.startswith(WORKERS) or frame.name == _autograd.__name__:
             break
     return ""
 

@@ -2,6 +2,7 @@ r"""`MonteCarloELBO`: particles x objective x estimators, as a `pyro.infer.ELBO`
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import warnings
@@ -139,6 +140,12 @@ class MonteCarloELBO(ELBO):
         self._table: dict[str, Resolution] = {}
         self._plans: dict[tuple[Callable, Callable], Plan] = {}
         self.state: States = {}
+
+    def fresh(self) -> MonteCarloELBO:
+        """Return a loss of the same options that has seen nothing: no resolved estimators, no state."""
+        loss = copy.copy(self)
+        loss._table, loss._plans, loss.state = {}, {}, {}
+        return loss
 
     # The estimators -------------------------------------------------------------------------------------------
 

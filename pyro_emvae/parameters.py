@@ -97,6 +97,10 @@ class Parameters:
         in_store = all(leaf_of(row.name) is row.leaf for row in self.rows if row.name in self.stored)
         return in_store and all(module._parameters.get(key) is leaf for leaf, (module, key) in places)
 
+    def knows(self, leaves: Iterable[Tensor]) -> bool:
+        """Whether all these leaves are here: not so after a run that met a parameter for the first time."""
+        return {id(row.leaf) for row in self.rows}.issuperset(map(id, leaves))
+
     def constrained(self) -> dict[str, Tensor]:
         """Return every parameter's constrained value, detached, by name."""
         return {row.name: row.value.detach().clone() for row in self.rows}
@@ -146,10 +150,10 @@ def discover(
     """
     kwargs = kwargs or {}
     materialize(model, guide, args, kwargs)
-    spy = _Spy()
-    with quiet(train=True, validate=False), torch.enable_grad(), spy:
-        particles = draw(spy.side(model, MODEL), spy.side(guide, GUIDE), args, kwargs, treat=lambda msg: "probe")
-        spy.note_changes()
+    try:
+        particles, spy = _probe(model, guide, args, kwargs, train=True)
+    except Exception:  # such as batch norm on a single row, which works in eval mode only
+        particles, spy = _probe(model, guide, args, kwargs, train=None)
     named = _named_leaves(model, guide, particles)
     rows = _classify(named, particles)
     if blocks is not None and blocks != "model/guide":
@@ -157,6 +161,14 @@ def discover(
     owners = _owners(model, guide, spy, rows)
     stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
     return Parameters(tuple(rows), tuple(_buffers(spy, rows)), owners, tuple(spy.called), stored)
+
+
+def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:
+    spy = _Spy()
+    with quiet(train=train, validate=False), torch.enable_grad(), spy:
+        particles = draw(spy.side(model, MODEL), spy.side(guide, GUIDE), args, kwargs, treat=lambda msg: "probe")
+        spy.note_changes()
+    return particles, spy
 
 
 class _Capture(Messenger):

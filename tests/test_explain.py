@@ -210,6 +210,12 @@ def masked(x):
         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
+def masked_elsewhere(x):
+    pyro.sample("mu", dist.Normal(param("loc"), 0.6))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x + param("shift"), 0.4).mask(x < 2))
+
+
 def loose(x):
     pyro.sample("w", dist.Normal(torch.zeros(3), 1.0))
     model(x)
@@ -324,6 +330,9 @@ DEFECTS = {
         "mask 3 of 4 in the model, none in the guide",
         "poutine.mask",
         masked,
+    ),
+    "other mask": Defect(
+        "scale", "z", "mask 3 of 4, of other elements in the guide", "poutine.mask", masked, masked_elsewhere
     ),
     "batch dims": Defect(
         "batch_dims", "w", "batch shape (3,), of which plates declare 0", ".to_event(1)", loose, loose_guide

@@ -3,7 +3,7 @@ r"""`to_arviz`: draws of the guide, the model's and the guide's density at them,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import ModelError, fail, positive_int
 from ..parameters import materialize
-from ..particles import Particles, Site, _subsample_values, check_match, draw, quiet, vectorizable
+from ..particles import Particles, Site, check_match, draw, quiet, subsample_values, vectorizable
 from .container import Array, attributes, dataset, finalize, fit_stats, name_dims, unknown
 
 __all__ = ["own_masks", "to_arviz"]
@@ -111,7 +111,7 @@ def _sample(model: Callable, guide: Callable, args: tuple, kwargs: Mapping, num_
     materialize(model, guide, args, kwargs)
     with quiet(seed=seed, train=False), torch.no_grad():
         with quiet():
-            indices = _subsample_values(model, guide, args, kwargs)
+            indices = subsample_values(model, guide, args, kwargs)
             single = draw(model, guide, args, kwargs, values=indices)
         check_match(single)
         _check(single)
@@ -119,7 +119,7 @@ def _sample(model: Callable, guide: Callable, args: tuple, kwargs: Mapping, num_
         runs = []
         for start in range(0, num_samples, chunk):
             run = _vectorized(model, guide, args, kwargs, min(chunk, num_samples - start), single, indices)
-            density = {"lp": _total(run, run.model.values()), "log_q": _total(run, run.guide.values())}
+            density = {"lp": run.log_p, "log_q": run.log_q}
             runs.append((_rows(run, single), density))
     values = {n: Array(_join([v[n] for v, _ in runs]), _layout(single.model[n])[0]) for n in runs[0][0]}
     stats = {n: Array(_join([s[n] for _, s in runs]), ()) for n in ("lp", "log_q")}
@@ -171,12 +171,6 @@ def _deterministics_agree(model, guide, args, kwargs, single: Particles, indices
 
 def _close(one: Tensor, two: Tensor) -> bool:
     return torch.allclose(one.double(), two.double(), rtol=1e-4, equal_nan=True)
-
-
-def _total(run: Particles, sites: Iterable[Site]) -> Tensor:
-    """Return the scaled and masked log density of `sites`, summed over plates: ``(draw,)``, nats."""
-    rows = [run.rows(site.scaled) for site in sites]
-    return torch.stack([row.reshape(len(row), -1).sum(1).expand(run.num_particles) for row in rows]).sum(0)
 
 
 def _rows(run: Particles, single: Particles) -> dict[str, np.ndarray]:

@@ -197,9 +197,10 @@ def _scratch(loss: Any) -> Any:
             because="a loss is an instance of MonteCarloELBO or of one of Pyro's ELBOs",
             fix="Write loss=MonteCarloELBO().",
         )
-    loss = copy.copy(loss)
-    if isinstance(loss, MonteCarloELBO):
-        loss._table, loss._plans, loss.state = {}, {}, dict(loss.state)
+    if not isinstance(loss, MonteCarloELBO):
+        return copy.copy(loss)
+    state, loss = loss.state_dict(), loss.fresh()
+    loss.load_state_dict(state)
     return loss
 
 
@@ -272,7 +273,7 @@ def _site_rows(case: Case) -> tuple[SiteRow, ...]:
     rows = []
     for name in dict.fromkeys([*guide, *model]):
         both = [run[name] for run in (model, guide) if name in run]
-        scales = list(dict.fromkeys(_scale(site.scale) for site in both))
+        scales = list(dict.fromkeys(_scale(site) for site in both))
         masks = list(dict.fromkeys(_mask(site) for site in both))
         estimator, why = case.estimators.get(name, ("", ""))
         rows.append(
@@ -313,18 +314,23 @@ def _full(frame: Any) -> int:
     return int(frame.size if frame.full_size is None else frame.full_size)
 
 
-def _scale(scale: Any) -> str:
+def _scale(site: Site) -> str:
+    scale = site.scale
     if isinstance(scale, Tensor) and scale.numel() != 1:
         return f"{float(scale.min()):.4g} to {float(scale.max()):.4g}"
     return f"{float(scale):.4g}"
 
 
 def _mask(site: Site) -> str:
-    masks = [torch.as_tensor(m).bool() for m in (site.mask, *own_masks(site.fn)) if m is not None and m is not True]
-    if not masks or site.is_deterministic:
-        return ""
-    kept = torch.stack(torch.broadcast_tensors(*masks, masks[0].new_ones(site.fn.batch_shape))).all(0)
-    return f"{int(kept.sum())} of {kept.numel()}"
+    kept = _kept(site)
+    return "" if bool(kept.all()) or site.is_deterministic else f"{int(kept.sum())} of {kept.numel()}"
+
+
+def _kept(site: Site) -> Tensor:
+    """Return which elements neither a handler nor the distribution masks."""
+    masks = [torch.as_tensor(m).bool() for m in (site.mask, *own_masks(site.fn)) if m is not None]
+    ones = torch.ones(site.fn.batch_shape, dtype=torch.bool, device=masks[0].device if masks else None)
+    return torch.stack(torch.broadcast_tensors(ones, *masks)).all(0)
 
 
 def _short(estimator: Any) -> str:
@@ -447,13 +453,18 @@ def scales(case: Case) -> Iterator[Flag]:
         other = case.particles.guide.get(name)
         if other is None:
             continue
-        pairs = {"scale": [_scale(s.scale) for s in (site, other)], "mask": [_mask(s) for s in (site, other)]}
-        for kind, (one, two) in pairs.items():
-            if one != two:
-                message = (
-                    f"{kind} {one or 'none'} in the model, {two or 'none'} in the guide: log p - log q is no bound"
-                )
+        pairs = {"scale": (_scale, lambda s: torch.as_tensor(s.scale)), "mask": (_mask, _kept)}
+        for kind, (text, tensor) in pairs.items():
+            if not _same(tensor(site), tensor(other)):
+                one, two = (text(s) or "none" for s in (site, other))
+                message = f"{kind} {one} in the model, {two} in the guide: log p - log q is no bound"
+                message = message if one != two else f"{kind} {one}, of other elements in the guide than in the model"
                 yield Flag("scale", name, message, f"Enter pyro.poutine.{kind}({kind}=...) around it in both.")
+
+
+def _same(one: Tensor, two: Tensor) -> bool:
+    equal, _ = _attempt(lambda: bool(torch.isclose(one.double(), two.double()).all()))
+    return bool(equal)
 
 
 def batch_dims(case: Case) -> Iterator[Flag]:

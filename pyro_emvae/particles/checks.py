@@ -25,11 +25,15 @@ def vectorizable(
     Returns:
         Whether they agree, the number of plate dims, and otherwise what disagreed first.
 
+    Raises:
+        ModelError: If the sites of model and guide do not match.
+
     A model with ``z - z.mean()`` passes every shape check and gives wrong numbers when vectorized; this finds it.
     """
     with quiet(train=False, validate=False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first = run_pair(model, guide, args, kwargs, 1, None, None, None)
+        check_match(first)
         nesting = first.max_plate_nesting
         indices = subsample_values(model, guide, args, kwargs)
         loops = [run_pair(model, guide, args, kwargs, 1, nesting, None, indices) for _ in range(2)]
@@ -58,8 +62,9 @@ def _same(site: Site, other: Site, particles: Particles, rtol: float | None) -> 
         one, two = torch.broadcast_tensors(one, two)
     except RuntimeError:
         return False
-    scale = one.abs().amax().clamp(min=1.0) if one.numel() else torch.ones(())
-    return bool(torch.allclose(one, two, rtol=tolerance, atol=tolerance * float(scale), equal_nan=True))
+    finite = one[torch.isfinite(one)]
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    return bool(torch.allclose(one, two, rtol=tolerance, atol=tolerance * scale, equal_nan=True))
 
 
 def subsample_values(model, guide, args, kwargs) -> dict[str, Any]:

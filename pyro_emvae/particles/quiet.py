@@ -16,7 +16,9 @@ __all__ = ["ModuleWatch", "quiet"]
 
 
 @contextlib.contextmanager
-def quiet(*, seed: int | None = None, train: bool | None = None, validate: bool | None = None) -> Iterator[None]:
+def quiet(
+    *, seed: int | None = None, train: bool | None = None, validate: bool | None = None
+) -> Iterator[ModuleWatch]:
     r"""Run code that only measures: generators, buffers, modes and validation are as before when it ends.
 
     Args:
@@ -36,7 +38,7 @@ def quiet(*, seed: int | None = None, train: bool | None = None, validate: bool 
                     torch.manual_seed(seed)
                     random.seed(seed)
                     np.random.seed(seed % 2**32)
-                yield
+                yield watch
         finally:
             watch.restore()
             random.setstate(states[0])
@@ -48,7 +50,7 @@ class ModuleWatch:
 
     def __init__(self, train: bool | None = None) -> None:
         self.train = train
-        self.saved: dict[nn.Module, tuple[bool, dict[str, Tensor]]] = {}
+        self.saved: dict[nn.Module, tuple[bool, dict[str, tuple[Tensor, Tensor]]]] = {}
 
     def __enter__(self) -> ModuleWatch:
         self.handle = nn.modules.module.register_module_forward_pre_hook(self._note)
@@ -59,16 +61,25 @@ class ModuleWatch:
 
     def _note(self, module: nn.Module, _: Any) -> None:
         if module not in self.saved and not isinstance(module, fx.GraphModule):
-            buffers = {n: b.clone() for n, b in module._buffers.items() if b is not None}
+            buffers = {n: (b, b.clone()) for n, b in module._buffers.items() if b is not None}
             self.saved[module] = (module.training, buffers)
             if self.train is not None:
                 module.training = self.train
 
+    def replaced(self) -> str | None:
+        """Return the first buffer that was exchanged for another tensor, where others are written in place."""
+        for module, (_, buffers) in self.saved.items():
+            for name, (tensor, _) in buffers.items():
+                if module._buffers.get(name) is not tensor:
+                    return f"{type(module).__name__}.{name}"
+        return None
+
     def restore(self) -> None:
-        """Put modes and buffers back."""
+        """Put modes and buffers back: the same tensors with the same values."""
         with torch.no_grad():
             for module, (training, buffers) in self.saved.items():
                 module.training = training
-                for name, value in buffers.items():
-                    if not torch.equal(module._buffers[name], value):
-                        module._buffers[name].copy_(value)
+                for name, (tensor, value) in buffers.items():
+                    module._buffers[name] = tensor
+                    if not torch.equal(tensor, value):
+                        tensor.copy_(value)

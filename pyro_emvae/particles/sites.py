@@ -109,10 +109,12 @@ class Particles:
 
     def total(self, sites: Iterable[Site]) -> Tensor:
         """Return the scaled and masked log density of `sites`, summed over plates: ``(particles,)``, nats."""
-        terms = [self.rows(site.scaled).flatten(1).sum(1) for site in sites]
-        if not terms:
-            return torch.zeros(self.num_particles)
-        return torch.stack([term.expand(self.num_particles) for term in terms]).sum(0)
+        rows = [self.rows(site.scaled) for site in sites]
+        terms = [row.reshape(len(row), -1).sum(1).expand(self.num_particles) for row in rows]
+        if terms:
+            return torch.stack(terms).sum(0)
+        like = next(iter(self.model.values())).log_prob if self.model else torch.zeros(())
+        return like.new_zeros(self.num_particles)
 
     @property
     def log_p(self) -> Tensor:

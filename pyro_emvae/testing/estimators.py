@@ -41,6 +41,7 @@ def check_estimator(
     num_particles: Iterable[int] | None = None,
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
     max_samples: int = 64_000,
+    strict: bool | None = None,
     seed: int = 0,
 ) -> tuple[Checked, ...]:
     r"""Prove an estimator: its mean is the exact gradient, its state is explicit, its traits hold.
@@ -59,8 +60,9 @@ def check_estimator(
         problems: Names or instances; by default all registered ones.
         num_particles: The numbers of particles.
         dtypes: The mean is judged in the first, the others against it; problems given as instances keep theirs.
-        max_samples: The most draws of a statistical test. Where they do not suffice the row says ``"underpowered"``;
-            for problems that were asked for it is an error.
+        max_samples: The most draws of a statistical test.
+        strict: Whether it is an error if these do not suffice (else the row says ``"underpowered"``), or if a problem
+            has no exact ELBO; by default for problems that were asked for.
         seed: Of all draws.
 
     Returns:
@@ -68,7 +70,7 @@ def check_estimator(
 
     Raises:
         AssertionError: With the estimator, the problem, the coordinate, what was observed and what was expected.
-        Underpowered: See `max_samples`.
+        Underpowered: See `strict`.
 
     Example:
         >>> check_estimator("leave_one_out", problems=["bernoulli"], num_particles=[2])
@@ -78,9 +80,10 @@ def check_estimator(
     least = part.traits.min_particles
     counts = sorted({least, max(4, least)}) if num_particles is None else list(num_particles)
     given = [e.name for e in entries("problem")] if problems is None else list(problems)
+    strict = problems is not None if strict is None else strict
     rows = []
     for name in given:
-        problem = _build(name, dtypes[0], strict=problems is not None)
+        problem = _build(name, dtypes[0], strict)
         if problem is None or not fitting_sites(problem, part, max(counts))[1]:
             continue
         for count in counts:
@@ -92,7 +95,7 @@ def check_estimator(
             if not part.traits.unbiased:
                 rows.append(Checked(problem.name, count, "biased", 0))
             else:
-                rows.append(_check_mean(replay, where, max_samples, seed, strict=problems is not None))
+                rows.append(_check_mean(replay, where, max_samples, seed, strict))
                 if part.traits.stateful and count == counts[0]:
                     later = Replay(problem, part, count, _later_state(replay))
                     _check_mean(later, f"{where} and the state of three steps", max_samples, seed, strict=False)

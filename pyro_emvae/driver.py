@@ -220,7 +220,7 @@ def run(
         pyro.set_rng_seed(seed)
     engine.expect_changes()
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
-    history, status, iteration, skipped, shapes = History(), "MAX_ITER", 0, 0, None
+    history, status, iteration, skipped, shapes = History(), "MAX_ITER", 0, engine.skipped, None
     bar = tqdm(total=total, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
         with bar, _Interrupt() as interrupt:
@@ -230,7 +230,6 @@ def run(
                 a, k = _to_device(a, k, device)
                 shapes = shapes or _shapes(a, k)
                 record = iterate(a, k)
-                skipped += math.isnan(record.loss)
                 history.add(iteration, record)
                 _track(engine, track, history)
                 judged = last if data is not None else _due(iteration, total, every)
@@ -253,7 +252,7 @@ def run(
         engine.on_nonfinite = policy
     if not iteration and status == "MAX_ITER":
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
-    if skipped and status == "MAX_ITER":
+    if engine.skipped > skipped and status == "MAX_ITER":
         status = "NAN"
     return _fit(engine, status, iteration, history, seed, shapes)
 

@@ -15,7 +15,7 @@ from .optimizers import BlockOptimizer
 from .parameters import GUIDE, MODEL, SHARED
 from .posterior import Posterior
 from .steps import Gradient, HalfStep
-from .svi import Inference, run_with
+from .svi import Inference, per_block, run_with
 
 __all__ = ["EM"]
 
@@ -81,33 +81,51 @@ class EM(Inference):
         self.schedule = choose("schedule", schedule, ("alternating", "joint"))
         self.e_step = _step("E", e_step)
         self.m_step = _step("M", m_step)
-        given = optim if isinstance(optim, Mapping) else {GUIDE: optim, MODEL: optim}
-        own = {GUIDE: getattr(self.e_step, "optim", None), MODEL: getattr(self.m_step, "optim", None)}
         self._attach(
             model,
             guide,
             MonteCarloELBO() if loss is None else loss,
             loss_and_grads,
-            optimizers={k: BlockOptimizer(given.get(k) if own[k] is None else own[k]) for k in (GUIDE, MODEL)},
+            optimizers=self._optimizers(optim),
             blocks=blocks,
             backend=backend,
             on_nonfinite=on_nonfinite,
         )
+
+    def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
+        """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
+        given = per_block(optim) if isinstance(optim, Mapping) else {GUIDE: optim, MODEL: optim}
+        made = {}
+        for block, step in self._slots.items():
+            own = getattr(step, "optim", None)
+            chosen = given.get(block) if own is None else own
+            if chosen is not None or self._takes_gradients(block):
+                made[block] = BlockOptimizer(chosen)
+        return made
+
+    @property
+    def _slots(self) -> dict[str, HalfStep]:
+        return {GUIDE: self.e_step, MODEL: self.m_step}
+
+    def _takes_gradients(self, block: str) -> bool:
+        return self.schedule == "joint" or hasattr(self._slots[block], "optim")
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Make one iteration and return minus the objective after E, before M, in nats."""
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
-        if self.engine.parameters is None:
-            self._setup(args, kwargs)
         if self.schedule == "joint":
             found = self.engine.step(None, args, kwargs)
             return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
+        self.engine.refresh()
+        if self.engine.parameters is None:
+            self._setup(args, kwargs)
         posterior, e = self.e_step.expect(self.engine, *args, **kwargs)
         m = self.m_step.maximise(self.engine, posterior, *args, **kwargs)
         gradients = [(GUIDE, g) for g in e.gradients] + [(MODEL, g) for g in m.gradients]
-        return Record(m.first_loss, gradients, e.first_loss)
+        between = e.loss if math.isnan(m.first_loss) else m.first_loss
+        return Record(between, gradients, e.first_loss)
 
     def run(self, *args: Any, max_iter: int | None = None, **options: Any) -> Fit:
         """Iterate: ``run(x, max_iter=300)`` or ``run(data=loader, num_epochs=20)``.
@@ -128,18 +146,17 @@ class EM(Inference):
         return GuidePosterior(self.model, self.guide, args, kwargs)
 
     def _setup(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        parameters = self.engine.setup(args, kwargs)
+        self.engine.setup(args, kwargs)
         try:
             self._check_blocks()
         except BlockError:
             self.engine.parameters = None
             raise
-        return parameters
 
     def _check_blocks(self) -> None:
         rows = self.engine.parameters.rows
         shared = [row.name for row in rows if row.block == SHARED]
-        if shared and self.schedule != "joint":
+        if shared:
             fail(
                 BlockError,
                 "EM",
@@ -149,7 +166,7 @@ class EM(Inference):
                 fix=f'Write blocks={{"{shared[0]}": "model"}}, blocks="local/global", or schedule="joint".',
             )
         for block, what in ((GUIDE, "guide"), (MODEL, "model")):
-            if not any(row.block == block for row in rows) and self.schedule != "joint":
+            if self._takes_gradients(block) and not any(row.block == block for row in rows):
                 fail(
                     BlockError,
                     "EM",
@@ -157,6 +174,18 @@ class EM(Inference):
                     got=f"a {what} without parameters of its own",
                     because="a half-step has to have something to change",
                     fix='Write blocks="local/global" to split the guide\'s parameters, or use SVI.',
+                )
+        memory = {row.leaf.data_ptr(): row.name for row in rows if row.block == MODEL and row.leaf.numel()}
+        for row in rows:
+            if row.block == GUIDE and row.leaf.data_ptr() in memory:
+                fail(
+                    BlockError,
+                    "EM",
+                    f"change {row.name!r} in an E-step",
+                    got=f"the same memory as {memory[row.leaf.data_ptr()]!r} of the model",
+                    because="each half-step changes its own block only",
+                    fix="Start it from a copy: .clone() (in an autoguide: "
+                    "init_loc_fn=lambda site: init_to_mean(site).clone()).",
                 )
 
 

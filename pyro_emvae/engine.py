@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyro
 import torch
+from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor, fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -81,7 +82,7 @@ def gradient(
         NonFiniteError: Loss or gradient is NaN or infinite; names the first site or parameter.
     """
     if not isinstance(loss, MonteCarloELBO):
-        return _foreign(model, guide, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
+        return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
     evaluation = loss.evaluate(model, guide, args, kwargs, loss.state)
     value = -float(evaluation.objective.detach())
     if not math.isfinite(value):
@@ -129,15 +130,16 @@ def _norm(grads: Mapping[str, Tensor]) -> float:
     return norm
 
 
-def _foreign(model, guide, loss_and_grads, args, kwargs, only) -> Gradient:
+def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only) -> Gradient:
     """Run someone else's ``loss_and_grads``, take the gradients it leaves, and put back what was there."""
     extra = module_leaves(guide, model)
     value, met, found = capture(lambda: loss_and_grads(model, guide, *args, **kwargs), extra | dict(only or {}))
     leaves = distinct(met) if only is None else dict(only)
     names = {id(p): n for n, p in leaves.items()}
     grads = {names[id(met[n])]: g for n, g in found.items() if id(met[n]) in names}
-    value = float(value[0] if isinstance(value, tuple) else value)
-    if not math.isfinite(value):
+    value = value[0] if isinstance(value, tuple) else value
+    value = float(value.detach() if isinstance(value, Tensor) else value)
+    if not math.isfinite(value) and not isinstance(loss, TraceTailAdaptive_ELBO):  # which never computes its value
         fail(
             NonFiniteError,
             "SVI",

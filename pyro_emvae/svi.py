@@ -10,6 +10,7 @@ import pyro.infer
 from pyro.infer import ELBO
 
 from . import driver
+from ._checks import OptimizerError, fail
 from .driver import Fit, Record
 from .engine import Engine
 from .loss import MonteCarloELBO
@@ -86,10 +87,8 @@ class SVI(Inference):
         blocks: Any = None,
         on_nonfinite: str = "raise",
     ) -> None:
-        per_block = isinstance(optim, Mapping)
-        optimizers = (
-            {k: BlockOptimizer(optim[k]) for k in (GUIDE, MODEL)} if per_block else {None: BlockOptimizer(optim)}
-        )
+        given = per_block(optim) if isinstance(optim, Mapping) else {None: optim}
+        optimizers = {block: BlockOptimizer(chosen) for block, chosen in given.items()}
         self._attach(
             model,
             guide,
@@ -115,6 +114,21 @@ class SVI(Inference):
         Keyword arguments that are no option of `driver.run` go to model and guide.
         """
         return run_with(self.engine, self._iterate, num_steps, args, options)
+
+
+def per_block(optim: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optimizer of each block, None where there is none; other keys are refused."""
+    unknown = [key for key in optim if key not in (GUIDE, MODEL)]
+    if unknown:
+        fail(
+            OptimizerError,
+            "optim",
+            f"be the mapping {dict(optim)}",
+            got=f"the key {unknown[0]!r}",
+            because="a mapping gives one optimizer to each block",
+            fix='Write {"guide": ..., "model": ...}; arguments go into the optimizer, as in pyro.optim.Adam({"lr": 1e-3}).',
+        )
+    return {block: optim.get(block) for block in (GUIDE, MODEL)}
 
 
 OPTIONS = (

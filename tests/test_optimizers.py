@@ -116,6 +116,23 @@ def test_rule_equals_its_twin(rule, dtype, device):
 
 
 @each_rule
+def test_large_tensors_are_updated_in_pieces(rule):
+    """A last piece that is not full, a large tensor that cannot be cut, and a gradient in another layout."""
+    shapes = {"large": (400, 1000), "small": (5,), "transposed": (1000, 300)}
+    theirs, mine = make_params(torch.float32, shapes), make_params(torch.float32, shapes)
+    for params in (theirs, mine):
+        params["transposed"] = params["transposed"].detach().T.requires_grad_()
+    twin, params = twin_of(rule, theirs), list(mine.values())
+    slots = rule.init([p.detach() for p in params])
+    for step in (1, 2, 3):
+        grads = grads_at(step, theirs)
+        grads[0] = grads[0].T.contiguous().T
+        step_torch(twin, theirs, grads)
+        rule.update(params, grads, slots, rule.scalars(step))
+    assert_same(theirs, mine, bitwise=rule.decay == 1)
+
+
+@each_rule
 @each_dtype
 def test_recorded_update_equals_eager(rule, dtype, device):
     """One graph of step 1, replayed 100 times with the scalars of each step."""

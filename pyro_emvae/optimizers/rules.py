@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -67,15 +68,32 @@ def clip(grads: Sequence[Tensor], clip_norm: float | None, clip_value: float | N
     return grads
 
 
+def _in_cache(params: list[Tensor], grads: Sequence[Tensor], slots: Slots) -> Iterator[tuple]:
+    """Yield all small tensors, then pieces of the large ones that stay in the cache from one operation to the next."""
+    size = 2**16 * torch.get_num_threads()
+    large = [p.numel() > size and p.is_contiguous() and p.device.type == "cpu" for p in params]
+    small = [i for i, is_large in enumerate(large) if not is_large]
+    if small:
+        yield (
+            [params[i] for i in small],
+            [grads[i] for i in small],
+            {k: [v[i] for i in small] for k, v in slots.items()},
+        )
+    for i in compress(range(len(params)), large):
+        whole = (params[i].view(-1), grads[i].reshape(-1), *(v[i].view(-1) for v in slots.values()))
+        for p, g, *own in zip(*(x.split(size) for x in whole), strict=True):
+            yield [p], [g], {k: [v] for k, v in zip(slots, own, strict=True)}
+
+
 class Rule(ABC):
     r"""One first-order update, as pure functions. Final rules are frozen dataclasses of their hyperparameters.
 
     $$(\theta,s)\leftarrow\mathrm{update}(\theta,g,s;\,\mathrm{scalars}(t)),\qquad s_0=\mathrm{init}(\theta),t\ge1$$
 
     When to use: pass an instance wherever an optimizer is taken. To add a rule, subclass: a frozen dataclass with a
-    field ``lr``, the slots' `names`, `numbers` and `apply`. ``twin`` is torch's class with the same arguments and state
-    dict, if there is one; ``decay`` multiplies the learning rate at each update; ``lazy`` says that the twin has no
-    state before its first step.
+    field ``lr``, the slots' `names`, `numbers` and `apply`, which acts element by element: large tensors come to it in
+    pieces. ``twin`` is torch's class with the same arguments and state dict, if there is one; ``decay`` multiplies the
+    learning rate at each update; ``lazy`` says that the twin has no state before its first step.
 
     Shape: lists over parameters of one dtype and device; slots have their parameters' shapes, scalars are 0-d.
 
@@ -124,10 +142,12 @@ class Rule(ABC):
     ) -> None:
         """Do one update in place. Scalars are Python floats, or 0-d float64 tensors in a recorded step."""
         dtype = torch.promote_types(params[0].dtype, torch.float32)
+        recorded = any(isinstance(v, Tensor) for v in scalars.values())
         scalars = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in scalars.items()}
         if getattr(self, "maximize", False):
             grads = torch._foreach_neg(grads)
-        self.apply(params, grads, slots, scalars)
+        for ps, gs, own in [(params, grads, slots)] if recorded else _in_cache(params, grads, slots):
+            self.apply(ps, gs, own, scalars)
 
     def carrier(self, params: list[Tensor]) -> torch.optim.Optimizer:
         """Return a torch optimizer with these hyperparameters, which checks and holds them."""

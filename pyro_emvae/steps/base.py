@@ -14,9 +14,14 @@ __all__ = ["HalfStep", "Info"]
 
 
 class Info(NamedTuple):
-    """What a half-step did: the gradient steps that it took, in order (empty for an exact step)."""
+    """What a half-step did: the gradient steps that it took, in order (empty for an exact step).
+
+    ``loss`` is minus the objective after E and before M (nats), from a step that knows it without a gradient, as an
+    exact E-step does.
+    """
 
     gradients: tuple[Gradient, ...] = ()
+    loss: float = float("nan")
 
     @property
     def first_loss(self) -> float:

@@ -45,7 +45,8 @@ def exact_mean(replay: Replay) -> Mean | None:
         True
     """
     outcomes, dims = replay.size()
-    if replay.own_draws or replay.estimator.traits.draws != "independent" or outcomes > MAX_OUTCOMES:
+    independent = all(row.estimator.traits.draws == "independent" for row in replay.loss.table)
+    if replay.own_draws or not independent or outcomes > MAX_OUTCOMES:
         return None
     if dims == 0:
         noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))

@@ -17,7 +17,7 @@ from ..particles import quiet
 from ..problems import Problem, exact_gradients
 from .cubature import Mean, exact_mean
 from .mean import Underpowered, assert_mean, coordinate, needed
-from .replay import Replay, fitting_sites
+from .replay import Replay, branches, fitting_sites, record
 
 __all__ = ["Checked", "check_estimator"]
 
@@ -53,7 +53,8 @@ def check_estimator(
       after three steps; ``traits.unbiased=False`` leaves this out;
     * evaluating twice gives the same gradient and state, the given state is not changed, its shapes stay; an estimator
       that has state says so;
-    * the recorded gradient is the eager one (``recordable``), and float32 gives float64's numbers on the same draws.
+    * the recorded gradient is the eager one (``recordable``, on the first problem), and float32 gives float64's numbers
+      on the same draws.
 
     Args:
         estimator: A registered name or an instance.
@@ -84,21 +85,23 @@ def check_estimator(
     rows = []
     for name in given:
         problem = _build(name, dtypes[0], strict)
-        if problem is None or not fitting_sites(problem, part, max(counts))[1]:
+        if problem is None or not fitting_sites(problem, part, max(counts)):
             continue
         for count in counts:
             replay = Replay(problem, part, count)
             where = f"{part} on problem {problem.name!r} with {count} particles"
-            _check_state(replay, where)
+            _check_state(replay, part, where)
             others = dtypes[1:] if isinstance(name, str) else ()
             _check_draws(replay, [Replay(_build(name, d, strict=True), part, count) for d in others], where)
+            if not rows and part.traits.recordable:
+                _check_recording(Replay(problem, part, max(2, count)), where)
             if not part.traits.unbiased:
                 rows.append(Checked(problem.name, count, "biased", 0))
             else:
-                rows.append(_check_mean(replay, where, max_samples, seed, strict))
+                rows.append(_check_mean(replay, part, where, max_samples, seed, strict))
                 if part.traits.stateful and count == counts[0]:
                     later = Replay(problem, part, count, _later_state(replay))
-                    _check_mean(later, f"{where} and the state of three steps", max_samples, seed, strict=False)
+                    _check_mean(later, part, f"{where} and the state of three steps", max_samples, seed, strict=False)
     assert rows, f"{part} fits no site of the problems {[str(p) for p in given]}: its traits are {part.traits}"
     return tuple(rows)
 
@@ -116,11 +119,11 @@ def _build(problem: str | Problem, dtype: torch.dtype, strict: bool) -> Problem 
     return made if strict or (made.elbo is not None and not made.traits.needs) else None
 
 
-def _check_mean(replay: Replay, where: str, max_samples: int, seed: int, strict: bool) -> Checked:
+def _check_mean(replay: Replay, part: Estimator, where: str, max_samples: int, seed: int, strict: bool) -> Checked:
     problem, expected = replay.problem, exact_gradients(replay.problem)
     found = exact_mean(replay)
     if found is None:
-        return _check_samples(replay, expected, where, max_samples, seed, strict)
+        return _check_samples(replay, part, expected, where, max_samples, seed, strict)
     _assert_equal(found, expected, where)
     return Checked(problem.name, replay.num_particles, found.how, found.outcomes)
 
@@ -138,11 +141,17 @@ def _assert_equal(found: Mean, expected: Mapping[str, Tensor], where: str) -> No
 
 
 def _check_samples(
-    replay: Replay, expected: Mapping[str, Tensor], where: str, max_samples: int, seed: int, strict: bool
+    replay: Replay,
+    part: Estimator,
+    expected: Mapping[str, Tensor],
+    where: str,
+    max_samples: int,
+    seed: int,
+    strict: bool,
 ) -> Checked:
     """Test the mean of independent gradients; of many particles each where the guide draws for itself."""
     if replay.own_draws:
-        replay = Replay(replay.problem, replay.estimator, max(MANY, replay.num_particles), replay.state)
+        replay = Replay(replay.problem, part, max(MANY, replay.num_particles), replay.state)
     pilot, most = (64, max_samples // MANY * 8) if replay.own_draws else (2000, max_samples)
     detect = 0.1 * max(float(g.abs().max()) for g in expected.values())
     samples = _samples(replay, pilot, seed)
@@ -180,7 +189,7 @@ def _later_state(replay: Replay) -> States:
     return state
 
 
-def _check_state(replay: Replay, where: str) -> None:
+def _check_state(replay: Replay, part: Estimator, where: str) -> None:
     """State is explicit: the same in, the same out; nothing given is changed; shapes stay; the trait says if any."""
     state = _later_state(replay)
     before = {site: {k: v.clone() for k, v in tensors.items()} for site, tensors in state.items()}
@@ -193,8 +202,8 @@ def _check_state(replay: Replay, where: str) -> None:
     assert _same(one, two), f"{where}: two evaluations with the same state and seed give {one} and {two}"
     assert _same(first, second), f"{where}: the next state is {first}, then {second}, at the same seed"
     assert _same(state, before), f"{where}: evaluating changed the given state from {before} to {state}"
-    stateful = replay.estimator.traits.stateful
-    for site in (row.site for row in replay.loss.table if row.estimator is replay.estimator):
+    stateful = part.traits.stateful
+    for site in (row.site for row in replay.loss.table if row.estimator is part):
         old, new = state.get(site, {}), first.get(site, {})
         assert bool(new) == stateful, f"{where}: traits.stateful is {stateful}, the state of site {site!r} is {new}"
         shapes = [{k: (tuple(v.shape), v.dtype) for k, v in tensors.items()} for tensors in (old, new)]
@@ -208,14 +217,14 @@ def _same(one: Any, two: Any) -> bool:
 
 
 def _check_draws(replay: Replay, others: Iterable[Replay], where: str, count: int = 2) -> None:
-    """The same draws give the same gradient: recorded or eager, and in all dtypes."""
+    """The same draws give the same gradient: mapped or one by one, and in all dtypes."""
     if replay.own_draws:
         return
     noise = replay.draws(count, index=True)
-    recorded, _ = replay.gradients(noise)
+    mapped, _ = replay.gradients(noise)
     for i in range(count):
         exact = _eager(replay, noise, i)
-        _assert_close({n: g[i] for n, g in recorded.items()}, exact, 1e-9, f"{where}: recorded (traits.recordable),")
+        _assert_close({n: g[i] for n, g in mapped.items()}, exact, 1e-9, f"{where}: mapped over draws,")
         for other in others:
             found = _eager(other, other.draws(count, index=True), i)
             for name, g in found.items():
@@ -223,6 +232,22 @@ def _check_draws(replay: Replay, others: Iterable[Replay], where: str, count: in
                     f"{where}: the {other.dtype} parameter {name!r} gets a {g.dtype} gradient"
                 )
             _assert_close(found, exact, 1e-3, f"{where}: in {other.dtype},")
+
+
+def _check_recording(replay: Replay, where: str) -> None:
+    """The trait `recordable` holds."""
+    if replay.own_draws:
+        return
+    noise = replay.draws(1, index=True)
+    row = [noise[name][0] for name in (*replay.noise, *replay.plates)]
+    with quiet(seed=0, validate=False):
+        try:
+            _, *recorded = (t.detach() for t in record(replay.step, row)(*row))
+        except RuntimeError as error:
+            assert not branches(error), f"{where}: traits.recordable is True, recording it raises {error!r}"
+            raise
+    found = dict(zip(replay.leaves, recorded, strict=True))
+    _assert_close(found, _eager(replay, noise, 0), 1e-9, f"{where}: recorded (traits.recordable),")
 
 
 def _assert_close(found: Mapping[str, Tensor], right: Mapping[str, Tensor], tolerance: float, where: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +29,14 @@ CHUNK = 4096
 class Replay:
     r"""The gradient of one problem by one estimator as a function of dictated noise.
 
-    The step is recorded as a graph and mapped over rows of noise, so thousands of outcomes cost milliseconds; an
-    estimator that is not ``recordable`` is looped, and so is a problem whose guide draws from something else than a
-    finite or a normal distribution (``own_draws``). The param store is not touched.
+    It is mapped over rows of noise, so thousands of outcomes cost milliseconds; an estimator that is not ``recordable``
+    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution
+    (``own_draws``). The param store is not touched.
 
     Args:
         problem: A `Problem`.
-        estimator: An instance or a registered name, for the sites that it fits; the others get ``"auto"``.
+        estimator: An instance or a registered name, for the sites that it fits, or a mapping from site to these; the
+            other sites get ``"auto"``.
         num_particles: K.
         state: The estimators' state, by site.
 
@@ -49,27 +51,24 @@ class Replay:
 
     def __init__(self, problem: Problem, estimator: Any, num_particles: int, state: States | None = None) -> None:
         self.problem, self.num_particles, self.state = problem, num_particles, state or {}
-        self.estimator: Estimator = create("estimator", estimator)
-        once, fits = fitting_sites(problem, self.estimator, num_particles)
-        if not fits:
-            fail(
-                EmvaeError,
-                "Replay",
-                f"use {self.estimator} on problem {problem.name!r}",
-                got=f"{num_particles} particles and the sites {list(once.guide)}",
-                because="there has to be a site that it fits",
-                fix="Choose a problem by the estimator's traits.",
-            )
-        self.loss = _Dictated(
-            num_particles,
-            problem.max_plate_nesting,
-            vectorize_particles=True,
-            estimator=dict.fromkeys(fits, self.estimator),
-        )
+        if not isinstance(estimator, Mapping):
+            part: Estimator = create("estimator", estimator)
+            estimator = dict.fromkeys(fitting_sites(problem, part, num_particles), part)
+            if not estimator:
+                fail(
+                    EmvaeError,
+                    "Replay",
+                    f"use {part} on problem {problem.name!r}",
+                    got=f"{num_particles} particles and the sites {problem.sites}",
+                    because="there has to be a site that it fits",
+                    fix="Choose a problem by the estimator's traits.",
+                )
+        self.loss = _Dictated(num_particles, problem.max_plate_nesting, vectorize_particles=True, estimator=estimator)
+        once = one_particle(problem)
         sites = (*once.guide.values(), *once.model.values())
         self.plates = {f.name: (f.full_size, f.size) for s in sites for f in s.frames if f.size != f.full_size}
         self.noise: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self._graphs: dict[tuple, Callable | None] = {}
+        self._graphs: dict[tuple, Callable] = {}
         self._enter, self.leaves = _scope(problem)
         with quiet(seed=0, validate=False):
             first = self.evaluate({})
@@ -84,11 +83,14 @@ class Replay:
                 self.noise[name] = ("normal", tuple(site.value.shape))
         self.own_draws = len(self.noise) < len(first.particles.guide)
 
-    def evaluate(self, noise: Mapping[str, Tensor], state: States | None = None) -> Evaluation:
+    def evaluate(
+        self, noise: Mapping[str, Tensor], state: States | None = None, leaves: Mapping[str, Tensor] | None = None
+    ) -> Evaluation:
         """Evaluate at given noise; what it does not name is drawn."""
         self.loss.noise = {name: noise[name] for name in self.noise if name in noise}
         problem, state = self.problem, self.state if state is None else state
-        with self._enter(), hold_batch({name: noise[name] for name in self.plates if name in noise}):
+        batch = hold_batch({name: noise[name] for name in self.plates if name in noise})
+        with self._enter(self.leaves if leaves is None else leaves), batch:
             return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state)
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
@@ -99,32 +101,54 @@ class Replay:
 
     def gradients(self, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         """Return gradients along the rows of noise, and the probabilities of the finite sites' outcomes."""
-        rows = tuple(noise[name] for name in (*self.noise, *self.plates))
-        count = len(rows[0])
-
-        def step(*values: Tensor) -> tuple[Tensor, ...]:
-            evaluation, probability = self._at(values)
-            return probability, *self.gradient(evaluation).values()
-
+        rows = [noise[name] for name in (*self.noise, *self.plates)]
         with quiet(seed=0, validate=False):
-            graph = self._graph(step, [t[0] for t in rows])
-            if graph is None:
-                pieces = [[t.unsqueeze(0) for t in step(*(t[i] for t in rows))] for i in range(count)]
-            else:
-                mapped = torch.func.vmap(graph)
-                pieces = [mapped(*(t[i : i + CHUNK] for t in rows)) for i in range(0, count, CHUNK)]
+            pieces = self._map(rows) or [
+                [t[None] for t in self.step(*(r[i] for r in rows))] for i in range(len(rows[0]))
+            ]
         probability, *grads = (torch.cat(parts).detach() for parts in zip(*pieces, strict=True))
         return dict(zip(self.leaves, grads, strict=True)), probability
+
+    def step(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Return the finite sites' probability and the gradient at one row of noise, in the order of its names."""
+        evaluation, probability = self._at(values)
+        return probability, *self.gradient(evaluation).values()
+
+    def _map(self, rows: list[Tensor]) -> list[tuple[Tensor, ...]] | None:
+        """Return `step` mapped over chunks of rows, recorded where it differentiates inside; None if it cannot."""
+        traits = [resolution.estimator.traits for resolution in self.loss.table]
+        if self.own_draws or not all(t.recordable for t in traits):
+            return None
+        leaves = {name: leaf.detach() for name, leaf in self.leaves.items()}
+
+        def surrogate(leaves: dict[str, Tensor], *values: Tensor) -> tuple[Tensor, Tensor]:
+            evaluation, probability = self._at(values, leaves)
+            return evaluation.surrogate, probability
+
+        def step(*values: Tensor) -> tuple[Tensor, ...]:
+            gradient, probability = torch.func.grad(surrogate, has_aux=True)(leaves, *values)
+            return probability, *gradient.values()
+
+        try:
+            if self.problem.traits.modules or any(t.splits_paths for t in traits):
+                key = tuple(r.dtype for r in rows)
+                step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
+            return [torch.func.vmap(step)(*(r[i : i + CHUNK] for r in rows)) for i in range(0, len(rows[0]), CHUNK)]
+        except RuntimeError as error:
+            if not branches(error):
+                raise
+            return None
+
+    def _at(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor] | None = None) -> tuple[Evaluation, Tensor]:
+        noise = dict(zip((*self.noise, *self.plates), values, strict=True))
+        evaluation = self.evaluate(noise, leaves=leaves)
+        logs = [evaluation.particles.guide[name].log_prob.detach().sum() for name in self.sizes]
+        return evaluation, torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
 
     def mean(self, noise: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
         """Return the sum of gradients times weights times probabilities along the rows of noise."""
         gradients, probability = self.gradients(noise)
         return {name: torch.tensordot(weights * probability, g.to(weights), 1) for name, g in gradients.items()}
-
-    def _at(self, values: tuple[Tensor, ...]) -> tuple[Evaluation, Tensor]:
-        evaluation = self.evaluate(dict(zip((*self.noise, *self.plates), values, strict=True)))
-        logs = [evaluation.particles.guide[name].log_prob.detach().sum() for name in self.sizes]
-        return evaluation, torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
 
     def draws(self, count: int, seed: int = 0, index: bool = False) -> dict[str, Tensor]:
         """Return rows of random noise, the same for every dtype; of a finite site, the outcome's quantile or index."""
@@ -166,31 +190,27 @@ class Replay:
         normal = sum(math.prod(shape) for kind, shape in self.noise.values() if kind == "normal")
         return math.exp(min(sum(logs), 100.0)), normal
 
-    def _graph(self, step: Callable, inputs: list[Tensor]) -> Callable | None:
-        if self.own_draws or not all(row.estimator.traits.recordable for row in self.loss.table):
-            return None
-        key = tuple(t.dtype for t in inputs)
-        if key not in self._graphs:
-            self._graphs[key] = _record(step, inputs)
-        return self._graphs[key]
+
+def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> list[str]:
+    """Return the guide's sites that the estimator fits."""
+    sites = one_particle(problem).guide.items()
+    return [name for name, site in sites if misfit(estimator, site.fn, num_particles) is None]
 
 
-def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> tuple[Particles, list[str]]:
-    """Return one particle, and the guide's sites that the estimator fits."""
-    enter, _ = _scope(problem)
-    with quiet(seed=0, validate=False), torch.no_grad(), enter():
-        particles = draw(problem.model, problem.guide, problem.args)
-    return particles, [n for n, s in particles.guide.items() if misfit(estimator, s.fn, num_particles) is None]
+def one_particle(problem: Problem) -> Particles:
+    """Return one particle at the problem's parameters."""
+    enter, leaves = _scope(problem)
+    with quiet(seed=0, validate=False), torch.no_grad(), enter(leaves):
+        return draw(problem.model, problem.guide, problem.args)
 
 
-def _scope(problem: Problem) -> tuple[Callable[[], Any], dict[str, Tensor]]:
-    """Return a context in which fresh leaves stand for the problem's parameters, and these; not for modules."""
+def _scope(problem: Problem) -> tuple[Callable[[Mapping[str, Tensor]], Any], dict[str, Tensor]]:
+    """Return a context in which given leaves stand for the problem's parameters, and fresh ones; not for modules."""
     if problem.traits.modules:
-        return contextlib.nullcontext, {}
+        return lambda leaves: contextlib.nullcontext(), {}
     leaves = problem.unconstrained()
     rows = tuple(Row(n, leaf, "unused", "", problem.constraints[n]) for n, leaf in leaves.items())
-    parameters = Parameters(rows)
-    return lambda: substitute(parameters, leaves), leaves
+    return partial(substitute, Parameters(rows)), leaves
 
 
 class _Dictated(MonteCarloELBO):
@@ -249,16 +269,16 @@ def _from_index(fn: Any, noise: Tensor) -> Tensor:
     return support.flatten().index_select(0, noise.flatten()).reshape(noise.shape)
 
 
-def _record(step: Callable, inputs: list[Tensor]) -> Callable | None:
-    """Record a step as a graph; None if it branches on a value."""
+def record(step: Callable, inputs: list[Tensor]) -> Callable:
+    """Record a step as a graph of tensor operations."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    try:
-        return make_fx(step)(*inputs)
-    except RuntimeError as error:
-        if "tracing tensor" not in str(error):
-            raise
-        return None
+    return make_fx(step)(*inputs)
+
+
+def branches(error: RuntimeError) -> bool:
+    """Whether a step could not be recorded or mapped because Python looked at a tensor's number."""
+    return "tracing tensor" in str(error) or ".item()" in str(error)
 
 
 def _digits(sizes: list[int]) -> Iterator[Tensor]:

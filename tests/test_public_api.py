@@ -1,0 +1,73 @@
+"""What is public is documented, and every name that people type finds its part."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import pyro_emvae as emvae
+from pyro_emvae._registry import KINDS, Entry, create, entries, lookup, register
+
+ALIASES = {
+    "reparam": "pathwise",
+    "reparameterized": "pathwise",
+    "reinforce": "score",
+    "rloo": "leave_one_out",
+    "vargrad": "leave_one_out",
+    "stl": "sticking_the_landing",
+}
+REGISTERED = [entry for kind in KINDS for entry in entries(kind)]
+
+
+@pytest.mark.parametrize("name", [n for n in emvae.__all__ if n != "__version__"])
+def test_public_names_have_docstrings(name):
+    part = getattr(emvae, name)
+    assert inspect.getdoc(part)
+    if inspect.ismodule(part):
+        for inner in part.__all__:
+            thing = getattr(part, inner)
+            assert not callable(thing) or inspect.getdoc(thing), f"{name}.{inner}"
+
+
+@pytest.mark.parametrize("name", [n for n in emvae.__all__ if inspect.isclass(getattr(emvae, n))])
+def test_public_methods_have_docstrings(name):
+    cls = getattr(emvae, name)
+    own = {n: m for n, m in vars(cls).items() if inspect.isfunction(m) and not n.startswith("_")}
+    assert [n for n, m in own.items() if not inspect.getdoc(getattr(cls, n))] == []
+
+
+@pytest.mark.parametrize("entry", REGISTERED, ids=lambda e: f"{e.kind}-{e.name}")
+def test_entries_say_what_they_are(entry):
+    assert entry.summary and (entry.source or entry.kind == "problem")
+    assert lookup(entry.kind, entry.name) is entry
+    assert all(lookup(entry.kind, alias) is entry for alias in entry.aliases)
+
+
+@pytest.mark.parametrize("entry", [e for e in REGISTERED if e.kind != "problem"], ids=lambda e: f"{e.kind}-{e.name}")
+def test_entries_make_instances_whose_traits_are_the_entrys(entry):
+    part = entry.factory()
+    assert getattr(part, "traits", entry.traits) == entry.traits
+    assert create(entry.kind, part) is part
+
+
+@pytest.mark.parametrize(("alias", "name"), ALIASES.items())
+def test_names_that_people_type(alias, name):
+    assert lookup("estimator", alias).name == name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "observed"),
+    [("estimator", "pathwize", "Did you mean 'pathwise'"), ("estimators", "score", "Did you mean 'estimator'")],
+)
+def test_unknown_names_get_the_nearest_known_one(kind, name, observed):
+    with pytest.raises(emvae.EmvaeError, match=observed):
+        lookup(kind, name)
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_is_added():
+    before = entries("estimator")
+    with pytest.raises(emvae.EmvaeError, match="'rloo'"):
+        register("estimator", "another", object, aliases=("rloo",))
+    assert entries("estimator") == before
+    assert all(isinstance(e, Entry) for e in before)

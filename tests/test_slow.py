@@ -1,0 +1,63 @@
+"""Checks that take minutes: calibration and published figures. Their figures stand in docs/results.md."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import pyro
+import pytest
+
+import pyro_emvae as emvae
+from pyro_emvae import problems
+
+pytestmark = pytest.mark.slow
+
+
+def binomial_limits(n: int, p: float, alpha: float) -> tuple[float, float]:
+    """Two-sided limits of a binomial proportion, by its normal approximation."""
+    half = NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(p * (1 - p) / n)
+    return p - half, p + half
+
+
+@pytest.mark.parametrize("kind", ["elbo", "log_evidence"])
+def test_intervals_cover(kind, record_result):
+    """The 95 % intervals of `elbo` and `log_evidence` hold the exact value in 95 % of 1,000 runs."""
+    pyro.clear_param_store()
+    problem = problems.linear_gaussian()
+    exact = problem.elbo() if kind == "elbo" else problem.log_evidence()
+    hits = 0
+    for seed in range(1000):
+        got = getattr(emvae, kind)(problem.model, problem.guide, *problem.args, num_particles=2000, seed=seed)
+        hits += abs(got.value - float(exact)) <= 1.959964 * got.standard_error
+    low, high = binomial_limits(1000, 0.95, 1e-6)
+    record_result(f"95 % interval of {kind}, linear_gaussian, 1,000 runs", f"coverage {hits / 1000:.3f}")
+    assert low <= hits / 1000 <= high
+
+
+def test_published_variances_of_logistic_regression(record_result):
+    """Mohamed et al. 2020, section 8, at step 0: variance per sample of the gradient by q's mean, KL in closed form.
+
+    Reference of at least 1e5 samples: score 2.40e6, pathwise 8.85e3; 15 % are allowed.
+    """
+    pyro.clear_param_store()
+    problem = problems.logistic_regression()
+    table = emvae.compare_gradients(
+        problem.model,
+        problem.guide,
+        *problem.args,
+        estimators=["score", "pathwise"],
+        objective="elbo_analytic_kl",
+        num_particles=1,
+        num_replicates=100_000,
+        blocks=lambda name, leaf: "guide" if name == problem.guide_params[0] else "model",
+        seed=0,
+    )
+    variance = table.dataset.variance_mean.sel(block="guide")
+    score, pathwise = (float(variance.sel(estimator=name)) for name in ("score", "pathwise"))
+    record_result(
+        "gradient variance, breast cancer, step 0 (references 2.40e6, 8.85e3)",
+        f"score {score:.3g}, pathwise {pathwise:.3g}",
+    )
+    assert score == pytest.approx(2.40e6, rel=0.15)
+    assert pathwise == pytest.approx(8.85e3, rel=0.15)

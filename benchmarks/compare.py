@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pyro
@@ -19,8 +20,8 @@ REPLICATES = 1000
 PARTICLES = 2
 
 
-def replicates(ours: bool, estimator: str) -> Call:
-    problem = emvae.problems.logistic_regression()
+def replicates(ours: bool, estimator: str, vectorize: bool = True) -> Call:
+    problem = emvae.problems.logistic_regression(dtype=torch.float32)
     normal = dist.Normal if estimator == "pathwise" else NonreparameterizedNormal
 
     def guide(x: Tensor, y: Tensor) -> None:
@@ -36,12 +37,12 @@ def replicates(ours: bool, estimator: str) -> Call:
             num_replicates=REPLICATES,
             num_particles=PARTICLES,
         )
-    return lambda: loop(problem.model, guide, problem.args)
+    loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=vectorize, max_plate_nesting=1)
+    return lambda: loop(loss, problem.model, guide, problem.args)
 
 
-def loop(model, guide, args) -> Tensor:
+def loop(loss: Trace_ELBO, model: Callable, guide: Callable, args: tuple) -> Tensor:
     """Return the gradients of all replicates, one row each."""
-    loss = Trace_ELBO(num_particles=PARTICLES, vectorize_particles=True, max_plate_nesting=1)
     guide(*args)
     leaves = [pyro.param(name).unconstrained() for name in ("loc", "log_scale")]
     rows = []
@@ -52,9 +53,14 @@ def loop(model, guide, args) -> Tensor:
     return torch.stack(rows)
 
 
-def case(estimator: str) -> Case:
-    what = f"{REPLICATES:,} {estimator} gradients of logistic regression against a loop over `Trace_ELBO`"
-    return Case(f"compare_{estimator}", what, 1 / 30, partial(replicates, estimator=estimator))
-
-
-CASES = tuple(map(case, ("pathwise", "score")))
+WHAT = f"{REPLICATES:,} {{}} gradients of logistic regression against a loop over `Trace_ELBO`, {{}}"
+CASES = (
+    Case("compare_pathwise", WHAT.format("pathwise", "vectorized"), 1 / 30, partial(replicates, estimator="pathwise")),
+    Case("compare_score", WHAT.format("score", "vectorized"), 1 / 30, partial(replicates, estimator="score")),
+    Case(
+        "compare_defaults",
+        WHAT.format("pathwise", "particles one by one (Pyro's default)"),
+        1 / 30,
+        partial(replicates, estimator="pathwise", vectorize=False),
+    ),
+)

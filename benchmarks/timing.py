@@ -16,7 +16,7 @@ import pyro
 import torch
 
 Call = Callable[[], Any]
-SLOT = 0.2  # seconds that one side runs before the other has its turn
+TURNS = 20
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,12 @@ class Side:
 
 
 def measure(case: Case, seconds: float = 8.0) -> Result:
-    """Time both sides in turn for about so many seconds, at least five times each."""
+    """Time both sides in turn, twenty times each for about so many seconds together; five times if a call is long."""
     ours, theirs = Side(case.setup, True), Side(case.setup, False)
     each = [side.warm_up() for side in (ours, theirs)]
-    calls = [max(1, round(SLOT / t)) for t in each]
-    rounds = max(5, math.ceil(seconds / sum(c * t for c, t in zip(calls, each, strict=True))))
-    times = [_turn(ours, theirs, calls, backwards=i % 2 == 1) for i in range(rounds)]
+    calls = [max(1, round(seconds / 2 / TURNS / t)) for t in each]
+    turns = max(5, min(TURNS, math.ceil(seconds / sum(each))))
+    times = [_turn(ours, theirs, calls, backwards=i % 2 == 1) for i in range(turns)]
     low, middle, high = quantiles([a / b for a, b in times], n=4)
     return Result(case, median(a for a, _ in times), median(b for _, b in times), middle, (low, high))
 

@@ -4,9 +4,11 @@ r"""# A variational autoencoder of handwritten digits, trained by EM
 Question: is it better to improve encoder and decoder in turn, as EM does, or at once? How much does the gradient
 estimator matter? How far is the ELBO, which was trained, from log p(x), which was meant?
 
-Answer: ANSWER
+Answer: here EM gains nothing. After as many updates its held-out ELBO is the same (+0.00 +- 0.06 nats per image over 3
+seeds); after as much time it is about 0.5 lower, as an iteration takes two gradients. The score function's variance is
+1,800 times the pathwise one's at the start, 250 times at the end. The ELBO lies 0.75 nats per image below log p(x).
 
-Running time: RUNNING
+Running time: a minute and a half on two cores.
 """
 
 # %%
@@ -68,9 +70,8 @@ def make_vae(seed):
 # %%
 def compare(model, guide, stage):
     table = emvae.compare_gradients(model, guide, train, batch=BATCH, num_replicates=REPLICATES, seed=0)
-    variance = table.dataset.variance_mean.sel(block="guide")
-    ratio = float(variance.sel(estimator="score") / variance.sel(estimator="pathwise"))
-    print(f"\nGradients at the {stage}: for phi, the variance of score is {ratio:.0f} times that of pathwise\n{table}")
+    score, pathwise = table.dataset.variance_mean.sel(block="guide", estimator=["score", "pathwise"]).values
+    print(f"\nGradients at the {stage}: the encoder's variance by score is {score / pathwise:.0f} x pathwise\n{table}")
     return table.dataset.expand_dims(stage=[stage])
 
 
@@ -78,8 +79,8 @@ start = compare(*make_vae(SEEDS[-1]), "start")
 
 # %% [markdown]
 # ## EM against joint SVI
-# An EM iteration is a gradient step of the encoder (E), then one of the decoder (M) on new draws. A joint step takes both
-# gradients from the same draws, which is cheaper. So EM is judged twice: in the time of the joint run, and at its end.
+# An EM iteration is a gradient step of the encoder (E), then one of the decoder (M) on new draws. A joint step takes
+# both gradients from one draw, in less time. So EM is judged twice: when the joint run's time is up, and at the end.
 
 
 # %%
@@ -90,9 +91,9 @@ def held_out_elbo(model, guide):
 def train_both(seed):
     options = {"batch": BATCH, "seed": seed, "validation": test, "every": max(1, UPDATES // 50)}
     model, guide = make_vae(seed)
-    clock = time.perf_counter()
+    em_elbo, clock = [], time.perf_counter()
     joint = emvae.SVI(model, guide, pyro.optim.Adam(ADAM), backend="graph").run(UPDATES, train, **options)
-    seconds, joint_elbo, em_elbo = time.perf_counter() - clock, held_out_elbo(model, guide), []
+    seconds, joint_elbo = time.perf_counter() - clock, held_out_elbo(model, guide)
 
     def look(progress):
         if not em_elbo and time.perf_counter() - clock > seconds:
@@ -115,15 +116,13 @@ fit = runs[-1][0]
 model, guide = fit.model, fit.guide
 ladder = xr.concat([start, compare(model, guide, "end")], "stage")
 
-# %% [markdown]
-# ## log p(x) = ELBO + KL on held-out images
-
-# %%
+# %%  log p(x) = ELBO + KL on the held-out images
 bound = emvae.elbo(model, guide, test, num_particles=SAMPLES, seed=1)
 evidence = emvae.log_evidence(model, guide, test, num_particles=SAMPLES, seed=2)
 gap = emvae.elbo_gap(model, guide, test, num_particles=SAMPLES, seed=3)  # both from the same draws
 print(f"\nELBO      {bound}\nlog p(x)  {evidence}\ngap       {gap.total:.1f} +- {gap.standard_error:.1f} nats")
-print(f"khat > 0.7 at {int((evidence.per_datum.khat > 0.7).sum())} images: take their log p(x) for a lower bound")
+doubtful = int((evidence.per_datum.khat > 0.7).sum())
+print(f"The gap is {gap.total / len(test):.2f} per image; at {doubtful} images khat > 0.7: log p(x) may be higher")
 
 # %%
 held_out = Figure(figsize=(7, 4), layout="constrained").subplots()
@@ -141,11 +140,11 @@ figures = {
     "latent_map": emvae.plots.plot_latent(z, digits.test_labels),
     "reconstructions": emvae.plots.plot_reconstructions(test, pyro.condition(model, data={"z": z})(test)),
 }
+figures["variance_ladder"].legend(loc="lower right")
 for name, axes in figures.items():
     axes.figure.savefig(f"{RESULTS}/{name}.png", dpi=150)
 ladder.to_dataframe().reset_index().to_csv(f"{RESULTS}/gradients.csv", index=False)
-data = emvae.to_arviz(model, guide, test, fit=fit, num_samples=100, seed=0)
-data.to_netcdf(f"{RESULTS}/fit.nc", engine="h5netcdf")
+emvae.to_arviz(model, guide, test, fit=fit, num_samples=100, seed=0).to_netcdf(f"{RESULTS}/fit.nc", engine="h5netcdf")
 print(f"\nThe results are in {RESULTS}; fit.nc has {', '.join(az.from_netcdf(f'{RESULTS}/fit.nc').groups())}")
 assert bound.value - evidence.value <= 3 * (bound.standard_error**2 + evidence.standard_error**2) ** 0.5
 assert ladder.bias_z.max() < ladder.attrs["bias_z_limit"], "two estimators have different means"

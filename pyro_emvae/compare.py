@@ -2,6 +2,7 @@ r"""Estimators side by side on one model: bias, variance, cost."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import warnings
@@ -215,7 +216,8 @@ def _label(spec: Any) -> str:
 
 def _row(name: str, spec: Any, num_particles: int, objective: Any) -> _Row:
     if isinstance(spec, ELBO):
-        return _Row(name, spec, isinstance(spec, Trace_ELBO | MonteCarloELBO))
+        own = copy.copy(spec) if isinstance(spec, MonteCarloELBO) else spec  # with a state of its own
+        return _Row(name, own, isinstance(spec, Trace_ELBO | MonteCarloELBO))
     if not isinstance(spec, str | Estimator | Mapping) and not callable(spec):
         fail(
             EstimatorError,

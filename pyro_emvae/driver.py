@@ -240,7 +240,7 @@ def run(
                 bar.update()
                 progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
                 iteration += 1
-                if _call(callbacks, progress):
+                if _call(callbacks, progress, engine):
                     status = "STOPPED"
                     break
                 if interrupt.flag:
@@ -360,11 +360,18 @@ def _track(engine: Engine, names: list[str], history: History) -> None:
         history.tracked.setdefault(name, []).append(rows[name].value.detach().cpu().numpy().copy())
 
 
-def _call(callbacks: list[Callable], progress: Progress) -> bool:
+def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool:
+    """Call them all; generators, buffers and modes are as before."""
     if not callbacks:
         return False
-    with quiet():
-        return any([callback(progress) is True for callback in callbacks])
+    modules = {m for module in engine.parameters.modules for m in module.modules()} if engine.parameters else set()
+    modes = [(module, module.training) for module in modules]
+    try:
+        with quiet():
+            return any([callback(progress) is True for callback in callbacks])
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _shapes(args: tuple, kwargs: dict) -> list[str]:

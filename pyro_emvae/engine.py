@@ -1,7 +1,7 @@
-r"""One gradient step, run eagerly or recorded once as a graph of tensor operations; the only file with private torch names.
+r"""One gradient step, eager or recorded once as a graph of tensor operations; the only file with private torch names.
 
-`make_fx` *runs* the gradient once, with all of Pyro's handlers, on the very tensors that are the parameters, so that any
-use of them, from wherever, is recorded; no parameter has to be substituted. What is recorded is run from Python.
+`make_fx` *runs* the gradient once, with all of Pyro's handlers, on the very tensors that are the parameters, so that
+any use of them, from wherever, is recorded; no parameter has to be substituted. What is recorded is run from Python.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +38,7 @@ from .parameters import (
     capture,
     discover,
     distinct,
+    is_wrapped,
     module_leaves,
     sample_statements,
 )
@@ -215,7 +217,8 @@ class Engine:
     def setup(self, args: tuple, kwargs: Mapping[str, Any]) -> Parameters:
         """Find blocks and buffers, if that has not been done; generator and buffers stay as they are."""
         if self.parameters is None:
-            self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks)
+            with _fitting_data(args, kwargs):
+                self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks)
         return self.parameters
 
     def refresh(self) -> None:
@@ -241,7 +244,7 @@ class Engine:
             self.setup(args, kwargs)
         loss = self.loss if loss is None else loss
         try:
-            with self._guarded(block):
+            with self._guarded(block), _fitting_data(args, kwargs):
                 found = self._gradient(block, args, kwargs, loss)
         except NonFiniteError as error:
             if self.on_nonfinite == "raise":
@@ -262,7 +265,7 @@ class Engine:
     def _gradient(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Gradient:
         only = None if block is None else self.parameters.leaves(block)
         own = self.loss_and_grads if loss is self.loss else None
-        if self.backend == "eager" or not self._is_warm(block, loss):
+        if self.backend == "eager" or not self._is_warm(block, loss) or _in_context():
             return self._eager(loss, args, kwargs, only, own)
         recording = self._recording(block, args, kwargs, loss)
         generator = torch.get_rng_state()
@@ -286,19 +289,29 @@ class Engine:
     def _is_warm(self, block: str | None, loss: Any) -> bool:
         """Whether a step was made eagerly, so that parameters and estimators' states exist."""
         key = (block, id(loss))
-        warm = key in self._warm and self.parameters is not None
+        stateful = [row.site for row in getattr(loss, "table", ()) if row.estimator.traits.stateful]
+        warm = key in self._warm and self.parameters is not None and all(site in loss.state for site in stateful)
         self._warm.add(key)
         return warm
 
     def _record(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Recording:
         leaves = self.parameters.leaves(*(() if block is None else (block,)))
         buffers = [b.tensor for b in self.parameters.buffers]
-        return record(self.model, self.guide, loss, leaves, buffers, args, kwargs)
+        try:
+            return record(self.model, self.guide, loss, leaves, buffers, args, kwargs)
+        except RecordingError:
+            raise
+        except Exception:  # the model does not run: say so as the eager backend does, with validation
+            with quiet():
+                self._eager(loss, args, kwargs, leaves, None)
+            raise
 
     def _recording(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Recording:
-        key = (block, id(loss), signature(args, kwargs), tuple(m.training for m in self.parameters.modules))
+        modes = tuple(m.training for m in self.parameters.modules)
+        key = (block, id(loss), signature(args, kwargs), modes)
         recording = self._recordings.get(key)
-        if recording is None:
+        buffers = [id(b.tensor) for b in self.parameters.buffers]
+        if recording is None or buffers != [id(b) for b in recording.buffers]:
             recording = self._recordings[key] = self._record(block, args, kwargs, loss)
         elif recording.unverified:
             verify(recording, self._record(block, args, kwargs, loss))
@@ -432,6 +445,11 @@ def choose(name: str, value: Any, known: tuple[str, ...]) -> Any:
     return value
 
 
+def _in_context() -> bool:
+    """Whether handlers or autocast around the step take part in it, which a recording would freeze."""
+    return is_wrapped() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+
+
 def _check_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
     for tensor in _tensors(args, kwargs):
         if tensor.numel() == 0 and tensor.dim():
@@ -443,6 +461,25 @@ def _check_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
                 because="an objective over no data says nothing",
                 fix="Pass at least one datum.",
             )
+
+
+@contextlib.contextmanager
+def _fitting_data(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Add the data's shapes to Pyro's error for a plate of another size."""
+    try:
+        yield
+    except ValueError as cause:
+        if isinstance(cause, EmvaeError) or "inside plate" not in str(cause):
+            raise
+        fail(
+            DataError,
+            "step",
+            "use these data",
+            got=f"{cause}; data of shapes {[tuple(t.shape) for t in _tensors(args, kwargs)]}",
+            because="what is drawn in a plate has the plate's size at its dim",
+            fix='Write pyro.plate("data", len(x)); for minibatches pyro.plate("data", N, subsample=index).',
+            cause=cause,
+        )
 
 
 # Recording ------------------------------------------------------------------------------------------------------
@@ -481,12 +518,36 @@ class Recording:
         )
 
 
+PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, slice, range, Enum, torch.dtype, torch.device)
+
+
 def signature(args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """Return what a recording depends on: the data's structure, shapes, dtypes, devices, and its Python values."""
+    """Return what a recording depends on: the data's structure, layout, and its Python values.
+
+    Raises:
+        RecordingError: An argument holds data that are no tensors.
+    """
     flat, spec = pytree.tree_flatten((args, dict(kwargs)))
-    return spec, tuple(
-        (tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), repr(x)) for x in flat
-    )
+    places = {id(x): i for i, x in reversed(list(enumerate(flat)))}
+    return spec, tuple(_describe(x, places[id(x)]) for x in flat)
+
+
+def _describe(x: Any, place: int) -> tuple:
+    """Describe one argument; `place` is where it came first, as one tensor that is given twice is recorded as one."""
+    if isinstance(x, Tensor):
+        return tuple(x.shape), x.stride(), x.dtype, x.device, place
+    if isinstance(x, PLAIN):
+        return type(x), repr(x)
+    if not callable(x):
+        fail(
+            RecordingError,
+            "SVI",
+            f"record a step on an argument of type {type(x).__name__}",
+            got=repr(x)[:80],
+            because="only tensors change from call to call of a recorded step",
+            fix='Pass tensors, alone or in tuples, lists and dicts, or write backend="eager".',
+        )
+    return type(x), x
 
 
 def _tensors(args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -536,7 +597,7 @@ def record(
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         rest = list(inputs[len(leaves) + len(buffers) :])
         state = pytree.tree_unflatten(rest[: len(flat_state)], state_spec)
-        with _ScalarIndexing():
+        with _Recordable():
             evaluation = loss.evaluate(model, guide, args, kwargs, state)
         grads = _autograd(-evaluation.surrogate, leaves)
         reached[:] = list(grads)
@@ -612,10 +673,16 @@ def _shift_generators() -> None:
     random.gauss(0.0, 1.0)
 
 
-class _ScalarIndexing(TorchFunctionMode):
-    """Let ``x[k]`` with integer tensors k without dims be recorded: torch takes their Python value otherwise."""
+class _Recordable(TorchFunctionMode):
+    """Let be recorded what torch makes a Python value of, without need.
+
+    These are ``x[k]`` with integer tensors k without dims, and whether a value lies in its support, which is asked by
+    distributions that were made before validation was switched off, such as the prior of a `PyroSample`.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._is_all_true:
+            return True
         if func is Tensor.__getitem__:
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             scalars = [isinstance(i, Tensor) and i.dim() == 0 and i.dtype == torch.long for i in index]
@@ -734,8 +801,8 @@ def _refuse(step: Callable, inputs: tuple, difference: str) -> None:
         "SVI",
         "record the step as a graph",
         got=difference + where,
-        because="a number that Python changes from call to call would be frozen (a counter, numpy or Python randomness, "
-        "an annealing attribute)",
+        because="a number that Python changes from call to call would be frozen "
+        "(a counter, numpy or Python randomness, an annealing attribute)",
         fix='Pass it as a tensor argument, draw it with torch, or write backend="eager".',
     )
 

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -93,13 +94,21 @@ class Parameters:
 
     def is_current(self) -> bool:
         """Whether the store and the modules still hold these leaves: not after the store was cleared or loaded."""
-        places = [(row.leaf, place) for row in self.rows for place in self.owners.get(row.name, ())]
         in_store = all(leaf_of(row.name) is row.leaf for row in self.rows if row.name in self.stored)
-        return in_store and all(module._parameters.get(key) is leaf for leaf, (module, key) in places)
+        return in_store and all(named.get(key) is leaf for named, key, leaf in self._places)
 
     def knows(self, leaves: Iterable[Tensor]) -> bool:
         """Whether all these leaves are here: not so after a run that met a parameter for the first time."""
-        return {id(row.leaf) for row in self.rows}.issuperset(map(id, leaves))
+        return self._ids.issuperset(map(id, leaves))
+
+    @cached_property
+    def _ids(self) -> set[int]:
+        return {id(row.leaf) for row in self.rows}
+
+    @cached_property
+    def _places(self) -> list[tuple[dict[str, Any], str, Tensor]]:
+        """Where modules hold the leaves: the module's dict of parameters, the key there, the leaf."""
+        return [(m._parameters, key, row.leaf) for row in self.rows for m, key in self.owners.get(row.name, ())]
 
     def constrained(self) -> dict[str, Tensor]:
         """Return every parameter's constrained value, detached, by name."""
@@ -121,7 +130,12 @@ def materialize(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[s
     with quiet(), torch.no_grad():
         draw(model, guide, args, kwargs)
         after = torch.get_rng_state()
-    if set(pyro.get_param_store().keys()) != before:
+    if set(pyro.get_param_store().keys()) == before:
+        return
+    with quiet(), torch.no_grad():
+        draw(model, guide, args, kwargs)
+        again = torch.get_rng_state()
+    if not torch.equal(after, again):
         torch.set_rng_state(after)
 
 
@@ -216,6 +230,11 @@ def capture(fn: Callable[[], Any], leaves: Mapping[str, Tensor]) -> tuple[Any, d
             leaf.grad = grad
 
 
+def is_wrapped() -> bool:
+    """Whether handlers of Pyro are at work around the caller."""
+    return poutine.runtime.am_i_wrapped()
+
+
 class _Statements(Messenger):
     def __init__(self) -> None:
         super().__init__()
@@ -285,6 +304,7 @@ def reach(tensors: Iterable[Tensor]) -> set[int]:
     return found
 
 
+@torch.enable_grad()
 def _classify(named: Mapping[str, Tensor], particles: Particles) -> list[Row]:
     cuts = [cut for run in particles.cuts for cut in run]
     moves_q = reach([s.scaled for s in particles.guide.values()] + [drawn for drawn, _ in cuts])
@@ -327,6 +347,7 @@ def _point_masses(particles: Particles, cuts: list[tuple[Tensor, Tensor]]) -> di
     return found
 
 
+@torch.enable_grad()
 def _override(rows: list[Row], particles: Particles, blocks: Any) -> list[Row]:
     if blocks == "local/global":
         local = local_plates(particles)

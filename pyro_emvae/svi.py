@@ -10,7 +10,7 @@ import pyro.infer
 from pyro.infer import ELBO
 
 from . import driver
-from ._checks import OptimizerError, fail
+from ._checks import EmvaeError, OptimizerError, fail
 from .driver import Fit, Record
 from .engine import Engine
 from .loss import MonteCarloELBO
@@ -26,6 +26,15 @@ class Inference(pyro.infer.SVI):
     engine: Engine
 
     def _attach(self, model: Callable, guide: Callable, loss: Any, loss_and_grads: Any, **options: Any) -> None:
+        if isinstance(loss, type) or not (isinstance(loss, ELBO) or callable(loss)):
+            fail(
+                EmvaeError,
+                type(self).__name__,
+                "use its loss",
+                got=repr(loss),
+                because="it takes a pyro.infer.ELBO, or a function of model, guide and data",
+                fix="Write loss=MonteCarloELBO().",
+            )
         optimizers = options.pop("optimizers")
         view = OptimView({str(key): block for key, block in optimizers.items()})
         super().__init__(model, guide, view, loss, loss_and_grads)
@@ -126,7 +135,7 @@ def per_block(optim: Mapping[str, Any]) -> dict[str, Any]:
             f"be the mapping {dict(optim)}",
             got=f"the key {unknown[0]!r}",
             because="a mapping gives one optimizer to each block",
-            fix='Write {"guide": ..., "model": ...}; arguments go into the optimizer, as in pyro.optim.Adam({"lr": 1e-3}).',
+            fix='Write {"guide": ..., "model": ...}; arguments go into each, as in pyro.optim.Adam({"lr": 1e-3}).',
         )
     return {block: optim.get(block) for block in (GUIDE, MODEL)}
 

@@ -105,7 +105,7 @@ def test_half_steps_of_many_updates_with_optimizer_and_loss_of_their_own(e_steps
 @pytest.mark.parametrize("name", ["linear_gaussian", "local_global"])
 def test_alternation_with_pyros_losses(name, loss):
     problem = PROBLEMS[name]()
-    kind = loss if hasattr(loss, "differentiable_loss") and loss is not infer.TraceGraph_ELBO else infer.Trace_ELBO
+    kind = infer.Trace_ELBO if loss is infer.TraceGraph_ELBO else loss  # the same numbers where all is reparameterised
     losses = by_hand(problem, OPTIMIZERS["Adam"], 3, loss=kind())
     pyro.clear_param_store()
     declare(problem.model, problem.guide, problem.args)
@@ -315,13 +315,13 @@ def hierarchical(x):
     """A model without parameters: one global, one local latent."""
     loc = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
     with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(loc * torch.ones(2, dtype=torch.float64), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(loc.unsqueeze(-1) * torch.ones(2, dtype=torch.float64), 1.0).to_event(1))
         pyro.sample("x", dist.Normal(z, 0.5).to_event(1), obs=x)
 
 
 def test_a_model_without_parameters_is_split_into_local_and_global():
     guide = autoguide.AutoNormal(hierarchical)
-    with pytest.raises(BlockError, match="a model without parameters.*local/global"):
+    with pytest.raises(BlockError, match=r"a model without parameters.*local/global"):
         EM(hierarchical, guide, pyro.optim.Adam({"lr": 0.1})).step(X)
     em = EM(hierarchical, guide, pyro.optim.Adam({"lr": 0.1}), blocks="local/global")
     em.run(X, max_iter=3)
@@ -381,7 +381,7 @@ def test_the_posterior_is_the_guide_on_any_data():
     mean = posterior.expect(lambda values: values["z"], num_particles=4000)
     torch.testing.assert_close(mean, posterior.marginal("z").mean, rtol=0, atol=0.1)
     assert all(torch.equal(v, before[n]) for n, v in em.blocks.constrained().items())
-    with pytest.raises(EmvaeError, match="'zz'.*'z'"):
+    with pytest.raises(EmvaeError, match=r"'zz'.*'z'"):
         posterior.marginal("zz")
 
 
@@ -404,7 +404,7 @@ class Foreign(HalfStep):
 
 WRONG_STEPS = {
     "slot": ({"m_step": ExactPosterior(None)}, "ExactPosterior"),
-    "class": ({"e_step": steps.Gradient}, "type"),
+    "class": ({"e_step": steps.Gradient}, "Gradient'>"),
     "number": ({"e_step": 3}, "int"),
     "name": ({"e_step": "gradeint"}, "'gradeint'.*'gradient'"),
 }

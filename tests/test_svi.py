@@ -349,7 +349,9 @@ def test_run_equals_steps(cls):
     pyro.clear_param_store()
     svi = cls(problem.model, problem.guide, OTHER["Adam"])
     name = "num_steps" if cls is SVI else "max_iter"
-    result = svi.run(*(problem.args if cls is joint else (6, *problem.args)), seed=2, **({name: 6} if cls is joint else {}))
+    result = svi.run(
+        *(problem.args if cls is joint else (6, *problem.args)), seed=2, **({name: 6} if cls is joint else {})
+    )
     assert result.history["objective"].values.tolist() == [-loss for loss in stepped[0]]
     assert all(torch.equal(result.params[n], stepped[1][n]) for n in problem.params)
     assert result.status == "MAX_ITER" and result.num_iterations == 6

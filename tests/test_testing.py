@@ -267,3 +267,10 @@ def test_replay_uses_other_parameter_values():
     moved = dataclasses.replace(problem, params=MappingProxyType({**problem.params, **problem.exact_guide()}))
     found = exact_mean(Replay(moved, "score", 1)).gradients
     torch.testing.assert_close(found["loc"], torch.zeros_like(found["loc"]), rtol=0, atol=1e-10)
+
+
+def test_other_parameters_of_the_same_name_do_not_matter():
+    """The problem's ``scale`` is positive; the one in the store is not."""
+    pyro.param("scale", torch.tensor(-1.0))
+    check_estimator("pathwise", problems=["normal_normal"], num_particles=[1])
+    assert float(pyro.param("scale").detach()) == -1.0

@@ -16,9 +16,7 @@ __all__ = ["ModuleWatch", "quiet"]
 
 
 @contextlib.contextmanager
-def quiet(
-    *, seed: int | None = None, train: bool | None = None, validate: bool | None = None
-) -> Iterator[ModuleWatch]:
+def quiet(*, seed: int | None = None, train: bool | None = None, validate: bool | None = None) -> Iterator[ModuleWatch]:
     r"""Run code that only measures: generators, buffers, modes and validation are as before when it ends.
 
     Args:
@@ -78,7 +76,8 @@ class ModuleWatch:
         """Put modes and buffers back: the same tensors with the same values."""
         with torch.no_grad():
             for module, (training, buffers) in self.saved.items():
-                module.training = training
+                if self.train is not None:
+                    module.training = training
                 for name, (tensor, value) in buffers.items():
                     module._buffers[name] = tensor
                     if not torch.equal(tensor, value):

@@ -199,9 +199,9 @@ def _check_state(replay: Replay, part: Estimator, where: str) -> None:
             evaluation = replay.evaluate({}, state)
         results.append((replay.gradient(evaluation), evaluation.state))
     (one, first), (two, second) = results
+    assert _same(state, before), f"{where}: evaluating changed the given state from {before} to {state}"
     assert _same(one, two), f"{where}: two evaluations with the same state and seed give {one} and {two}"
     assert _same(first, second), f"{where}: the next state is {first}, then {second}, at the same seed"
-    assert _same(state, before), f"{where}: evaluating changed the given state from {before} to {state}"
     stateful = part.traits.stateful
     for site in (row.site for row in replay.loss.table if row.estimator is part):
         old, new = state.get(site, {}), first.get(site, {})

@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal, Normal, TransformedDistribut
 
 from .._checks import EmvaeError, fail
 from .._registry import create
-from ..estimators.base import Estimator, base, misfit
+from ..estimators.base import Estimator, base, is_point_mass, misfit
 from ..loss import Evaluation, MonteCarloELBO, States
 from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, draw, hold_batch, quiet
@@ -75,13 +75,14 @@ class Replay:
         self.leaves = self.leaves or {n: t for side in first.particles.params.values() for n, t in side.items()}
         self.dtype = first.objective.dtype
         self.sizes: dict[str, int] = {}
-        for name, site in first.particles.guide.items():
+        random = {n: s for n, s in first.particles.guide.items() if not is_point_mass(s.fn)}
+        for name, site in random.items():
             if base(site.fn).has_enumerate_support:
                 self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
                 self.noise[name] = ("finite", tuple(site.value.shape))
             elif _is_normal(site.fn):
                 self.noise[name] = ("normal", tuple(site.value.shape))
-        self.own_draws = len(self.noise) < len(first.particles.guide)
+        self.own_draws = len(self.noise) < len(random)
 
     def evaluate(
         self, noise: Mapping[str, Tensor], state: States | None = None, leaves: Mapping[str, Tensor] | None = None
@@ -192,9 +193,9 @@ class Replay:
 
 
 def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> list[str]:
-    """Return the guide's sites that the estimator fits."""
-    sites = one_particle(problem).guide.items()
-    return [name for name, site in sites if misfit(estimator, site.fn, num_particles) is None]
+    """Return the guide's sites that the estimator fits, without those that are functions of others."""
+    sites = [(n, s.fn) for n, s in one_particle(problem).guide.items() if not is_point_mass(s.fn)]
+    return [name for name, fn in sites if misfit(estimator, fn, num_particles) is None]
 
 
 def one_particle(problem: Problem) -> Particles:

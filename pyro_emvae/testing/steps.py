@@ -65,22 +65,16 @@ def _check_blocks(slot: str, make: Callable[[nn.Module, nn.Module], EM]) -> None
     model, guide = _Decoder(), _Encoder()
     x = torch.randn(8, 3)
     em = make(model, guide)
+    em.engine.setup((x,), {})
+    _half_step(em, slot, x)
     for _ in range(2):
         em.step(x)
     other, kind = (model, "model") if slot == "E" else (guide, "guide")
-    if slot == "M":
-        posterior, _ = em.e_step.expect(em.engine, x)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
-    if slot == "E":
-        result = em.e_step.expect(em.engine, x)
-        good = len(result) == 2 and isinstance(result[0], Posterior) and isinstance(result[1], Info)
-        assert good, f"{em.e_step}: `expect` returned {result}, expected a Posterior and an Info"
-    else:
-        result = em.m_step.maximise(em.engine, posterior, x)
-        assert isinstance(result, Info), f"{em.m_step}: `maximise` returned {result}, expected an Info"
+    _half_step(em, slot, x)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, before[name]), (
-            f"the {slot}-step {em.e_step if slot == 'E' else em.m_step} moved {name!r} of the {kind}: "
+            f"the {slot}-step {_name(em, slot)} moved {name!r} of the {kind}: "
             f"observed {tensor}, expected {before[name]}"
         )
 
@@ -92,15 +86,28 @@ def _check_rise(slot: str, make: Callable[[nn.Module, nn.Module], EM], num_steps
     em.engine.setup(problem.args, {})
     before = _exact(problem, leaves)
     for _ in range(num_steps):
-        if slot == "E":
-            em.e_step.expect(em.engine, *problem.args)
-        else:
-            em.m_step.maximise(em.engine, GuidePosterior(em.model, em.guide, problem.args), *problem.args)
+        _half_step(em, slot, *problem.args)
     after = _exact(problem, leaves)
     assert after > before, (
-        f"{num_steps} {slot}-steps {em.e_step if slot == 'E' else em.m_step} took the exact ELBO of probabilistic PCA "
-        f"from {before:.6g} to {after:.6g}, expected a rise"
+        f"{num_steps} {slot}-steps {_name(em, slot)} took the exact ELBO of probabilistic PCA from {before:.6g} to "
+        f"{after:.6g}, expected a rise"
     )
+
+
+def _half_step(em: EM, slot: str, *args: Any) -> None:
+    """Make one half-step and look at what it returns; an M-step gets the guide as it stands."""
+    if slot == "E":
+        result = em.e_step.expect(em.engine, *args)
+        kinds = tuple(map(type, result)) if isinstance(result, tuple) else (type(result),)
+        good = len(kinds) == 2 and issubclass(kinds[0], Posterior) and issubclass(kinds[1], Info)
+        assert good, f"{_name(em, slot)}: `expect` returned {result}, expected a Posterior and an Info"
+    else:
+        result = em.m_step.maximise(em.engine, GuidePosterior(em.model, em.guide, args), *args)
+        assert isinstance(result, Info), f"{_name(em, slot)}: `maximise` returned {result}, expected an Info"
+
+
+def _name(em: EM, slot: str) -> str:
+    return repr(em.e_step if slot == "E" else em.m_step)
 
 
 def _exact(problem: Problem, leaves: nn.ParameterDict) -> float:

@@ -1,0 +1,100 @@
+r"""Every example runs from an empty directory with its loops shortened, and writes what it says it writes."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.xdist_group("subprocesses")
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MAX_LINES = 150
+OUTPUTS = {
+    "digits_vae": {
+        "elbo_held_out.png",
+        "elbo_training.png",
+        "variance_ladder.png",
+        "latent_map.png",
+        "reconstructions.png",
+        "gradients.csv",
+        "fit.nc",
+    },
+}
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(scope="module", params=EXAMPLES, ids=lambda path: path.stem)
+def example(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def finished(example: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run an example in a process of its own and return its working directory and what it printed."""
+    directory = tmp_path_factory.mktemp(example.stem)
+    environment = {**os.environ, "PYRO_EMVAE_SMOKE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # No file may need netCDF4: a clean machine has h5netcdf only.
+    run = "import runpy, sys; sys.modules['netCDF4'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    process = subprocess.run(
+        [sys.executable, "-c", run, str(example)], cwd=directory, env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
+    return directory, process.stdout
+
+
+def files(directory: Path, ending: str) -> list[Path]:
+    return sorted(directory.rglob(f"*.{ending}"))
+
+
+def test_there_are_examples() -> None:
+    assert EXAMPLES
+
+
+def test_layout(example: Path) -> None:
+    text = example.read_text(encoding="utf-8")
+    cells = [line for line in text.splitlines() if line.startswith("# %%")]
+    assert text.startswith("# %% [markdown]\n") and cells.count("# %%") >= 2
+    assert len(text.splitlines()) <= MAX_LINES
+    for word in ("Question:", "Answer:", "Running time:", "PYRO_EMVAE_SMOKE", "assert "):
+        assert word in text, f"{example.name} lacks {word!r}"
+
+
+def test_writes_what_it_promises(example: Path, finished: tuple[Path, str]) -> None:
+    directory, _ = finished
+    written = {path.name for path in directory.rglob("*") if path.is_file()}
+    assert OUTPUTS[example.stem] <= written
+
+
+def test_says_where_its_results_are(finished: tuple[Path, str]) -> None:
+    directory, printed = finished
+    results = [path for path in directory.rglob("*") if path.is_file()]
+    assert results and all(path.stat().st_size > 0 for path in results)
+    for folder in {path.parent.relative_to(directory) for path in results}:
+        assert str(folder) in printed.splitlines()[-1]
+
+
+def test_figures_and_tables(finished: tuple[Path, str]) -> None:
+    directory, _ = finished
+    for path in files(directory, "png"):
+        assert path.read_bytes().startswith(PNG)
+    for path in files(directory, "csv"):
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        assert rows and all(None not in row and None not in row.values() for row in rows)
+
+
+def test_netcdf(finished: tuple[Path, str]) -> None:
+    import arviz as az
+
+    directory, _ = finished
+    for path in files(directory, "nc"):
+        data = az.from_netcdf(str(path), engine="h5netcdf")
+        assert {"posterior", "sample_stats", "observed_data", "fit_stats"} <= set(data.groups())
+        assert set(data["fit_stats"]["phase"].values.ravel()) <= {0, 1, 2}
+        assert bool(data["fit_stats"]["elbo"].notnull().all())
+        data.close()

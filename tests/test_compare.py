@@ -104,7 +104,13 @@ def test_default_rows_leave_out_pathwise_where_a_site_has_no_rsample():
 
 
 def test_pyro_losses_run_and_are_named_as_looped():
-    losses = [Trace_ELBO(), TraceGraph_ELBO(), TraceMeanField_ELBO(), TraceEnum_ELBO(strict_enumeration_warning=False), Trace_ELBO()]
+    losses = [
+        Trace_ELBO(),
+        TraceGraph_ELBO(),
+        TraceMeanField_ELBO(),
+        TraceEnum_ELBO(strict_enumeration_warning=False),
+        Trace_ELBO(),
+    ]
     table = compare(problems.local_global(), estimators=losses, num_replicates=30)
     assert list(table.dataset.estimator.values)[-1] == "Trace_ELBO (2)"
     assert set(table.looped) == set(table.dataset.estimator.values)

@@ -194,8 +194,6 @@ class MonteCarloELBO(ELBO):
     def _make_plan(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
         if self.num_particles == 1 or self.vectorize_particles is False:
             return Plan(False, self._nesting, False)
-        if self.vectorize_particles and self._nesting is not None:
-            return Plan(True, self._nesting, False)
         agrees, nesting, what = vectorizable(model, guide, args, kwargs)
         if not agrees and self.vectorize_particles:
             fail(
@@ -304,7 +302,7 @@ class MonteCarloELBO(ELBO):
         through, direct, following = [], [], {}
         for site, estimator in rows:
             signal = _signal(costs, site.frames) if estimator.traits.needs_signal else None
-            view = SiteTerms(site.name, site.fn, site.value, site.log_prob, entropies.pop(site.name, None))
+            view = SiteTerms(site.name, site.fn, site.value, site.log_prob, entropies.pop(site.name, None), site.runs)
             old = state.get(site.name) or estimator.init(view, signal)
             paths = estimator.surrogate(view, signal, self.num_particles, old)
             through.append(paths.get("value"))

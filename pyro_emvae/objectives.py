@@ -97,7 +97,7 @@ class ELBO(Objective):
         for name in shared:
             q, p = particles.guide[name], particles.model[name]
             try:
-                kl = kl_divergence(q.fn, p.fn)
+                kl = _kl(q, p)
             except NotImplementedError:
                 continue
             if not (_equal(q.scale, p.scale) and _equal(q.mask, p.mask)):
@@ -111,6 +111,13 @@ class ELBO(Objective):
                 )
             result[name] = scale_and_mask(kl, p.scale, p.mask)
         return result
+
+
+def _kl(q: Any, p: Any) -> Tensor:
+    if not q.runs:
+        return kl_divergence(q.fn, p.fn)
+    priors = {id(one): two.fn for one, two in zip(q.runs, p.runs, strict=True)}
+    return q.each(lambda run: kl_divergence(run.fn, priors[id(run)]))
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -255,11 +255,13 @@ def sample_statements(fn: Callable[[], Any]) -> list[tuple[str, traceback.StackS
 def module_leaves(*functions: Callable) -> dict[str, Tensor]:
     """Return the trainable parameters of those functions that are modules, by their names in the module."""
     found: dict[str, Tensor] = {}
+    known: set[int] = set()
     for function in functions:
         if isinstance(function, nn.Module):
             for name, leaf in function.named_parameters():
-                if leaf.requires_grad:
-                    found.setdefault(name, leaf)
+                if leaf.requires_grad and id(leaf) not in known:
+                    known.add(id(leaf))
+                    found[name if name not in found else f"{name}'"] = leaf
     return found
 
 
@@ -525,14 +527,15 @@ def _unconstrain(row: Row, value: Tensor) -> Tensor:
 
 
 class _Substitute(Messenger):
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(self, values: Mapping[str, Tensor], constraints: Mapping[str, Any]) -> None:
         super().__init__()
-        self.values = values
+        self.values, self.constraints = values, constraints
 
     def _pyro_param(self, msg: dict) -> None:
         tensor = self.values.get(msg["name"])
         if tensor is not None and not msg["done"]:
-            value = _constrain(constraint_of(msg["name"]) or msg["kwargs"].get("constraint"), tensor)
+            known = self.constraints.get(msg["name"]) or constraint_of(msg["name"])
+            value = _constrain(known or msg["kwargs"].get("constraint"), tensor)
             value = value if value is not tensor else tensor.view_as(tensor)
             value.unconstrained = lambda: tensor
             msg["value"], msg["done"] = value, True
@@ -556,7 +559,7 @@ def substitute(parameters: Parameters, values: Mapping[str, Tensor]) -> Iterator
                 saved.append((module, key, module._parameters[key]))
                 module._parameters[key] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
         in_store = {n: t for n, t in values.items() if not parameters.owners.get(n) or leaf_of(n) is not None}
-        with _Substitute(in_store):
+        with _Substitute(in_store, {row.name: row.constraint for row in parameters.rows}):
             yield
     finally:
         for module, key, leaf in reversed(saved):

@@ -33,6 +33,7 @@ class SiteTerms:
     value: Tensor
     log_q: Tensor
     entropy: Tensor | None
+    runs: tuple = ()
 
 
 class Estimator(ABC):
@@ -71,6 +72,8 @@ def misfit(estimator: Estimator, fn: Any, num_particles: int) -> str | None:
     traits = estimator.traits
     if traits.needs_rsample and not fn.has_rsample:
         return "the pathwise gradient needs a reparameterised sampler"
+    if traits.splits_paths and is_point_mass(fn):
+        return "a point mass has no score of mean zero that could be left out"
     if not traits.needs_rsample and is_point_mass(fn):
         return "a point mass has no log density to differentiate"
     if traits.support == "discrete" and not is_discrete(fn):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
@@ -36,7 +37,10 @@ class PartialPathwise(Estimator):
     traits: ClassVar[Traits] = Traits(needs_rsample=True)
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
-        score = base(site.fn).score_parts(site.value).score_function
+        parts = [base(run.fn).score_parts(run.value).score_function for run in site.runs or (site,)]
+        if not isinstance(parts[0], Tensor):  # reparameterised in full
+            return {"value": site.entropy, "guide": site.entropy}
+        score = torch.stack(parts) if site.runs else parts[0]
         score = score if score.shape == site.log_q.shape else score.reshape(*site.log_q.shape, -1).sum(-1)
         term = signal * score
         term = term if site.entropy is None else term + site.entropy

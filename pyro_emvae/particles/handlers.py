@@ -116,7 +116,7 @@ def config_estimators(guide: Callable, config: Callable[[Mapping[str, Any]], Any
     Source: `pyro.infer.config_enumerate`, for the pattern.
 
     Example:
-        >>> import torch, pyro.distributions as dist
+        >>> import torch, pyro, pyro.distributions as dist
         >>> def guide(): pyro.sample("k", dist.Bernoulli(0.3))
         >>> guide = config_estimators(guide, {"k": "leave_one_out"})
         >>> poutine.trace(guide).get_trace().nodes["k"]["infer"]["estimator"]

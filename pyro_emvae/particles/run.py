@@ -223,6 +223,7 @@ def _stack_site(sites: list[Site], nesting: int) -> Site:
         log_prob=stack([s.log_prob for s in sites]),
         scale=scale,
         mask=mask,
+        runs=tuple(sites),
     )
 
 

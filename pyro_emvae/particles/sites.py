@@ -2,7 +2,7 @@ r"""What one run leaves behind: its sites with their densities, in one layout.""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ class Site:
         frames: The vectorized plates, without the particle plate.
         infer: The site's annotations.
         is_observed: Whether the value was given (``obs=``, ``factor``, ``deterministic``).
+        runs: The same site of each run, if it was stacked from a loop; `fn` is then that of the first run.
     """
 
     name: str
@@ -39,6 +40,15 @@ class Site:
     frames: tuple
     infer: Mapping[str, Any] = field(repr=False)
     is_observed: bool
+    runs: tuple[Site, ...] = field(default=(), repr=False)
+
+    def each(self, function: Callable[[Site], Tensor]) -> Tensor:
+        """Apply a function of shape ``batch_shape`` to the site, run by run if it was stacked: as `log_prob`."""
+        if not self.runs:
+            return function(self)
+        plates = self.log_prob.dim() - 1
+        rows = [function(run) for run in self.runs]
+        return torch.stack([row.reshape((1,) * (plates - row.dim()) + row.shape) for row in rows])
 
     @property
     def scaled(self) -> Tensor:

@@ -16,7 +16,7 @@ def e_phase(ours: bool) -> Call:
         return stepper(True, model, guide, x)
     em = emvae.EM(model, guide, pyro.optim.Adam({"lr": 1e-3}))
     em.step(x)
-    return lambda: em.e_step.expect(em.engine, x)
+    return lambda: em.e_step.expect(em.engine, em.engine.state, x)
 
 
 CASES = (Case("e_phase", "E-step of the VAE (one gradient) against a joint step", 1.0, e_phase),)

@@ -108,7 +108,7 @@ def compare_gradients(
     objective: Any = "elbo",
     blocks: Any = None,
     max_coordinates: int = 20_000,
-    memory: float = 5e8,
+    memory: float = 5e7,
     seed: int | None = None,
     **kwargs: Any,
 ) -> GradientComparison:
@@ -334,7 +334,7 @@ def _vectorized(row, model, guide, args, kwargs, parameters, num_replicates, mem
         done += size
 
 
-def _time(rows: list[_Row], model, guide, args, kwargs, repeats: int = 11) -> None:
+def _time(rows: list[_Row], model, guide, args, kwargs, repeats: int = 5) -> None:
     """Time one ordinary eager gradient of each row, in turn, so that drift hits all alike."""
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     for _ in range(repeats):

@@ -9,7 +9,7 @@ from typing import Any
 from ._checks import BlockError, StepError, fail
 from ._registry import create
 from .driver import Fit, Record
-from .engine import choose
+from .engine import State, choose
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer
 from .parameters import GUIDE, MODEL, SHARED
@@ -121,11 +121,22 @@ class EM(Inference):
         self.engine.refresh()
         if self.engine.parameters is None:
             self._setup(args, kwargs)
-        posterior, e = self.e_step.expect(self.engine, *args, **kwargs)
-        m = self.m_step.maximise(self.engine, posterior, *args, **kwargs)
+        engine = self.engine
+        state = self._initial(engine.state, args, kwargs)
+        state, posterior, e = self.e_step.expect(engine, state, *args, **kwargs)
+        engine.steps = state.steps
+        state, m = self.m_step.maximise(engine, state, posterior, *args, **kwargs)
+        engine.steps = state.steps
         gradients = [(GUIDE, g) for g in e.gradients] + [(MODEL, g) for g in m.gradients]
         between = e.loss if math.isnan(m.first_loss) else m.first_loss
         return Record(between, gradients, e.first_loss)
+
+    def _initial(self, state: State, args: tuple, kwargs: Mapping[str, Any]) -> State:
+        """Let a half-step that has no state of its own yet make one."""
+        for slot, step in (("E", self.e_step), ("M", self.m_step)):
+            if slot not in state.steps:
+                state = state.with_own(slot, step.init(self.engine, state, *args, **kwargs))
+        return state
 
     def run(self, *args: Any, max_iter: int | None = None, **options: Any) -> Fit:
         """Iterate: ``run(x, max_iter=300)`` or ``run(data=loader, num_epochs=20)``.

@@ -188,7 +188,8 @@ class MonteCarloELBO(ELBO):
     def _plan(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
         plan = self._plans.get((model, guide))
         if plan is None:
-            plan = self._plans[model, guide] = self._make_plan(model, guide, args, kwargs)
+            plan = self._make_plan(model, guide, args, kwargs)
+            remember(self._plans, (model, guide), plan)
         return plan
 
     def _make_plan(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
@@ -361,6 +362,13 @@ class MonteCarloELBO(ELBO):
         """Resolve estimators and make their state, leaving generators and buffers as they were."""
         with quiet(), torch.no_grad():
             self.particles(model, guide, args, kwargs)
+
+
+def remember(cache: dict, key: Any, value: Any, limit: int = 16) -> None:
+    """Add to a cache and let go of the oldest: callables that are wrapped anew in each step must not pile up."""
+    while len(cache) >= limit:
+        cache.pop(next(iter(cache)))
+    cache[key] = value
 
 
 def raise_non_finite(obj: str, value: float, particles: Particles) -> None:

@@ -324,29 +324,29 @@ def test_check_guide_catches(guide: Callable, check: str):
 class Joint(steps.Gradient):
     """An E-step that moves theta too."""
 
-    def expect(self, problem, *args, **kwargs):
+    def expect(self, problem, state, *args, **kwargs):
         problem.step(None, args, kwargs)
-        return GuidePosterior(problem.model, problem.guide, args, kwargs), Info()
+        return state, GuidePosterior(problem.model, problem.guide, args, kwargs), Info()
 
 
 class JointM(steps.Gradient):
-    def maximise(self, problem, posterior, *args, **kwargs):
+    def maximise(self, problem, state, posterior, *args, **kwargs):
         problem.step(None, args, kwargs)
-        return Info()
+        return state, Info()
 
 
 class MovesBuffers(steps.Gradient):
     """An E-step that runs the model once more in training mode: batch norm counts it."""
 
-    def expect(self, problem, *args, **kwargs):
-        result = super().expect(problem, *args, **kwargs)
+    def expect(self, problem, state, *args, **kwargs):
+        result = super().expect(problem, state, *args, **kwargs)
         problem.loss.loss(problem.model, problem.guide, *args, **kwargs)
         return result
 
 
 class Descends(steps.Gradient):
-    def expect(self, problem, *args, **kwargs):
-        result = super().expect(problem, *args, **kwargs)
+    def expect(self, problem, state, *args, **kwargs):
+        result = super().expect(problem, state, *args, **kwargs)
         leaves = problem.parameters.leaves("guide")
         with torch.no_grad():
             for leaf in leaves.values():
@@ -357,22 +357,28 @@ class Descends(steps.Gradient):
 class Idle(HalfStep):
     traits = Traits(slots=("E", "M"))
 
-    def expect(self, problem, *args, **kwargs):
-        return GuidePosterior(problem.model, problem.guide, args, kwargs), Info()
+    def expect(self, problem, state, *args, **kwargs):
+        return state, GuidePosterior(problem.model, problem.guide, args, kwargs), Info()
 
-    def maximise(self, problem, posterior, *args, **kwargs):
-        return Info()
+    def maximise(self, problem, state, posterior, *args, **kwargs):
+        return state, Info()
 
 
 class ReturnsALoss(steps.Gradient):
-    def expect(self, problem, *args, **kwargs):
-        return super().expect(problem, *args, **kwargs)[1].first_loss, Info()
+    def expect(self, problem, state, *args, **kwargs):
+        return super().expect(problem, state, *args, **kwargs)[2].first_loss, Info()
 
-    def maximise(self, problem, posterior, *args, **kwargs):
-        return super().maximise(problem, posterior, *args, **kwargs).first_loss
+    def maximise(self, problem, state, posterior, *args, **kwargs):
+        return super().maximise(problem, state, posterior, *args, **kwargs)[1].first_loss
+
+
+class InitReturnsATensor(steps.Gradient):
+    def init(self, problem, state, *args, **kwargs):
+        return torch.zeros(2)
 
 
 STEPS = [
+    (InitReturnsATensor(), "E", "`init` returned tensor"),
     (Joint(), "E", "E-step .* moved 'decoder.*' of the model"),
     (JointM(), "M", "M-step .* moved 'encoder.*|log_scale' of the guide"),
     (MovesBuffers(), "E", "E-step .* moved 'decoder.*running_mean' of the model"),

@@ -408,7 +408,6 @@ def test_a_loss_as_a_module_in_a_lightning_loop():
     assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
-@pytest.mark.xfail(reason="MonteCarloELBO._plans keeps every pair of callables")
 def test_wrapped_callables_do_not_pile_up():
     """A client that wraps model and guide anew in every step must not make the loss keep all of them."""
     module, loss = Module(), MonteCarloELBO(2, vectorize_particles=False)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pyro_emvae import EM, MonteCarloELBO, problems, steps
 from pyro_emvae._checks import BlockError, EmvaeError, StepError
 from pyro_emvae._registry import Traits, create, entries
+from pyro_emvae.engine import State
 from pyro_emvae.parameters import GUIDE, MODEL, assign
 from pyro_emvae.posterior import GuidePosterior
 from pyro_emvae.steps import HalfStep, Info
@@ -201,13 +202,13 @@ def test_half_steps_leave_the_other_block_alone_after_joint_steps(optim, loss, r
     for _ in range(3):
         em.engine.step(None, (X,), {})
     before = everything(em, decoder, encoder)
-    posterior, info = em.e_step.expect(em.engine, X)
+    _, posterior, info = em.e_step.expect(em.engine, em.engine.state, X)
     between = everything(em, decoder, encoder)
     assert len(info.gradients) == num_steps
     assert not changed(before[MODEL], between[MODEL])
     moved = changed(before[GUIDE], between[GUIDE])
     assert {"/net/linear.weight", "/net/norm.running_mean", "/net/norm.num_batches_tracked", "/net/count"} <= moved
-    info = em.m_step.maximise(em.engine, posterior, X)
+    _, info = em.m_step.maximise(em.engine, em.engine.state, posterior, X)
     after = everything(em, decoder, encoder)
     assert len(info.gradients) == num_steps
     assert not changed(between[GUIDE], after[GUIDE])
@@ -225,6 +226,35 @@ def test_gradients_of_the_other_block_are_not_left_behind():
         assert all(p.grad is None for net in (decoder, encoder) for p in net.parameters())
 
 
+class Counting(steps.Gradient):
+    """A half-step with a state of its own: how many iterations it has seen, from what `init` says."""
+
+    def init(self, problem: Any, state: State, x: Tensor) -> dict[str, Tensor]:
+        assert set(state.params) >= {"sigma"}
+        return {"seen": torch.tensor(len(x))}
+
+    def expect(self, problem: Any, state: State, x: Tensor) -> tuple[State, GuidePosterior, Info]:
+        state, posterior, info = super().expect(problem, state, x)
+        return state.with_own("E", {"seen": state.steps["E"]["seen"] + 1}), posterior, info
+
+    def maximise(self, problem: Any, state: State, posterior: GuidePosterior, x: Tensor) -> tuple[State, Info]:
+        state, info = super().maximise(problem, state, posterior, x)
+        return state.with_own("M", {"seen": state.steps["M"]["seen"] + 2}), info
+
+
+def test_half_steps_carry_their_own_state():
+    problem = problems.linear_gaussian()
+    em = EM(problem.model, problem.guide, OPTIMIZERS["Adam"], e_step=Counting(), m_step=Counting())
+    (x,) = problem.args
+    for iteration in (1, 2, 3):
+        em.step(x)
+        seen = {slot: int(own["seen"]) for slot, own in em.engine.state.steps.items()}
+        assert seen == {"E": len(x) + iteration, "M": len(x) + 2 * iteration}
+    pyro.clear_param_store()
+    em.step(x)
+    assert int(em.engine.state.steps["E"]["seen"]) == len(x) + 1
+
+
 # Textbook EM ----------------------------------------------------------------------------------------------------
 
 
@@ -236,9 +266,10 @@ class ExactPosterior(HalfStep):
     def __init__(self, problem: problems.Problem) -> None:
         self.problem = problem
 
-    def expect(self, problem: Any, x: Tensor) -> tuple[GuidePosterior, Info]:
+    def expect(self, problem: Any, state: State, x: Tensor) -> tuple[State, GuidePosterior, Info]:
         theta = problem.parameters.constrained()
-        return GuidePosterior(problem.model, problem.guide, (x,)), Info(loss=-float(self.problem.log_evidence(theta)))
+        info = Info(loss=-float(self.problem.log_evidence(theta)))
+        return state, GuidePosterior(problem.model, problem.guide, (x,)), info
 
 
 class LeastSquares(HalfStep):
@@ -246,7 +277,7 @@ class LeastSquares(HalfStep):
 
     traits = Traits(slots=("M",))
 
-    def maximise(self, problem: Any, posterior: GuidePosterior, x: Tensor) -> Info:
+    def maximise(self, problem: Any, state: State, posterior: GuidePosterior, x: Tensor) -> tuple[State, Info]:
         q = posterior.marginal("z")
         z = torch.cat([q.mean, torch.ones_like(q.mean[:, :1])], -1)
         second = z.T @ z
@@ -254,7 +285,7 @@ class LeastSquares(HalfStep):
         both = torch.linalg.solve(second, z.T @ x).T
         variance = (x.square().sum() - 2 * (x * (z @ both.T)).sum() + (both @ second @ both.T).trace()) / x.numel()
         assign(problem.parameters, {"weight": both[:, :2], "bias": both[:, 2], "sigma": variance.sqrt()})
-        return Info()
+        return state, Info()
 
 
 def exact_guide(problem: problems.Problem):
@@ -358,7 +389,7 @@ def test_an_override_moves_a_parameter_to_the_other_half_step():
     em = EM(problem.model, problem.guide, OPTIMIZERS["Adam"], blocks={"sigma": "guide", "bias": "unused"})
     em.step(*problem.args)
     before = em.blocks.constrained()
-    em.e_step.expect(em.engine, *problem.args)
+    em.e_step.expect(em.engine, em.engine.state, *problem.args)
     after = em.blocks.constrained()
     moved = {n for n, v in after.items() if not torch.equal(v, before[n])}
     assert moved == {*problem.guide_params, "sigma"}
@@ -390,7 +421,7 @@ class Foreign(HalfStep):
 
     traits = Traits(slots=("E",))
 
-    def expect(self, problem, *args):
+    def expect(self, problem, state, *args):
         class Samples(GuidePosterior.__mro__[1]):
             kind = "samples"
 
@@ -399,7 +430,7 @@ class Foreign(HalfStep):
 
             marginal = expect = particles
 
-        return Samples(), Info()
+        return state, Samples(), Info()
 
 
 WRONG_STEPS = {
@@ -430,11 +461,11 @@ def test_half_steps_are_found_by_name_and_refuse_what_they_lack(name):
     step = create("step", name)
     problem = problems.linear_gaussian()
     EM(problem.model, problem.guide, OPTIMIZERS["Adam"], **{f"{slot.lower()}_step": name for slot in step.traits.slots})
-    assert step.init(None) == {}
+    assert step.init(None, None) == {}
     with pytest.raises(StepError, match="LeastSquares"):
-        LeastSquares().expect(None)
+        LeastSquares().expect(None, None)
     with pytest.raises(StepError, match="Foreign"):
-        Foreign().maximise(None, None)
+        Foreign().maximise(None, None, None)
 
 
 def test_gains_of_the_history_are_differences_of_the_objective():

@@ -328,7 +328,7 @@ def check_private_torch(uses: dict[str, list[Use]]) -> Iterator[str]:
     for module, use in pairs(uses):
         foreach = part(module) == "optimizers" and use.name.startswith("torch._foreach_")  # as torch.optim itself does
         if part(module) != "engine" and not foreach and within(use.name, ("torch",)) and is_private(use.name):
-            yield f"{module}:{use.line} uses {use.name}: private torch names belong in engine.py"
+            yield f"{module}:{use.line} uses {use.name}: private torch names belong in engine"
 
 
 def check_private_pyro(uses: dict[str, list[Use]]) -> Iterator[str]:

@@ -836,13 +836,13 @@ def test_half_steps_move_their_block_and_no_other(pair):
     for _ in range(2):
         for half, mine, other in ((em.e_step.expect, GUIDE, MODEL), (partial(maximise, em), MODEL, GUIDE)):
             before, theirs = kept(em.blocks, mine), kept(em.blocks, other)
-            half(em.engine, X)
+            half(em.engine, em.engine.state, X)
             assert all(torch.equal(v, theirs[n]) for n, v in kept(em.blocks, other).items())
             assert all(not torch.equal(v, before[n]) for n, v in kept(em.blocks, mine).items())
 
 
-def maximise(em: EM, engine: Any, x: Tensor) -> Any:
-    return em.m_step.maximise(engine, em.posterior(x), x)
+def maximise(em: EM, engine: Any, state: Any, x: Tensor) -> Any:
+    return em.m_step.maximise(engine, state, em.posterior(x), x)
 
 
 def test_recorded_steps_equal_eager_ones_on_the_zoo(pair):

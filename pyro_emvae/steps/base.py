@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from .._checks import StepError, fail
 from .._registry import Traits
-from ..engine import Engine, Gradient
+from ..engine import Engine, Gradient, State
 from ..posterior import Posterior
 
 __all__ = ["HalfStep", "Info"]
@@ -32,21 +32,25 @@ class Info(NamedTuple):
 class HalfStep(ABC):
     r"""One half of an EM iteration.
 
-    An E-step implements `expect`, an M-step `maximise`; one that fits either slot implements both. ``owns`` is the
-    block of its slot, the only one that it may change: parameters *and* buffers.
+    An E-step implements `expect`, an M-step `maximise`; one that fits either slot implements both. It may change the
+    block of its slot only, parameters *and* buffers, and does so in place. ``problem`` is the engine: its ``model``,
+    ``guide``, ``parameters`` (blocks) and ``step`` (one gradient update). Tensors of its own are
+    ``state.steps["E"]`` or ``state.steps["M"]``, and it returns new ones by ``state.with_own``.
     """
 
     traits: ClassVar[Traits]
 
-    def init(self, problem: Engine, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the step's own state: a dict of tensors, kept in ``State.steps``."""
+    def init(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the step's own state before the first iteration: a dict of tensors."""
         return {}
 
-    def expect(self, problem: Engine, *args: Any, **kwargs: Any) -> tuple[Posterior, Info]:
+    def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
         r"""E: bring q closer to the posterior at the present theta, and hand it on."""
         self._refuse("E")
 
-    def maximise(self, problem: Engine, posterior: Posterior, *args: Any, **kwargs: Any) -> Info:
+    def maximise(
+        self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
+    ) -> tuple[State, Info]:
         r"""M: raise the objective over theta with the posterior held."""
         self._refuse("M")
 

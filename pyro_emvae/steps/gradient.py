@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from .._checks import StepError, fail, positive_int
 from .._registry import Traits, register
-from ..engine import Engine
+from ..engine import Engine, State
 from ..parameters import GUIDE, MODEL
 from ..posterior import GuidePosterior, Posterior
 from .base import HalfStep, Info
@@ -43,11 +43,13 @@ class Gradient(HalfStep):
         own = "".join(f", {k}={v!r}" for k, v in (("optim", self.optim), ("loss", self.loss)) if v is not None)
         return f"Gradient(num_steps={self.num_steps}{own})"
 
-    def expect(self, problem: Engine, *args: Any, **kwargs: Any) -> tuple[Posterior, Info]:
+    def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
         info = self._climb(problem, GUIDE, args, kwargs)
-        return GuidePosterior(problem.model, problem.guide, args, kwargs), info
+        return state, GuidePosterior(problem.model, problem.guide, args, kwargs), info
 
-    def maximise(self, problem: Engine, posterior: Posterior, *args: Any, **kwargs: Any) -> Info:
+    def maximise(
+        self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
+    ) -> tuple[State, Info]:
         if not isinstance(posterior, GuidePosterior):
             fail(
                 StepError,
@@ -57,7 +59,7 @@ class Gradient(HalfStep):
                 because="it differentiates the loss of model and guide on draws of the guide",
                 fix="Use steps.Gradient() as the E-step.",
             )
-        return self._climb(problem, MODEL, args, kwargs)
+        return state, self._climb(problem, MODEL, args, kwargs)
 
     def _climb(self, problem: Engine, block: str, args: tuple, kwargs: dict) -> Info:
         steps = [problem.step(block, args, kwargs, loss=self.loss) for _ in range(self.num_steps)]

@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
 
 from .._checks import EmvaeError, fail
 from .._registry import create
+from ..engine import trace
 from ..estimators.base import Estimator, base, is_point_mass, misfit
 from ..loss import Evaluation, MonteCarloELBO, States
 from ..parameters import Parameters, Row, substitute
@@ -272,9 +273,8 @@ def _from_index(fn: Any, noise: Tensor) -> Tensor:
 
 def record(step: Callable, inputs: list[Tensor]) -> Callable:
     """Record a step as a graph of tensor operations."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    return make_fx(step)(*inputs)
+    traced = trace(step, tuple(inputs))
+    return fx.GraphModule(traced.constants, traced.graph)
 
 
 def branches(error: RuntimeError) -> bool:

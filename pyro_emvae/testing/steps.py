@@ -12,6 +12,7 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from ..em import EM
+from ..engine import State
 from ..parameters import Parameters, Row, substitute
 from ..particles import quiet
 from ..posterior import GuidePosterior, Posterior
@@ -35,7 +36,7 @@ def check_step(
     * Between two networks with batch norm and dropout, after iterations that gave both optimizers momentum, an E-step
       leaves the model's parameters *and* buffers bit-for-bit alone, an M-step the guide's.
     * On probabilistic PCA `num_steps` of them raise the exact ELBO.
-    * `expect` returns a `Posterior` and an `Info`, `maximise` an `Info`.
+    * `init` returns a dict, `expect` the state, a `Posterior` and an `Info`, `maximise` the state and an `Info`.
 
     Args:
         step: An instance or a registered name.
@@ -96,14 +97,22 @@ def _check_rise(slot: str, make: Callable[[nn.Module, nn.Module], EM], num_steps
 
 def _half_step(em: EM, slot: str, *args: Any) -> None:
     """Make one half-step and look at what it returns; an M-step gets the guide as it stands."""
+    step, state = (em.e_step if slot == "E" else em.m_step), em.engine.state
+    if slot not in state.steps:
+        own = step.init(em.engine, state, *args)
+        assert isinstance(own, dict), f"{_name(em, slot)}: `init` returned {own}, expected a dict of tensors"
+        state = state.with_own(slot, own)
     if slot == "E":
-        result = em.e_step.expect(em.engine, *args)
-        kinds = tuple(map(type, result)) if isinstance(result, tuple) else (type(result),)
-        good = len(kinds) == 2 and issubclass(kinds[0], Posterior) and issubclass(kinds[1], Info)
-        assert good, f"{_name(em, slot)}: `expect` returned {result}, expected a Posterior and an Info"
+        result, expected = step.expect(em.engine, state, *args), (State, Posterior, Info)
     else:
-        result = em.m_step.maximise(em.engine, GuidePosterior(em.model, em.guide, args), *args)
-        assert isinstance(result, Info), f"{_name(em, slot)}: `maximise` returned {result}, expected an Info"
+        posterior = GuidePosterior(em.model, em.guide, args)
+        result, expected = step.maximise(em.engine, state, posterior, *args), (State, Info)
+    kinds = tuple(map(type, result)) if type(result) is tuple else (type(result),)
+    assert len(kinds) == len(expected) and all(map(issubclass, kinds, expected)), (
+        f"{_name(em, slot)}: `{'expect' if slot == 'E' else 'maximise'}` returned {result}, "
+        f"expected {', '.join(kind.__name__ for kind in expected)}"
+    )
+    em.engine.steps = result[0].steps
 
 
 def _name(em: EM, slot: str) -> str:

@@ -1,0 +1,85 @@
+r"""The arguments of a step: what may be given, and what a recording depends on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .._checks import DataError, EmvaeError, RecordingError, fail
+
+__all__ = ["check_data", "fitting_data", "signature", "tensors_of"]
+
+
+def check_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
+    for tensor in tensors_of(args, kwargs):
+        if tensor.numel() == 0 and tensor.dim():
+            fail(
+                DataError,
+                "step",
+                "use empty data",
+                got=f"a tensor of shape {tuple(tensor.shape)}",
+                because="an objective over no data says nothing",
+                fix="Pass at least one datum.",
+            )
+
+
+@contextlib.contextmanager
+def fitting_data(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """Add the data's shapes to Pyro's error for a plate of another size."""
+    try:
+        yield
+    except ValueError as cause:
+        if isinstance(cause, EmvaeError) or "inside plate" not in str(cause):
+            raise
+        fail(
+            DataError,
+            "step",
+            "use these data",
+            got=f"{cause}; data of shapes {[tuple(t.shape) for t in tensors_of(args, kwargs)]}",
+            because="what is drawn in a plate has the plate's size at its dim",
+            fix='Write pyro.plate("data", len(x)); for minibatches pyro.plate("data", N, subsample=index).',
+            cause=cause,
+        )
+
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), np.generic, slice, range, Enum, torch.dtype, torch.device)
+
+
+def signature(args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Return what a recording depends on: the data's structure, layout, and its Python values.
+
+    Raises:
+        RecordingError: An argument holds data that are no tensors.
+    """
+    flat, spec = pytree.tree_flatten((args, dict(kwargs)))
+    places = {id(x): i for i, x in reversed(list(enumerate(flat)))}
+    return spec, tuple(_describe(x, places[id(x)]) for x in flat)
+
+
+def _describe(x: Any, place: int) -> tuple:
+    """Describe one argument; `place` is where it came first, as one tensor that is given twice is recorded as one."""
+    if isinstance(x, Tensor):
+        return tuple(x.shape), x.stride(), x.dtype, x.device, place
+    if isinstance(x, PLAIN):
+        return type(x), repr(x)
+    if not callable(x):
+        fail(
+            RecordingError,
+            "SVI",
+            f"record a step on an argument of type {type(x).__name__}",
+            got=repr(x)[:80],
+            because="only tensors change from call to call of a recorded step",
+            fix='Pass tensors, alone or in tuples, lists and dicts, or write backend="eager".',
+        )
+    return type(x), x
+
+
+def tensors_of(args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]

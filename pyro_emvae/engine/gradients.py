@@ -1,0 +1,121 @@
+r"""The gradient of a loss, taken eagerly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from pyro.infer import TraceTailAdaptive_ELBO
+from torch import Tensor
+
+from .._checks import NonFiniteError, fail
+from ..loss import MonteCarloELBO, States, raise_non_finite
+from ..parameters import capture, distinct, module_leaves
+
+__all__ = ["Gradient", "differentiate", "gradient", "norm_of"]
+
+
+class Gradient(NamedTuple):
+    """The loss (nats), gradients of the loss by parameter name, their leaves, their norm, and the next loss state.
+
+    ``met`` are all trainable leaves of the run, those of other blocks too.
+    """
+
+    loss: float
+    grads: dict[str, Tensor]
+    leaves: dict[str, Tensor]
+    norm: float
+    state: States | None = None
+    met: tuple[Tensor, ...] = ()
+
+
+def gradient(
+    model: Callable,
+    guide: Callable,
+    loss: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    only: Mapping[str, Tensor] | None = None,
+    loss_and_grads: Callable | None = None,
+) -> Gradient:
+    r"""Take the gradient of a loss eagerly; change nothing but buffers.
+
+    Args:
+        loss: A `MonteCarloELBO` or anything with Pyro's ``loss_and_grads``.
+        only: The leaves to differentiate (a block); all that were met by default.
+        loss_and_grads: Called in place of ``loss.loss_and_grads``.
+
+    Raises:
+        NonFiniteError: Loss or gradient is NaN or infinite; names the first site or parameter.
+    """
+    if not isinstance(loss, MonteCarloELBO):
+        return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
+    evaluation = loss.evaluate(model, guide, args, kwargs, loss.state)
+    value = -float(evaluation.objective.detach())
+    if not math.isfinite(value):
+        raise_non_finite(type(loss).__name__, value, evaluation.particles)
+    met = _met(evaluation.particles.params, model, guide)
+    leaves = met if only is None else only
+    found = differentiate(-evaluation.surrogate, leaves)
+    return Gradient(value, found, leaves, norm_of(found), evaluation.state, tuple(met.values()))
+
+
+def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Callable) -> dict[str, Tensor]:
+    """Return the trainable leaves that a run met by name, and those of modules that Pyro was not told of."""
+    leaves = distinct({n: p for side in params.values() for n, p in side.items() if p.requires_grad})
+    extra = module_leaves(guide, model)
+    if extra:
+        known = {id(p) for p in leaves.values()}
+        leaves.update({n if n not in leaves else f"{n}'": p for n, p in extra.items() if id(p) not in known})
+    return leaves
+
+
+def differentiate(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not leaves or not loss.requires_grad:
+        return {}
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+
+
+def norm_of(grads: Mapping[str, Tensor]) -> float:
+    """Return the Euclidean norm of all gradients, or raise naming the first parameter whose gradient is not finite."""
+    if not grads:
+        return 0.0
+    parts = torch._foreach_norm(list(grads.values()))
+    norm = float(torch.linalg.vector_norm(torch.stack(parts))) if len(parts) > 1 else float(parts[0])
+    if not math.isfinite(norm):
+        for name, g in grads.items():
+            if not bool(torch.isfinite(g).all()):
+                fail(
+                    NonFiniteError,
+                    "gradient",
+                    "use a gradient that is not finite",
+                    got=f"a non-finite gradient of parameter {name!r}",
+                    because="the objective was finite, its derivative is not",
+                    fix="Look for sqrt, log or a division at zero on the way from that parameter to a site.",
+                )
+    return norm
+
+
+def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only) -> Gradient:
+    """Run someone else's ``loss_and_grads``, take the gradients it leaves, and put back what was there."""
+    extra = module_leaves(guide, model)
+    value, met, found = capture(lambda: loss_and_grads(model, guide, *args, **kwargs), extra | dict(only or {}))
+    leaves = distinct(met) if only is None else dict(only)
+    names = {id(p): n for n, p in leaves.items()}
+    grads = {names[id(met[n])]: g for n, g in found.items() if id(met[n]) in names}
+    value = value[0] if isinstance(value, tuple) else value
+    value = float(value.detach() if isinstance(value, Tensor) else value)
+    if not math.isfinite(value) and not isinstance(loss, TraceTailAdaptive_ELBO):  # which never computes its value
+        fail(
+            NonFiniteError,
+            "SVI",
+            "use a loss that is not finite",
+            got=f"loss {value}",
+            because="every log density has to be finite",
+            fix="Use loss=MonteCarloELBO(), which names the first site that is not finite.",
+        )
+    return Gradient(value, grads, leaves, norm_of(grads), met=tuple(met.values()))

@@ -7,7 +7,7 @@ __version__ = "0.1.0.dev0"
 
 from . import estimators, families, guides, objectives, optimizers, plots, posterior, problems, steps, testing
 from ._checks import EmvaeError
-from ._registry import register
+from ._registry import Traits, register
 from .compare import GradientComparison, compare_gradients
 from .diagnostics import Explanation, explain, to_arviz
 from .driver import Fit
@@ -27,6 +27,7 @@ __all__ = [
     "Gap",
     "GradientComparison",
     "MonteCarloELBO",
+    "Traits",
     "__version__",
     "compare_gradients",
     "config_estimators",

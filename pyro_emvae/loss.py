@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,14 +13,14 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ._checks import EstimatorError, ModelError, NonFiniteError, fail, nearest, positive_int
+from ._checks import EstimatorError, NonFiniteError, fail, nearest, positive_int
 from ._pyro import get_trace
 from ._registry import create
 from .estimators.base import Estimator, SiteTerms, is_point_mass, require_fit
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
 from .objectives import Objective, Term
-from .particles import Particles, check_match, draw, quiet, reduce_to, vectorizable
+from .particles import Particles, check_match, choose_vectorize, draw, quiet, reduce_to
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
 
@@ -193,38 +192,22 @@ class MonteCarloELBO(ELBO):
         return plan
 
     def _make_plan(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
-        if self.num_particles == 1 or self.vectorize_particles is False:
-            return Plan(False, self._nesting, False)
-        agrees, nesting, what = vectorizable(model, guide, args, kwargs)
-        if not agrees and self.vectorize_particles:
-            fail(
-                ModelError,
-                "MonteCarloELBO",
-                "vectorize particles",
-                got=what,
-                because="two particles vectorized have to equal the same two run one by one",
-                fix="Let the model index from the right (sum over dim=-1, not over all dims), "
-                "or write vectorize_particles=False.",
-            )
-        if not agrees:
-            warnings.warn(
-                f"particles are run one by one: {what} differs between a vectorized and a single run. Let the model "
-                "index from the right, or write vectorize_particles=False to silence this.",
-                stacklevel=4,
-            )
-        return Plan(agrees, self._nesting if self._nesting is not None else nesting, False)
-
-    def _draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
-        return draw(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=self.num_particles,
-            vectorize=plan.vectorize,
-            max_plate_nesting=plan.nesting,
-            treat=self._treat(plan.splits),
+        pair = (model, guide, args, kwargs)
+        chosen = choose_vectorize(
+            "MonteCarloELBO", self.vectorize_particles, self.num_particles, self._nesting, pair, stacklevel=5
         )
+        return Plan(*chosen, splits=False)
+
+    def _draw(
+        self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping, **dictated: Any
+    ) -> Particles:
+        options = {
+            "num_particles": self.num_particles,
+            "vectorize": plan.vectorize,
+            "max_plate_nesting": plan.nesting,
+            "treat": self._treat(plan.splits),
+        }
+        return draw(model, guide, args, kwargs, **options | dictated)
 
     def particles(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Particles:
         """Draw particles as an evaluation does, with values attached, detached or cut as the estimators need."""

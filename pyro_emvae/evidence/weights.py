@@ -2,7 +2,6 @@ r"""Draw from the guide in chunks and reduce the draws to moments of log weights
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, ModelError, NonFiniteError, fail
-from ..particles import Particles, Site, check_match, draw, hold_batch, quiet, vectorizable
+from ..particles import Particles, Site, check_match, choose_vectorize, draw, hold_batch, quiet
 from .layout import Layout, Request, look
 from .moments import Moments
 
@@ -87,7 +86,14 @@ def _check_one(request: Request) -> None:
 
 
 def _chunks(request: Request, floats: int) -> Iterator[Particles]:
-    vectorize, nesting = _vectorize(request)
+    vectorize, nesting = choose_vectorize(
+        request.obj,
+        request.vectorize_particles,
+        request.num_particles,
+        request.max_plate_nesting,
+        (request.model, request.guide, request.args, request.kwargs),
+        stacklevel=6,
+    )
     size = request.chunk_size or max(1, CHUNK_FLOATS // floats)
     for start in range(0, request.num_particles, size):
         yield draw(
@@ -99,34 +105,6 @@ def _chunks(request: Request, floats: int) -> Iterator[Particles]:
             vectorize=vectorize,
             max_plate_nesting=nesting,
         )
-
-
-def _vectorize(request: Request) -> tuple[bool, int | None]:
-    """Return whether to run particles under a plate, and the number of plate dims."""
-    nesting = request.max_plate_nesting
-    if request.num_particles == 1 or request.vectorize_particles is False:
-        return False, nesting
-    if request.vectorize_particles and nesting is not None:
-        return True, nesting
-    agrees, found, what = vectorizable(request.model, request.guide, request.args, request.kwargs)
-    nesting = found if nesting is None else nesting
-    if not agrees and request.vectorize_particles:
-        fail(
-            ModelError,
-            request.obj,
-            "vectorize particles",
-            got=what,
-            because="two particles vectorized have to equal the same two run one by one",
-            fix="Let the model index from the right (sum over dim=-1, not over all dims), "
-            "or write vectorize_particles=False.",
-        )
-    if not agrees:
-        warnings.warn(
-            f"particles are run one by one: {what} differs between a vectorized and a single run. Let the model "
-            "index from the right, or write vectorize_particles=False to silence this.",
-            stacklevel=5,
-        )
-    return agrees, nesting
 
 
 # From particles to moments ---------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 r"""Run the guide, replay the model: values, log p and log q per site."""
 
-from .checks import check_match, subsample_values, vectorizable
+from .checks import check_match, choose_vectorize, subsample_values, vectorizable
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, quiet
 from .run import draw, replay
@@ -12,6 +12,7 @@ __all__ = [
     "Recorder",
     "Site",
     "check_match",
+    "choose_vectorize",
     "config_estimators",
     "draw",
     "hold_batch",

@@ -14,7 +14,7 @@ from .quiet import quiet
 from .run import draw, run_pair, stack_runs
 from .sites import Particles, Site
 
-__all__ = ["check_match", "subsample_values", "vectorizable"]
+__all__ = ["check_match", "choose_vectorize", "subsample_values", "vectorizable"]
 
 
 def vectorizable(
@@ -53,6 +53,46 @@ def vectorizable(
                 if other is None or not _same(site, other, looped, rtol):
                     return False, nesting, f"log density of the {side}'s site {name!r}"
     return True, nesting, ""
+
+
+def choose_vectorize(
+    obj: str,
+    wanted: bool | None,
+    num_particles: int,
+    max_plate_nesting: int | None,
+    pair: tuple[Callable, Callable, tuple, Mapping[str, Any]],
+    stacklevel: int = 4,
+) -> tuple[bool, int | None]:
+    r"""Return whether to run particles under a plate, and the number of plate dims (None: to be guessed).
+
+    Args:
+        obj: The public object that asks.
+        wanted: True, False, or None: if both ways agree; if they do not, a warning names the site.
+        pair: Model, guide, args and kwargs.
+
+    Raises:
+        ModelError: If it is wanted, and vectorized and single runs disagree.
+    """
+    if num_particles == 1 or wanted is False:
+        return False, max_plate_nesting
+    agrees, nesting, what = vectorizable(*pair)
+    if not agrees and wanted:
+        fail(
+            ModelError,
+            obj,
+            "vectorize particles",
+            got=what,
+            because="two particles vectorized have to equal the same two run one by one",
+            fix="Let the model index from the right (sum over dim=-1, not over all dims), "
+            "or write vectorize_particles=False.",
+        )
+    if not agrees:
+        warnings.warn(
+            f"particles are run one by one: {what} differs between a vectorized and a single run. Let the model "
+            "index from the right, or write vectorize_particles=False to silence this.",
+            stacklevel=stacklevel,
+        )
+    return agrees, nesting if max_plate_nesting is None else max_plate_nesting
 
 
 def _same(site: Site, other: Site, particles: Particles, rtol: float | None) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import ModelError, fail, nearest
-from ..particles import Particles, draw, vectorizable
+from ..particles import Particles, choose_vectorize, draw
 from .base import Posterior
 
 __all__ = ["GuidePosterior"]
@@ -40,15 +40,11 @@ class GuidePosterior(Posterior):
 
     def particles(self, num_particles: int) -> Particles:
         """Draw from the guide and replay the model, from torch's generator as it stands; no gradients."""
-        vectorize, nesting = False, None
-        if num_particles > 1:
-            vectorize, nesting, _ = vectorizable(self.model, self.guide, self.args, self.kwargs)
+        pair = (self.model, self.guide, self.args, self.kwargs)
+        vectorize, nesting = choose_vectorize("GuidePosterior", None, num_particles, None, pair, stacklevel=3)
         with torch.no_grad():
             return draw(
-                self.model,
-                self.guide,
-                self.args,
-                self.kwargs,
+                *pair,
                 num_particles=num_particles,
                 vectorize=vectorize,
                 max_plate_nesting=nesting,

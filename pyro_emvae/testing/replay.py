@@ -229,17 +229,8 @@ class _Dictated(MonteCarloELBO):
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
             return how(msg)
 
-        return draw(
-            model,
-            guide,
-            args,
-            kwargs,
-            num_particles=self.num_particles,
-            vectorize=plan.vectorize,
-            max_plate_nesting=plan.nesting,
-            treat=treat,
-            values={name: (rows, None) for name, rows in self.noise.items()},
-        )
+        values = {name: (rows, None) for name, rows in self.noise.items()}
+        return super()._draw(plan, model, guide, args, kwargs, treat=treat, values=values)
 
 
 def _is_normal(fn: Any) -> bool:

@@ -7,8 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pyro_emvae import register
-from pyro_emvae._registry import Traits
+from pyro_emvae import Traits, register
 from pyro_emvae.estimators import Estimator, SiteTerms
 
 __all__ = ["HalfBaseline"]

@@ -31,6 +31,9 @@ class Traits:
         needs_signal: It weighs log q by the learning signal, so that signal has to be computed.
         auto: Its place among the candidates of the policy ``"auto"``, smaller first; None: never chosen.
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
+        arguments: What has to be given to make one, so that a name alone does not.
+        latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"`` or ``"continuous"``.
+        exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
     """
 
     unbiased: bool = True
@@ -46,6 +49,9 @@ class Traits:
     needs_signal: bool = True
     auto: int | None = None
     slots: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    latents: str = "any"
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,7 +138,19 @@ def lookup(kind: str, name: str) -> Entry:
 
 def create(kind: str, part: Any) -> Any:
     """Return an instance: `part` itself, or what its registered name stands for."""
-    return lookup(kind, part).factory() if isinstance(part, str) else part
+    if not isinstance(part, str):
+        return part
+    entry = lookup(kind, part)
+    if entry.traits.arguments:
+        fail(
+            EmvaeError,
+            kind,
+            f"be made from the name {part!r}",
+            got="no arguments",
+            because=f"it needs {', '.join(entry.traits.arguments)}",
+            fix=f"Pass an instance: {entry.factory.__name__}({', '.join(entry.traits.arguments)}).",
+        )
+    return entry.factory()
 
 
 def entries(kind: str) -> tuple[Entry, ...]:

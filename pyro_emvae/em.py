@@ -13,7 +13,7 @@ from .engine import State, choose
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer
 from .parameters import GUIDE, MODEL, SHARED
-from .posterior import Posterior
+from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .steps import Gradient, HalfStep
 from .svi import Inference, per_block, run_with
 
@@ -66,8 +66,8 @@ class EM(Inference):
     def __init__(
         self,
         model: Callable,
-        guide: Callable,
-        optim: Any,
+        guide: Callable | None = None,
+        optim: Any = None,
         loss: Any = None,
         loss_and_grads: Callable | None = None,
         *,
@@ -81,6 +81,7 @@ class EM(Inference):
         self.schedule = choose("schedule", schedule, ("alternating", "joint"))
         self.e_step = _step("E", e_step)
         self.m_step = _step("M", m_step)
+        guide = _guide(model, guide, self.e_step)
         self._attach(
             model,
             guide,
@@ -128,7 +129,7 @@ class EM(Inference):
         state, m = self.m_step.maximise(engine, state, posterior, *args, **kwargs)
         engine.steps = state.steps
         gradients = [(GUIDE, g) for g in e.gradients] + [(MODEL, g) for g in m.gradients]
-        between = e.loss if math.isnan(m.first_loss) else m.first_loss
+        between = m.first_loss if math.isnan(e.loss) else e.loss
         return Record(between, gradients, e.first_loss)
 
     def _initial(self, state: State, args: tuple, kwargs: Mapping[str, Any]) -> State:
@@ -152,9 +153,8 @@ class EM(Inference):
 
         With a guide of shared parameters (an amortized one) that is the guide on the data; no update is made.
         """
-        from .posterior import GuidePosterior
-
-        return GuidePosterior(self.model, self.guide, args, kwargs)
+        found = self.e_step.infer(self.model, args, kwargs)
+        return GuidePosterior(self.model, self.guide, args, kwargs) if found is None else found
 
     def _setup(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self.engine.setup(args, kwargs)
@@ -198,6 +198,22 @@ class EM(Inference):
                     fix="Start it from a copy: .clone() (in an autoguide: "
                     "init_loc_fn=lambda site: init_to_mean(site).clone()).",
                 )
+
+
+def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callable:
+    """Return the user's guide, or one that carries the E-step's rule."""
+    if guide is not None:
+        return guide
+    if type(e_step).infer is HalfStep.infer:
+        fail(
+            StepError,
+            "EM",
+            "make its E-step",
+            got=f"no guide, and {e_step!r}",
+            because="this E-step moves a guide",
+            fix="Write EM(model, guide, ...), or an E-step that needs none, such as e_step=steps.Enumerated().",
+        )
+    return PosteriorGuide(lambda args, kwargs: e_step.infer(model, args, kwargs))
 
 
 def _step(slot: str, step: HalfStep | str | None) -> HalfStep:

@@ -19,7 +19,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import biject_to, transform_to
+from torch.distributions import transform_to
 
 from ._checks import BlockError, ModelError, fail, nearest
 from ._pyro import Messenger, constraint_of, leaf_of
@@ -499,6 +499,15 @@ def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
 def _unconstrain(row: Row, value: Tensor) -> Tensor:
     name, leaf, constraint = row.name, row.leaf, row.constraint
     value = value.detach().to(leaf)
+    if not bool(torch.isfinite(value).all()):
+        fail(
+            ModelError,
+            "assign",
+            f"write parameter {name!r}",
+            got=f"values that are not finite, such as {value[~torch.isfinite(value)][0].item()}",
+            because="a parameter is a number",
+            fix="Guard the update against division by an empty component.",
+        )
     if constraint is not None:
         if not bool(torch.as_tensor(constraint.check(value)).all()):
             fail(
@@ -509,10 +518,7 @@ def _unconstrain(row: Row, value: Tensor) -> Tensor:
                 because="parameters keep their constraint",
                 fix="Let the update return values inside the constraint.",
             )
-        try:
-            value = biject_to(constraint).inv(value)
-        except NotImplementedError:
-            value = transform_to(constraint).inv(value)
+        value = transform_to(constraint).inv(value)  # as the parameter store does
     if value.shape != leaf.shape or not bool(torch.isfinite(value).all()):
         got = f"shape {tuple(value.shape)}" if value.shape != leaf.shape else "a value at the constraint's boundary"
         fail(

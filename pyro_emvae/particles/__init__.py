@@ -2,7 +2,7 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 
 from .checks import check_match, choose_vectorize, subsample_values, vectorizable
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
-from .quiet import ModuleWatch, quiet
+from .quiet import ModuleWatch, keep_buffers, quiet
 from .run import draw, replay
 from .sites import Particles, Site, reduce_to
 
@@ -17,6 +17,7 @@ __all__ = [
     "draw",
     "hold_batch",
     "is_subsample",
+    "keep_buffers",
     "quiet",
     "reduce_to",
     "replay",

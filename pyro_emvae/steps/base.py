@@ -3,6 +3,7 @@ r"""The contract of a half-step of EM."""
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 from .._checks import StepError, fail
@@ -53,6 +54,13 @@ class HalfStep(ABC):
     ) -> tuple[State, Info]:
         r"""M: raise the objective over theta with the posterior held."""
         self._refuse("M")
+
+    def infer(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Posterior | None:
+        """Return an E-step's posterior on given data at the present theta, changing nothing.
+
+        None: the posterior is the guide's.
+        """
+        return None
 
     def _refuse(self, slot: str) -> None:
         fail(

@@ -1,0 +1,94 @@
+r"""The M-step in closed form, from expected complete-data statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._checks import StepError, fail, nearest, positive_int
+from .._registry import Traits, register
+from ..engine import Engine, State
+from ..parameters import MODEL, assign
+from ..posterior import Posterior
+from .base import HalfStep, Info
+
+__all__ = ["ClosedForm"]
+
+
+class ClosedForm(HalfStep):
+    r"""Theta from the posterior expectation of sufficient statistics.
+
+    $$\theta_{t+1}=\mathrm{update}\Big(\sum_n E\big[s(x_n,z_n)\,|\,x,\theta_t\big]\Big).$$
+
+    Args:
+        statistics: ``statistics(values, *args, **kwargs) -> dict[str, Tensor]``, the complete-data sufficient
+            statistics per datum. ``values`` holds each latent as ``(S, *plates, *event)``: S outcomes or draws. The
+            statistics are ``(S, *plates, ...)``, or broadcast to it; a statistic that does not depend on the latents has
+            size 1 at S. Their expectation, and its sum over the plates with scale and mask, is taken for you.
+        update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters; returns
+            new values in constrained space, of all parameters or of some.
+        num_particles: Draws, after an E-step that has to draw.
+
+    Values are written in place, so optimizers keep their state.
+
+    Raises:
+        StepError: `update` names a parameter that is none of the model's.
+        ModelError: It returns a value of another shape, outside its constraint, or not finite. Nothing is changed then.
+
+    Source: Dempster, Laird and Rubin 1977, eqs. 2.2 and 2.3.
+
+    Example:
+        >>> def statistics(values, x):
+        ...     return {"n": torch.ones_like(x)[None], "x": x[None] - values["z"]}
+        >>> ClosedForm(statistics, lambda s, params: {"mean": s["x"] / s["n"]})
+        ClosedForm(statistics, <lambda>)
+    """
+
+    traits: ClassVar[Traits] = Traits(slots=("M",), arguments=("statistics", "update"), exact=True)
+
+    def __init__(
+        self,
+        statistics: Callable[..., Mapping[str, Tensor]],
+        update: Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]],
+        num_particles: int = 100,
+    ) -> None:
+        self.statistics, self.update = statistics, update
+        self.num_particles = positive_int("steps.ClosedForm", "num_particles", num_particles)
+
+    def __repr__(self) -> str:
+        names = (getattr(f, "__name__", repr(f)) for f in (self.statistics, self.update))
+        return f"ClosedForm({', '.join(names)})"
+
+    def maximise(
+        self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
+    ) -> tuple[State, Info]:
+        with torch.no_grad():
+            support = posterior.support(self.num_particles)
+            totals = support.total(lambda values: self.statistics(values, *args, **kwargs))
+            rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
+            new = self.update(totals, {name: row.value.detach() for name, row in rows.items()})
+        unknown = [name for name in new if name not in rows]
+        if unknown:
+            fail(
+                StepError,
+                "steps.ClosedForm",
+                f"set {unknown[0]!r}",
+                got="a name that is no parameter of the model",
+                because="`update` returns parameters of the model",
+                fix=nearest(unknown[0], rows),
+            )
+        assign(problem.parameters, new)
+        return state, Info()
+
+
+register(
+    "step",
+    "closed_form",
+    ClosedForm,
+    traits=ClosedForm.traits,
+    summary="theta from expected sufficient statistics",
+    source="Dempster, Laird and Rubin 1977, eqs. 2.2 and 2.3",
+)

@@ -1,7 +1,7 @@
 r"""What an E-step hands on: draws, weights, expectations."""
 
-from .amortized import GuidePosterior
 from ._plates import plate_nesting
+from .amortized import GuidePosterior
 from .base import Posterior, Support
 from .enumerated import EnumeratedPosterior
 from .guide import PosteriorGuide

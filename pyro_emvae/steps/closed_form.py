@@ -26,10 +26,10 @@ class ClosedForm(HalfStep):
     Args:
         statistics: ``statistics(values, *args, **kwargs) -> dict[str, Tensor]``, the complete-data sufficient
             statistics per datum. ``values`` holds each latent as ``(S, *plates, *event)``: S outcomes or draws. The
-            statistics are ``(S, *plates, ...)``, or broadcast to it; a statistic that does not depend on the latents has
-            size 1 at S. Their expectation, and its sum over the plates with scale and mask, is taken for you.
-        update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters; returns
-            new values in constrained space, of all parameters or of some.
+            statistics are ``(S, *plates, ...)``, or broadcast to it; one that does not depend on the latents has size
+            1 at S. Their expectation, and its sum over the plates with scale and mask, is taken for you.
+        update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
+            returns new values in constrained space, of all parameters or of some.
         num_particles: Draws, after an E-step that has to draw.
 
     Values are written in place, so optimizers keep their state.

@@ -29,6 +29,7 @@ class Support:
         log_weights: ``(S, *plates)`` or broadcastable to it; their exponentials sum to one over S for each datum.
         num_plates: Number of plate dims.
         scale, mask: What the model multiplies by and keeps, for the latents: numbers, or tensors over the plates.
+        drawn: Plates of the model that drew their batch at random, so that nobody outside knows which data it holds.
     """
 
     values: Values = field(repr=False)
@@ -36,6 +37,7 @@ class Support:
     num_plates: int
     scale: Any = 1.0
     mask: Any = None
+    drawn: tuple[str, ...] = ()
 
     def expect(self, function: Callable[[Values], Any]) -> Any:
         """Return the expectation per datum of a tensor, or of each tensor in a dict: ``(*plates, ...)``."""

@@ -67,6 +67,15 @@ class ClosedForm(HalfStep):
     ) -> tuple[State, Info]:
         with torch.no_grad():
             support = posterior.support(self.num_particles)
+            if support.drawn:
+                fail(
+                    StepError,
+                    "steps.ClosedForm",
+                    "take statistics of a batch that the model draws",
+                    got=f"a plate {support.drawn[0]!r} with subsample_size=",
+                    because="`statistics` has to know which data the batch holds",
+                    fix=f"Pass the batch to the model: pyro.plate({support.drawn[0]!r}, N, subsample=index).",
+                )
             totals = support.total(lambda values: self.statistics(values, *args, **kwargs))
             rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
             new = self.update(totals, {name: row.value.detach() for name, row in rows.items()})

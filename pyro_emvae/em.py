@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._checks import BlockError, StepError, fail
+from ._checks import BlockError, EmvaeError, StepError, fail
 from ._registry import create
 from .driver import Fit, Record
 from .engine import State, choose
@@ -111,7 +111,10 @@ class EM(Inference):
         return self.schedule == "joint" or hasattr(self._slots[block], "optim")
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """Make one iteration and return minus the objective after E, before M, in nats."""
+        """Make one iteration and return minus the objective after E, before M, in nats.
+
+        If the M-step fails because something is not finite, the E-step before it stands.
+        """
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
@@ -143,6 +146,15 @@ class EM(Inference):
 
         Keyword arguments that are no option of `driver.run` go to model and guide.
         """
+        if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
+            fail(
+                EmvaeError,
+                "EM",
+                f"run on {args[0]!r}",
+                got="a whole number as the first datum",
+                because="run takes the data first, and the number of iterations by name",
+                fix=f"Write em.run(x, max_iter={args[0]}).",
+            )
         if max_iter is None and "data" not in options:
             max_iter = 500
         return run_with(self.engine, self._iterate, max_iter, args, options)

@@ -2,6 +2,8 @@ r"""Stochastic variational inference: all parameters from one gradient, with Pyr
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,6 +28,16 @@ class Inference(pyro.infer.SVI):
     engine: Engine
 
     def _attach(self, model: Callable, guide: Callable, loss: Any, loss_and_grads: Any, **options: Any) -> None:
+        for what, function in (("model", model), ("guide", guide)):
+            if not callable(function):
+                fail(
+                    EmvaeError,
+                    type(self).__name__,
+                    f"use its {what}",
+                    got=repr(function),
+                    because=f"a {what} is a function of the data with pyro.sample statements",
+                    fix="Write SVI(model, guide, optim), with the functions themselves.",
+                )
         if isinstance(loss, type) or not (isinstance(loss, ELBO) or callable(loss)):
             fail(
                 EmvaeError,
@@ -155,7 +167,27 @@ OPTIONS = (
 )
 
 
+def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a keyword argument that is no parameter of the model but nearly an option of the run."""
+    try:
+        known = inspect.signature(model).parameters
+    except (TypeError, ValueError):
+        return
+    for name in kwargs:
+        meant = difflib.get_close_matches(name, (*OPTIONS, "max_iter"), 1, 0.8)
+        if name not in known and meant:
+            fail(
+                EmvaeError,
+                "run",
+                f"pass {name!r} to the model",
+                got=f"a model of parameters {list(known)}",
+                because="keyword arguments that are no option go to model and guide",
+                fix=f"Did you mean {meant[0]!r}?",
+            )
+
+
 def run_with(engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any]) -> Fit:
     """Split the options of a run from the keyword arguments of the model, and run."""
     mine = {k: options.pop(k) for k in OPTIONS if k in options}
+    _check_names(engine.model, options)
     return driver.run(engine, iterate, number, args, options, **mine)

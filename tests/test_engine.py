@@ -259,9 +259,64 @@ def test_data_of_another_shape_or_dtype_are_recorded_anew_and_the_rest_is_not():
         generator = torch.Generator().manual_seed(1)
         results.append([svi.step(torch.randn(n, generator=generator)) for n in sizes])
     assert results[0] == results[1]
+    assert recordings(svi) == 2  # the first step on data of a new shape is eager
+    for n in (4, 5):
+        svi.step(torch.randn(n))
     assert recordings(svi) == 3
-    svi.step(torch.randn(5))
-    assert recordings(svi) == 3
+
+
+class Lazy:
+    """A model that makes something at the first call with data of a new shape, and keeps it."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, Tensor] = {}
+
+    def model(self, x: Tensor) -> None:
+        if len(x) not in self.made:
+            self.made[len(x)] = torch.ones(len(x)).cumsum(0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z * self.made[len(x)], 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+
+def test_what_is_made_at_the_first_call_with_a_new_shape_is_no_obstacle():
+    lazy = Lazy()
+    svi = SVI(lazy.model, lazy.guide, ADAM, backend="graph")
+    for n in (4, 4, 4, 2, 4, 2, 2):
+        svi.step(torch.randn(n))
+    assert recordings(svi) == 2
+
+
+def test_an_attribute_that_is_annealed_from_outside_is_seen():
+    """Not by the recording, in which the model does not change it, but when it is made again and compared."""
+    annealed = Outside()
+    svi = SVI(annealed.model, annealed.guide, ADAM, backend="graph")
+    with pytest.raises(RecordingError, match="changed since"):
+        for beta in (0.1, 0.2, 0.3, 0.4):
+            annealed.beta = beta
+            svi.step(X)
+    pyro.clear_param_store()
+    annealed.beta = 0.1
+    svi = SVI(annealed.model, annealed.guide, ADAM, backend="graph")
+    with pytest.raises(RecordingError, match="changed since"):
+        svi.run(20, X, callbacks=lambda progress: setattr(annealed, "beta", 0.1 + progress.iteration))
+
+
+class Outside:
+    beta = 0.1
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.scale(scale=self.beta):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.scale(scale=self.beta):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -431,9 +486,8 @@ def test_data_that_a_recording_cannot_take_as_tensors_are_refused(key):
         pyro.sample("x", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=unwrap(batch))
 
     svi = SVI(model, Annealed().guide, ADAM, backend="graph")
-    svi.step(wrap(X))
     with pytest.raises(RecordingError, match=f"{observed}.*tensors"):
-        svi.step(wrap(2 * X))
+        svi.step(wrap(X))
     assert SVI(model, Annealed().guide, ADAM).run(3, wrap(X)).status == "MAX_ITER"
 
 

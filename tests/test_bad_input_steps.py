@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import pyro
@@ -403,3 +404,54 @@ def test_sites_that_do_not_match(cls, particles, key):
     with pytest.raises(ModelError, match=observed):
         svi.step(X[0])
     assert svi.optim.get_state() == {}
+
+
+# Options of a run -----------------------------------------------------------------------------------------------
+
+
+RUNS = {
+    "a tensor as data": ({"data": X}, r"shape \(6, 2\)"),
+    "callbacks that are none": ({"num": 3, "callbacks": 3}, "got 3"),
+    "no step between validations": ({"num": 3, "every": 0}, "got 0"),
+    "a near miss of an option": ({"num": 3, "callback": print}, "'callback'.*'callbacks'"),
+}
+
+
+@pytest.mark.parametrize("key", RUNS)
+@both
+def test_options_of_a_run_that_cannot_be_meant(cls, key):
+    options, observed = copy.copy(RUNS[key][0]), RUNS[key][1]
+    number = options.pop("num", None)
+    user = User()
+    svi = cls(user.model, user.guide, ADAM)
+    args = () if "data" in options else (X,)
+    with pytest.raises(EmvaeError, match=observed):
+        svi.run(*args, max_iter=number, **options) if cls is EM else svi.run(number, *args, **options)
+    assert svi.optim.get_state() == {}
+
+
+def test_the_argument_order_of_svi_is_refused_by_em():
+    user = User()
+    with pytest.raises(EmvaeError, match="max_iter=300"):
+        EM(user.model, user.guide, ADAM).run(300, X)
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+@both
+def test_a_model_or_guide_that_is_none_of_it(cls, where):
+    user = User()
+    pair = {"model": user.model, "guide": user.guide} | {where: "user"}
+    with pytest.raises(EmvaeError, match=f"{where}.*'user'"):
+        cls(pair["model"], pair["guide"], ADAM)
+
+
+@backends
+@both
+def test_data_that_are_not_finite_are_skipped_with_validation_on(cls, backend):
+    """Pyro's validation stumbles over them first, in the guide's distribution or at the observed site."""
+    svi, user = started(cls, backend, 3, on_nonfinite="skip")
+    batches = [X, X * math.nan, X]
+    assert svi.run(data=batches).status == "NAN"
+    assert all(bool(torch.isfinite(t).all()) for t in user.decoder.state_dict().values())
+    with pytest.raises(NonFiniteError, match=r"'(x|z)'"):
+        svi.run(data=batches, on_nonfinite="raise")

@@ -231,6 +231,24 @@ def capture(fn: Callable[[], Any], leaves: Mapping[str, Tensor]) -> tuple[Any, d
             leaf.grad = grad
 
 
+@contextlib.contextmanager
+def keep_store() -> Iterator[None]:
+    """Run code after which the parameter store holds the tensors that it held before, and no other.
+
+    Some of Pyro's losses keep running averages there.
+    """
+    store = pyro.get_param_store()
+    before = store.get_state()
+    try:
+        yield
+    finally:
+        after = store.get_state()["params"]
+        for name in after.keys() - before["params"].keys():
+            del store[name]
+        if any(after.get(name) is not leaf for name, leaf in before["params"].items()):
+            store.set_state(before)
+
+
 def is_wrapped() -> bool:
     """Whether handlers of Pyro are at work around the caller."""
     return poutine.runtime.am_i_wrapped()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro.infer
@@ -83,6 +83,15 @@ class SVI(Inference):
         blocks: See `EM`; only needed with a mapping of optimizers.
         on_nonfinite: ``"raise"``, ``"skip"`` the update, or ``"revert"`` to the state before the last update.
 
+    Schedulers are stepped by you, as under Pyro, and never by `step` or `run`: ``scheduler.step()`` on the `pyro.optim`
+    object that you gave, per step, per epoch or in a callback of `run`, counts from the next step on. Before the first
+    step there is nothing to schedule. ``svi.optim.step()`` does the same for all blocks; call one of the two.
+
+    A `pyro.optim` object is linked: its ``optim_objs``, ``get_state()`` and ``save()`` have the live state of each
+    parameter, and what is given to its ``set_state()`` or ``load()`` counts from the next step on (under Pyro, only for
+    parameters that have not been stepped yet). Objects that share it share the state of common parameters. A class, a
+    partial or a rule has no state of its own: use ``svi.optim``.
+
     `step` returns minus the objective as a float. After an error for a non-finite value nothing has changed, and
     further steps are refused until `recover` is called.
 
@@ -137,8 +146,8 @@ class SVI(Inference):
         return run_with(self.engine, self._iterate, num_steps, args, options)
 
 
-def per_block(optim: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the optimizer of each block, None where there is none; other keys are refused."""
+def per_block(optim: Mapping[str, Any], owner: str = "SVI", needed: Iterable[str] = (GUIDE, MODEL)) -> dict[str, Any]:
+    """Return the optimizer of each block, None where there is none and none is needed; other keys are refused."""
     unknown = [key for key in optim if key not in (GUIDE, MODEL)]
     if unknown:
         fail(
@@ -148,6 +157,16 @@ def per_block(optim: Mapping[str, Any]) -> dict[str, Any]:
             got=f"the key {unknown[0]!r}",
             because="a mapping gives one optimizer to each block",
             fix='Write {"guide": ..., "model": ...}; arguments go into each, as in pyro.optim.Adam({"lr": 1e-3}).',
+        )
+    missing = [block for block in needed if optim.get(block) is None]
+    if missing:
+        fail(
+            OptimizerError,
+            owner,
+            f"update the {missing[0]}'s parameters",
+            got=f"a mapping of optimizers that lacks {missing[0]!r}, with {dict(optim)}",
+            because="a mapping names the optimizer of each block that takes gradient steps",
+            fix='Write {"guide": ..., "model": pyro.optim.Adam({"lr": 1e-3})}, or one optimizer for both blocks.',
         )
     return {block: optim.get(block) for block in (GUIDE, MODEL)}
 

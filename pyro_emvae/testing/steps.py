@@ -2,6 +2,7 @@ r"""`check_step`: a half-step of EM against its contract."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -55,7 +56,7 @@ def check_step(
     Example:
         >>> check_step("gradient", "E")
     """
-    optim = pyro.optim.Adam({"lr": 0.02}) if optim is None else optim
+    optim = pyro.optim.Adam({"lr": 0.02}) if optim is None else copy.deepcopy(optim)
     options = {"e_step": step} if slot == "E" else {"m_step": step}
     with quiet(seed=seed):
         _check_blocks(slot, lambda model, guide: EM(model, guide, optim, loss, **options))

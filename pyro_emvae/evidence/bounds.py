@@ -172,7 +172,7 @@ def elbo_gap(
 
 
 def _elbo_estimate(request: Request, weights: Weights) -> Estimate:
-    joint, own = weights.joint, weights.per_datum
+    joint, own, unsound = weights.joint, weights.per_datum, weights.unsound
     value = float(joint.mean)
     if not math.isfinite(value):
         fail(
@@ -186,10 +186,11 @@ def _elbo_estimate(request: Request, weights: Weights) -> Estimate:
     return Estimate(
         value=value,
         standard_error=math.sqrt(float(joint.mean_variance)),
-        kind="exact" if weights.layout.shared is None else "lower",
+        kind="none" if unsound else "exact" if weights.layout.shared is None else "lower",
         num_particles=weights.num_particles,
         per_datum=per_datum(weights, own.mean, own.mean_variance) if own is not None else None,
         given=weights.layout.given,
+        note=f"site {unsound.site!r}: {unsound.message}" if unsound else weights.together,
     )
 
 

@@ -158,7 +158,8 @@ def _moves(name: str, model, guide, args, kwargs, particles: Particles, points: 
     """Whether a point mass has another value at another draw of one auxiliary site, all else being equal."""
     with torch.no_grad():
         other = draw(model, guide, args, kwargs).guide[name].value
-        held = {n: (s.value.detach(), None) for n, s in particles.guide.items() if not s.is_observed and n not in points}
+        drawn = {n: s.value.detach() for n, s in particles.guide.items() if not s.is_observed and n not in points}
+        held = {n: (value, None) for n, value in drawn.items()}
         again = draw(model, guide, args, kwargs, values=held | {name: (other, None)})
     return any(not torch.equal(again.guide[n].value, s.value) for n, s in points.items())
 

@@ -297,10 +297,8 @@ def test_check_step_on_a_problem_of_one_s_own(given):
     with pytest.raises(AssertionError, match=r"M-step .* moved 'loc' of the guide"):
         check_step(PosteriorMean(theta, also=0.1), "M", problem, num_steps=2)
     if given == "tuple":
-        assert {n: round(float(v.detach()), 3) for n, v in pyro.get_param_store().items()} == {
-            "theta": -0.7,
-            "loc": 0.4,
-        }
+        kept = {name: round(float(value.detach()), 3) for name, value in pyro.get_param_store().items()}
+        assert kept == {"theta": -0.7, "loc": 0.4}
     else:
         assert not list(pyro.get_param_store().keys())
 

@@ -854,6 +854,17 @@ def test_batch_dims_of_no_plate(function):
         FUNCTIONS[function](program, program, X, num_particles=3)
 
 
+def test_batch_dims_of_size_one_need_no_plate():
+    def program(x, obs=None):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0))
+        if obs is not None:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    found = log_evidence(lambda x: program(x, x[:1]), program, X, num_particles=2000, seed=0)
+    exact = float(dist.Normal(0.0, 2**0.5).log_prob(X[0]))
+    assert abs(found.value - exact) < 4 * found.standard_error < 0.1
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("num_particles", [1, 3, 6, 8])
 def test_too_few_plate_dims(function, num_particles):

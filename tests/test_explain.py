@@ -346,6 +346,7 @@ def other_plate(x):
         pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
 
 
+AUTO_CUMSUM = AutoDiagonalNormal(mixing(lambda z: z.cumsum(-1)))
 BASELINE = {"mu": {"baseline": {"use_decaying_avg_baseline": True}}}
 ANNOTATED = {"mu": {"estimator": "score"}}
 
@@ -392,6 +393,9 @@ DEFECTS = {
         "scale", "u", "scale 3 in the guide, 1 of 'mu'", "poutine.scale", guide=scaled_auxiliary
     ),
     "a sum over data": Defect("entangled", "x", "plate 'data'", ".to_event(1)", mixing(lambda z: z.cumsum(-1))),
+    "a sum over data, drawn at once": Defect(
+        "entangled", "x", "plate 'data'", ".to_event(1)", mixing(lambda z: z.cumsum(-1)), guide=AUTO_CUMSUM
+    ),
     "data in pairs": Defect("entangled", "x", "plate 'data'", ".to_event(1)", mixing(reverse)),
     "half the support": Defect(
         "support", "z", "the guide never draws values such as -", "LogNormal", guide=narrow_guide(dist.HalfCauchy)

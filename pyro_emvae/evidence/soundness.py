@@ -168,18 +168,20 @@ def _moves(name: str, model, guide, args, kwargs, particles: Particles, points: 
 
 
 def require_plates(obj: str, particles: Particles) -> None:
-    r"""Raise if a site has more batch dims than there are plate dims, which could be taken for particles.
+    r"""Raise if a site has batch dims to the left of all plates, which could be taken for particles.
 
     Raises:
         ModelError: Naming the site.
     """
     for site in (*particles.model.values(), *particles.guide.values()):
-        if len(site.fn.batch_shape) > particles.max_plate_nesting and not site.is_deterministic:
+        shape = tuple(site.fn.batch_shape)
+        left = shape[: max(0, len(shape) - particles.max_plate_nesting)]
+        if any(size != 1 for size in left) and not site.is_deterministic:
             fail(
                 ModelError,
                 obj,
                 f"lay out site {site.name!r}",
-                got=f"batch shape {tuple(site.fn.batch_shape)} in {particles.max_plate_nesting} plates",
+                got=f"batch shape {shape} in {particles.max_plate_nesting} plates",
                 because="every batch dim belongs to a plate",
                 fix="Write .to_event(1), or put the site into a pyro.plate.",
             )
@@ -201,22 +203,35 @@ def entangled_site(
 
 
 def _entangled(model, guide, args, kwargs, frames: Sequence[Any]) -> str | None:
-    first = draw(model, guide, args, kwargs)
-    latents = {n: s for n, s in [*first.model.items(), *first.guide.items()] if not s.is_observed}
-    drawn = {n: s for n, s in latents.items() if not is_point_mass(s.fn)}
-    local = [n for n, s in drawn.items() if set(frames) <= set(s.frames)]
-    held = {n: (s.value, None) for n, s in drawn.items() if n not in local}
-    second = draw(model, guide, args, kwargs, values=held)
-    scored = [(side, n) for side in ("model", "guide") for n, s in getattr(first, side).items()]
-    scored = [(side, n) for side, n in scored if set(frames) <= set(getattr(first, side)[n].frames)]
+    first, other = (draw(model, guide, args, kwargs) for _ in range(2))
+    local, held, sides = _split(first, frames)
+    held = {name: (site.value, None) for name, site in held.items()}
+    taken = {name: (_drawn(other, name).value, None) for name in local}
+    second = draw(model, guide, args, kwargs, values=held | taken)
+    scored = [(side, n) for side in sides for n, s in getattr(first, side).items() if set(frames) <= set(s.frames)]
     for mask in _masks(frames, first):
-        mixed = held | {n: (_mix(mask, *(_drawn(run, n) for run in (first, second))), None) for n in local}
-        third = draw(model, guide, args, kwargs, values=mixed)
+        mixed = {name: (_mix(mask, *(_drawn(run, name) for run in (first, second))), None) for name in local}
+        third = draw(model, guide, args, kwargs, values=held | mixed)
         for side, name in scored:
             one, two, found = (run.rows(getattr(run, side)[name].scaled)[0] for run in (first, second, third))
             if not _close(found, torch.where(mask, one, two)):
                 return name
     return None
+
+
+def _split(particles: Particles, frames: Sequence[Any]) -> tuple[list[str], dict[str, Site], tuple[str, ...]]:
+    """Return the sites to be mixed, those to be held, and the sides to be scored.
+
+    Point masses follow from what is mixed. If all of the plates' latents are computed from draws outside of them, as in
+    `AutoDiagonalNormal`, their own values are mixed, and the model alone is scored.
+    """
+    sites = {n: s for n, s in [*particles.model.items(), *particles.guide.items()] if not s.is_observed}
+    drawn = {n: s for n, s in sites.items() if not is_point_mass(s.fn)}
+    local = [n for n, s in drawn.items() if set(frames) <= set(s.frames)]
+    if local:
+        return local, {n: s for n, s in drawn.items() if n not in local}, ("model", "guide")
+    local = [n for n, s in particles.latents.items() if set(frames) <= set(s.frames)]
+    return local, {n: s for n, s in particles.latents.items() if n not in local}, ("model",)
 
 
 def _masks(frames: Sequence[Any], particles: Particles) -> Iterator[Tensor]:

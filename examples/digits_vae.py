@@ -5,8 +5,8 @@ Question: is it better to improve encoder and decoder in turn, as EM does, or at
 estimator matter? How far is the ELBO, which was trained, from log p(x), which was meant?
 
 Answer: here EM gains nothing. After as many updates its held-out ELBO is the same but for the spread over seeds, after
-as much time it is no higher, for an iteration takes two gradients. The score function's variance is more
-than a hundred times the pathwise one's. The ELBO lies less than a nat per image below log p(x). It prints the figures.
+as much time it is no higher, for an iteration takes two gradients. The score function's variance is more than a hundred
+times the pathwise one's. The ELBO lies less than a nat per image below log p(x). The figures are printed.
 
 Running time: two minutes or so on two cores.
 """

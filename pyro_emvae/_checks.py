@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any, NoReturn
 
 __all__ = [
@@ -112,7 +113,7 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
         >>> positive_int("MonteCarloELBO", "num_particles", 8)
         8
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         fail(
             EmvaeError,
             obj,
@@ -121,7 +122,7 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
             because=f"{name} has to be an integer of at least {minimum}",
             fix=f"Write {name}={minimum}, or more.",
         )
-    return value
+    return int(value)
 
 
 def tensors_in(value: Any) -> Iterator[Any]:

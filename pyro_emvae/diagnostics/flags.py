@@ -314,7 +314,7 @@ def refused(case: Case, kinds: set[str]) -> list[Flag]:
     """What Pyro's validation or the loss refused and no check explains."""
     if case.error is not None and "non_finite" not in kinds:
         return [run_flag(case.error)]
-    if kinds & {"unmatched_site", "non_finite", "annotation"}:
+    if kinds & {"unmatched_site", "non_finite", "annotation", "batch_dims"}:
         return []
     ours = dict.fromkeys(_parts(error) for error in case.refusals if isinstance(error, EmvaeError))
     flags = [Flag("loss", type(case.loss).__name__, refused, fix) for refused, fix in ours]

@@ -2,6 +2,7 @@ r"""`check_step`: a half-step of EM against its contract."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,7 +76,7 @@ def check_step(
             because="an iteration of EM has an E-step and an M-step",
             fix=nearest(str(slot).upper(), ("E", "M")),
         )
-    optim = pyro.optim.Adam({"lr": 0.02}) if optim is None else optim
+    optim = pyro.optim.Adam({"lr": 0.02}) if optim is None else copy.deepcopy(optim)
     options = {"e_step": step} if slot == "E" else {"m_step": step}
 
     def make(model: Callable, guide: Callable) -> EM:

@@ -849,7 +849,8 @@ def test_batch_dims_of_no_plate(function):
             pyro.sample("z", dist.Normal(x, 1.0))
 
     with pytest.raises(
-        ModelError, match=rf"`{function}` cannot lay out site 'w': got batch shape \(2, 4\) in 1 plates"
+        ModelError,
+        match=rf"`{function}` cannot lay out site 'w': got batch shape \(2, 4\), of which no plate declares dim -2",
     ):
         FUNCTIONS[function](program, program, X, num_particles=3)
 

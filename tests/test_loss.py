@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_emvae import MonteCarloELBO
+from pyro_emvae import MonteCarloELBO, config_estimators
 from pyro_emvae._checks import EstimatorError, ModelError
 from pyro_emvae.particles import vectorizable
 
@@ -186,3 +186,8 @@ def test_models_that_mix_particles_are_found_whatever_is_drawn(discrete, scale):
         pyro.set_rng_seed(seed)
         agrees, _, what = vectorizable(model, guide, (), {})
         assert not agrees and "'x'" in what
+
+
+def test_annotations_in_bulk_need_a_mapping_or_a_function():
+    with pytest.raises(EstimatorError, match="'score'"):
+        config_estimators(lambda: None, "score")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .._checks import ModelError, fail, positive_int, require_data
-from ..evidence.soundness import own_masks, require_plates
+from ..evidence.soundness import own_masks
 from ..parameters import materialize
-from ..particles import Particles, Site, check_match, draw, quiet, subsample_values, vectorizable
+from ..particles import Particles, Site, check_match, check_plates, draw, quiet, subsample_values, vectorizable
 from .container import Array, attributes, dataset, finalize, fit_stats, name_dims, unknown
 
 __all__ = ["to_arviz"]
@@ -220,7 +220,7 @@ def _check(single: Particles) -> None:
             because="the group holds the guide's draws",
             fix='Add pyro.sample("z", ...) to model and guide.',
         )
-    require_plates("to_arviz", single)
+    check_plates(single, "to_arviz")
 
 
 def _layout(site: Site) -> tuple[tuple[str | None, ...], tuple[int, ...]]:

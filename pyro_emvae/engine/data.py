@@ -14,20 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._checks import DataError, EmvaeError, RecordingError, fail
 
-__all__ = ["check_data", "fitting_data", "signature", "tensors_of"]
-
-
-def check_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
-    for tensor in tensors_of(args, kwargs):
-        if tensor.numel() == 0 and tensor.dim():
-            fail(
-                DataError,
-                "step",
-                "use empty data",
-                got=f"a tensor of shape {tuple(tensor.shape)}",
-                because="an objective over no data says nothing",
-                fix="Pass at least one datum.",
-            )
+__all__ = ["fitting_data", "signature", "tensors_of"]
 
 
 MISFITS = ("inside plate", "must match the size of tensor")

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest
+from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest, require_data
 from ..loss import MonteCarloELBO, States, raise_non_finite, remember
 from ..optimizers import BlockOptimizer
 from ..parameters import GUIDE, MODEL, SHARED, Buffer, Parameters, discover, is_wrapped
 from ..particles import ModuleWatch, quiet
-from .data import check_data, fitting_data, signature
+from .data import fitting_data, signature
 from .gradients import Gradient, gradient
 from .recording import Recording, record, verify
 
@@ -124,7 +124,7 @@ class Engine:
             StepError: An earlier step failed so; `recover` allows further ones.
         """
         self._refuse_after_failure()
-        check_data(args, kwargs)
+        require_data("step", args, kwargs)
         self.refresh()
         if block is not None:
             self.setup(args, kwargs)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import ModelError, fail
 from ..estimators.base import is_point_mass
 from ..particles import Particles, Site, draw, quiet
 
@@ -19,7 +18,6 @@ __all__ = [
     "kept",
     "mask_of",
     "own_masks",
-    "require_plates",
     "scale_of",
     "unequal_handlers",
     "unpaired_auxiliaries",
@@ -165,26 +163,6 @@ def _moves(name: str, model, guide, args, kwargs, particles: Particles, points: 
 
 
 # Plates ---------------------------------------------------------------------------------------------------------------
-
-
-def require_plates(obj: str, particles: Particles) -> None:
-    r"""Raise if a site has batch dims to the left of all plates, which could be taken for particles.
-
-    Raises:
-        ModelError: Naming the site.
-    """
-    for site in (*particles.model.values(), *particles.guide.values()):
-        shape = tuple(site.fn.batch_shape)
-        left = shape[: max(0, len(shape) - particles.max_plate_nesting)]
-        if any(size != 1 for size in left) and not site.is_deterministic:
-            fail(
-                ModelError,
-                obj,
-                f"lay out site {site.name!r}",
-                got=f"batch shape {shape} in {particles.max_plate_nesting} plates",
-                because="every batch dim belongs to a plate",
-                fix="Write .to_event(1), or put the site into a pyro.plate.",
-            )
 
 
 def entangled_site(

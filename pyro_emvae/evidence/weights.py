@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, ModelError, NonFiniteError, fail
-from ..particles import Particles, Site, check_match, choose_vectorize, draw, hold_batch, quiet
+from ..particles import Particles, Site, check_match, check_plates, choose_vectorize, draw, hold_batch, quiet
 from .layout import Layout, Request, look
 from .moments import Moments
-from .soundness import Unsound, entangled_site, require_plates, unequal_handlers, unpaired_auxiliaries
+from .soundness import Unsound, entangled_site, unequal_handlers, unpaired_auxiliaries
 
 __all__ = ["Weights", "collect", "require_bound"]
 
@@ -96,7 +96,7 @@ def _check_one(request: Request, layout: Layout) -> Unsound | None:
             fix="Write pyro.sample(..., obs=data) in the model.",
         )
     check_match(particles)
-    require_plates(request.obj, particles)
+    check_plates(particles, request.obj)
     _check_nesting(request, particles)
     _check_finite(sum(_joint(term) for _, _, term in _terms(particles)), particles, request.obj)
     unequal = unequal_handlers(particles, skip=layout.given)

@@ -171,7 +171,8 @@ def check_match(particles: Particles) -> None:
                 f"draw site {name!r}",
                 got=where,
                 because="every guide site is a latent of the model, or auxiliary",
-                fix=f"Rename it ({nearest(name, latents)}), or mark it infer={{'is_auxiliary': True}}.",
+                fix=f"Rename it ({nearest(name, latents)}), or add it to the model. infer={{'is_auxiliary': True}} is "
+                "for a site from which a Delta site of a latent is computed.",
             )
     for name, site in latents.items():
         if name not in particles.guide and name not in enumerated:
@@ -196,33 +197,29 @@ def check_match(particles: Particles) -> None:
             _check_shapes(name, guide[name], site)
 
 
-def check_plates(particles: Particles) -> None:
+def check_plates(particles: Particles, obj: str = "MonteCarloELBO") -> None:
     r"""Raise unless every batch dim of every site belongs to a plate.
 
-    Elements of a batch dim without a plate may depend on each other, and are yet told apart by the learning signal.
+    Elements of a batch dim without a plate may depend on each other, and would yet be told apart: by the learning
+    signal, or as if they were particles.
 
     Raises:
         ModelError: Naming the first site with such a dim.
     """
-    for side in ("guide", "model"):
-        for site in getattr(particles, side).values():
-            shape, dims = site.log_prob.shape, {frame.dim for frame in site.frames}
-            if particles.num_particles > 1:
-                dims.add(-1 - particles.max_plate_nesting)
-            for dim in range(-len(shape), 0):
-                if shape[dim] != 1 and dim not in dims:
-                    _refuse_batch(side, site, dim)
-
-
-def _refuse_batch(side: str, site: Site, dim: int) -> None:
-    fail(
-        ModelError,
-        side,
-        f"score site {site.name!r}",
-        got=f"log density of shape {tuple(site.log_prob.shape)}, with a dim {dim} that no plate declares",
-        because="only what lies in a plate is independent",
-        fix="Write .to_event(1) at its distribution, or put it into a pyro.plate.",
-    )
+    for site in (*particles.guide.values(), *particles.model.values()):
+        shape, dims = site.log_prob.shape, {frame.dim for frame in site.frames}
+        if particles.num_particles > 1:
+            dims.add(-1 - particles.max_plate_nesting)
+        stray = [dim for dim in range(-len(shape), 0) if shape[dim] != 1 and dim not in dims]
+        if stray and not site.is_deterministic:
+            fail(
+                ModelError,
+                obj,
+                f"lay out site {site.name!r}",
+                got=f"batch shape {tuple(shape)}, of which no plate declares dim {stray[0]}",
+                because="only what lies in a plate is independent",
+                fix="Write .to_event(1) at its distribution, or put it into a pyro.plate.",
+            )
 
 
 def _check_shapes(name: str, guide: Site, model: Site) -> None:

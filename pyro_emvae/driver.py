@@ -213,6 +213,7 @@ def run(
     Raises:
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
     """
+    _check_options(data, callbacks, every)
     total = _length(num_iterations, data, num_epochs)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
@@ -255,6 +256,30 @@ def run(
     if engine.skipped > skipped and status == "MAX_ITER":
         status = "NAN"
     return _fit(engine, status, iteration, history, seed, shapes)
+
+
+def _check_options(data: Any, callbacks: Any, every: Any) -> None:
+    if isinstance(data, Tensor):
+        _refuse_data(
+            f"one tensor of shape {tuple(data.shape)} as data=",
+            "Pass it as an argument, run(1000, x); or batches, data=DataLoader(TensorDataset(x), batch_size=128).",
+        )
+    if every is not None:
+        positive_int("run", "every", every)
+    wrong = [] if callable(callbacks) else [c for c in _listed(callbacks) if not callable(c)]
+    if wrong:
+        fail(
+            EmvaeError,
+            "run",
+            "call its callbacks",
+            got=repr(wrong[0]),
+            because="a callback is a function of a Progress",
+            fix="Write callbacks=lambda progress: progress.iteration >= 100, which stops by returning True.",
+        )
+
+
+def _listed(callbacks: Any) -> list:
+    return list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
 
 
 def _length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:

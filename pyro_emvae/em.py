@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ._checks import BlockError, StepError, fail
+from ._checks import BlockError, EmvaeError, StepError, fail
 from ._registry import create
 from .driver import Fit, Record
 from .engine import State, choose
@@ -27,7 +27,9 @@ class EM(Inference):
       \text{M: } \theta\leftarrow\arg\text{raise}_\theta\,L(\phi,\theta).$$
 
     By default one gradient update each; the M-step sees the updated phi. One optimizer per block: an E-step leaves
-    theta and the model's buffers bit-for-bit alone, an M-step phi's, momentum or not.
+    theta and the model's buffers bit-for-bit alone, an M-step phi's, momentum or not. Schedulers are stepped by you, as
+    for `SVI`: ``scheduler.step()`` moves the rates of the blocks that were given it, of both if it is one for both;
+    ``em.optim.step()`` those of all blocks.
 
     Args:
         model, guide: Pyro callables of the same arguments.
@@ -95,14 +97,11 @@ class EM(Inference):
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
-        given = per_block(optim) if isinstance(optim, Mapping) else {GUIDE: optim, MODEL: optim}
-        made = {}
-        for block, step in self._slots.items():
-            own = getattr(step, "optim", None)
-            chosen = given.get(block) if own is None else own
-            if chosen is not None or self._takes_gradients(block):
-                made[block] = BlockOptimizer(chosen)
-        return made
+        own = {block: getattr(step, "optim", None) for block, step in self._slots.items()}
+        needed = [block for block in own if own[block] is None and self._takes_gradients(block)]
+        given = per_block(optim, "EM", needed) if isinstance(optim, Mapping) else {GUIDE: optim, MODEL: optim}
+        chosen = {block: given[block] if own[block] is None else own[block] for block in own}
+        return {block: BlockOptimizer(o) for block, o in chosen.items() if o is not None or block in needed}
 
     @property
     def _slots(self) -> dict[str, HalfStep]:
@@ -112,7 +111,10 @@ class EM(Inference):
         return self.schedule == "joint" or hasattr(self._slots[block], "optim")
 
     def step(self, *args: Any, **kwargs: Any) -> float:
-        """Make one iteration and return minus the objective after E, before M, in nats."""
+        """Make one iteration and return minus the objective after E, before M, in nats.
+
+        If the M-step fails because something is not finite, the E-step before it stands.
+        """
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
@@ -144,6 +146,15 @@ class EM(Inference):
 
         Keyword arguments that are no option of `driver.run` go to model and guide.
         """
+        if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
+            fail(
+                EmvaeError,
+                "EM",
+                f"run on {args[0]!r}",
+                got="a whole number as the first datum",
+                because="run takes the data first, and the number of iterations by name",
+                fix=f"Write em.run(x, max_iter={args[0]}).",
+            )
         if max_iter is None and "data" not in options:
             max_iter = 500
         return run_with(self.engine, self._iterate, max_iter, args, options)

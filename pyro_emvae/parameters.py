@@ -153,8 +153,9 @@ def discover(
         model, guide: Pyro callables.
         args, kwargs: Data for one quiet run.
         blocks: None or ``"model/guide"``: by what each moves; ``"local/global"``: guide parameters of latents in the
-            data's plates are ``"guide"``, all else ``"model"``; a mapping from name (or regular expression) to block;
-            a regular expression of the guide's names; or a callable of name and leaf.
+            data's plates are ``"guide"``, all else ``"model"``; a mapping from name or regular expression to block (a
+            name goes before a pattern, the first pattern that fits before the others); a regular expression of the
+            guide's names; or a callable of name and leaf.
 
     Returns:
         The blocks. A parameter that moves both is ``"shared"``, one that moves neither ``"unused"``.
@@ -228,6 +229,24 @@ def capture(fn: Callable[[], Any], leaves: Mapping[str, Tensor]) -> tuple[Any, d
     finally:
         for leaf, grad in run.saved.values():
             leaf.grad = grad
+
+
+@contextlib.contextmanager
+def keep_store() -> Iterator[None]:
+    """Run code after which the parameter store holds the tensors that it held before, and no other.
+
+    Some of Pyro's losses keep running averages there.
+    """
+    store = pyro.get_param_store()
+    before = store.get_state()
+    try:
+        yield
+    finally:
+        after = store.get_state()["params"]
+        for name in after.keys() - before["params"].keys():
+            del store[name]
+        if any(after.get(name) is not leaf for name, leaf in before["params"].items()):
+            store.set_state(before)
 
 
 def is_wrapped() -> bool:
@@ -388,8 +407,9 @@ def _override(rows: list[Row], particles: Particles, blocks: Any) -> list[Row]:
 
 
 def _from_mapping(rows: list[Row], blocks: Mapping[str, str]) -> dict[str, str]:
-    chosen: dict[str, str] = {}
-    for pattern, block in blocks.items():
+    """Read a mapping: a parameter's own name goes before any pattern, the first pattern that fits before the rest."""
+    names, chosen = {row.name for row in rows}, {}
+    for pattern, block in sorted(blocks.items(), key=lambda item: item[0] not in names):
         hits = [r.name for r in rows if r.name == pattern] or [r.name for r in rows if re.fullmatch(pattern, r.name)]
         if not hits:
             fail(
@@ -400,7 +420,7 @@ def _from_mapping(rows: list[Row], blocks: Mapping[str, str]) -> dict[str, str]:
                 because="a key of blocks= is a parameter's name or a regular expression",
                 fix=nearest(pattern, [r.name for r in rows]),
             )
-        chosen.update(dict.fromkeys(hits, block))
+        chosen = dict.fromkeys(hits, block) | chosen
     return chosen
 
 

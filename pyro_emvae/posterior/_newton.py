@@ -1,0 +1,180 @@
+r"""From derivatives of a log joint to a Gaussian: one Newton step where it is quadratic, many to a mode."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import StepError, fail
+from ._log_joint import LogJoint, Point, Run
+from ._precision import Coupled, Factor, NotPositive, fixed_normal, precision
+from .gaussian import GaussianPosterior
+
+__all__ = ["find_mode", "solve_quadratic"]
+
+
+@torch.enable_grad()
+def solve_quadratic(
+    obj: str, model: Callable, args: tuple, kwargs: Mapping[str, Any], vectorize: dict[Callable, bool] | None = None
+) -> GaussianPosterior:
+    r"""Return the posterior of a model whose log joint is quadratic in its latents.
+
+    Args:
+        obj: The half-step that asks, for its errors.
+        model, args, kwargs: What is run.
+        vectorize: See `GaussianPosterior`.
+
+    Raises:
+        StepError: It is not quadratic, or its precision is not positive definite.
+    """
+    joint = LogJoint(obj, model, args, kwargs)
+    return _in_blocks(joint, lambda joint: _solve(joint, vectorize))
+
+
+def _in_blocks(joint: LogJoint, solve: Callable[[LogJoint], GaussianPosterior]) -> GaussianPosterior:
+    """Solve block by block, or all at once if the blocks turn out to depend on each other."""
+    try:
+        return solve(joint)
+    except Coupled:
+        return solve(joint.in_one_block())
+
+
+def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianPosterior:
+    gradient = joint.gradient(joint.start)
+    try:
+        factor = precision(joint, joint.start, gradient).factor()
+    except NotPositive as found:
+        found.refuse(joint, "a Gaussian has a positive definite precision", "Use a proper prior, or steps.Laplace().")
+    gradient = gradient.detach()
+    mean = _start(joint) + factor.solve(gradient)
+    size = max(1.0, _largest(factor.whiten(gradient)))
+    run = joint.at(mean)
+    gradient, log_p = joint.gradient(run).detach(), joint.log_p(run).detach()
+    _check(joint, "gradient", _largest(factor.whiten(gradient)), size)
+    _check_elsewhere(joint, mean, factor, log_p, size)
+    return GaussianPosterior(joint, mean + factor.solve(gradient), factor, log_p, vectorize=vectorize)
+
+
+def _check_elsewhere(joint: LogJoint, mean: Point, factor: Factor, log_p: Tensor, size: float) -> None:
+    r"""Compare value and gradient at a random point, two posterior standard deviations away, with the quadratic."""
+    noise = fixed_normal(mean, seed=1).times(2.0)
+    run = joint.at(mean + factor.color(noise))
+    found = factor.whiten(joint.gradient(run).detach())
+    _check(joint, "gradient", _largest(found + noise), size)
+    fall = 0.5 * (noise.local.square().sum() + noise.common.square().sum())
+    total = log_p.sum()
+    miss = joint.log_p(run).detach().sum() - (total - fall)
+    _check(joint, "value", float(miss.abs()), float(total.abs() + fall))
+
+
+def _check(joint: LogJoint, what: str, miss: float, size: float) -> None:
+    tolerance = size * torch.finfo(joint.start.particles.log_p.dtype).eps ** 0.5
+    if not miss <= tolerance:
+        unit = "per posterior standard deviation" if what == "gradient" else "nats"
+        fail(
+            StepError,
+            joint.obj,
+            f"integrate {', '.join(map(repr, joint.latents))} out",
+            got=f"a log joint whose {what} misses that of a quadratic by {miss:.3g} {unit} (at most {tolerance:.1g})",
+            because="the posterior is Gaussian only where the log joint is quadratic in the latents",
+            fix="Use steps.Laplace(), steps.MonteCarlo() or a guide.",
+        )
+
+
+# Mode ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.enable_grad()
+def find_mode(
+    obj: str,
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    max_iter: int = 50,
+    tol: float = 1e-8,
+    start: Callable[[LogJoint], Point | None] = lambda joint: None,
+    vectorize: dict[Callable, bool] | None = None,
+) -> GaussianPosterior:
+    r"""Return the Gaussian at the mode of a log joint, in unconstrained coordinates, by damped Newton steps.
+
+    Each block has a step size of its own, halved until its log joint rises; with common latents there is one for all.
+
+    Args:
+        obj: The half-step that asks, for its errors.
+        model, args, kwargs: What is run.
+        max_iter: Newton steps.
+        tol: Nats per block that a full step may still promise at the end.
+        start: Where to begin, or None for zeros.
+        vectorize: See `GaussianPosterior`.
+
+    Raises:
+        StepError: The Hessian at the end is not negative definite.
+    """
+    joint = LogJoint(obj, model, args, kwargs, constrained=True)
+    return _in_blocks(joint, lambda joint: _climb(joint, start(joint), max_iter, tol, vectorize))
+
+
+def _climb(
+    joint: LogJoint, at: Point | None, max_iter: int, tol: float, vectorize: dict[Callable, bool] | None
+) -> GaussianPosterior:
+    run = joint.start if at is None else joint.at(at)
+    at = _start(joint) if at is None else at
+    for count in range(max_iter + 1):
+        gradient = joint.gradient(run)
+        curvature = precision(joint, run, gradient)
+        factor = curvature.factor(repair=True)
+        gradient = gradient.detach()
+        step, rise = factor.solve(gradient), _rise(joint, factor.whiten(gradient))
+        if float(rise.max()) <= tol or count == max_iter:
+            break
+        at, run = _search(joint, at, run, step, rise)
+    if float(rise.max()) > tol:
+        warnings.warn(
+            f"{joint.obj} stopped after max_iter={max_iter} steps: one more promises {float(rise.max()):.2g} nats for "
+            f"a datum, tol={tol:g}.",
+            stacklevel=2,
+        )
+    try:
+        factor = curvature.factor()
+    except NotPositive as found:
+        found.refuse(
+            joint,
+            "the posterior's mode needs a negative definite Hessian of log p",
+            "Use a proper prior, or steps.MonteCarlo().",
+        )
+    return GaussianPosterior(joint, at, factor, joint.log_p(run), is_exact=False, vectorize=vectorize)
+
+
+def _rise(joint: LogJoint, whitened: Point) -> Tensor:
+    """Return what a full Newton step promises, in nats: per block if separable, else in all."""
+    local = 0.5 * whitened.local.square().sum(-1)
+    return local if joint.separable else (local.sum() + 0.5 * whitened.common.square().sum()).reshape(1)
+
+
+def _search(joint: LogJoint, at: Point, run: Run, step: Point, rise: Tensor) -> tuple[Point, Run]:
+    """Halve the step, block by block, until the log joint rises."""
+    before = joint.log_p(run).detach()
+    slack = 8 * torch.finfo(before.dtype).eps * before.abs()
+    size = torch.ones_like(before)
+    for _ in range(60):
+        trial = at + step.times(size)
+        run = joint.at(trial)
+        found = joint.log_p(run).detach()
+        low = ~(found >= before + 1e-4 * size * rise - slack)
+        if not bool(low.any()):
+            break
+        size = torch.where(low, size / 2, size)
+    return trial, run
+
+
+def _start(joint: LogJoint) -> Point:
+    return joint.split({name: leaf.detach() for name, leaf in joint.start.leaves.items()})
+
+
+def _largest(point: Point) -> float:
+    return max([float(part.detach().abs().max()) for part in point if part.numel()], default=0.0)

@@ -101,7 +101,7 @@ class Latent:
         lead = batch[: max(len(batch) - self.nesting, 0)]
         event = tuple(coordinates.shape[coordinates.dim() - tail :])
         plates = (1,) * (self.nesting - len(batch) + len(lead)) + batch[len(lead) :]
-        full = coordinates.reshape(*lead, *plates, *event)
+        full = coordinates.reshape((*lead, *plates, *event))
         ahead = len(lead) + self.nesting
         order = [*range(len(lead)), *(ahead + d for d in (*self.block, *self.others)), *range(ahead, full.dim())]
         blocks = math.prod(plates[dim] for dim in self.block)
@@ -112,11 +112,11 @@ class Latent:
         event = self.event if event is None else event
         lead = tuple(rows.shape[:-2])
         order = (*self.block, *self.others)
-        full = rows.reshape(*lead, *(self.plates[dim] for dim in order), *event)
+        full = rows.reshape((*lead, *(self.plates[dim] for dim in order), *event))
         back = [order.index(dim) for dim in range(-self.nesting, 0)]
         ahead = len(lead)
-        full = full.permute(*range(ahead), *(ahead + i for i in back), *range(ahead + self.nesting, full.dim()))
-        return full if lead else full.reshape(*self.batch, *event)
+        full = full.permute([*range(ahead), *(ahead + i for i in back), *range(ahead + self.nesting, full.dim())])
+        return full if lead else full.reshape((*self.batch, *event))
 
     def expand(self, rows: Tensor) -> Tensor:
         """Give rows of one block to all blocks."""

@@ -190,6 +190,7 @@ class EnumeratedPosterior(Posterior):
 
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
+        plates: dict[str, Any] = {}
         names = list(self.latents)
         for place, name in enumerate(names):
             site = self.latents[name]
@@ -198,7 +199,7 @@ class EnumeratedPosterior(Posterior):
             for other in earlier:
                 logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
             fn = _distribution(site["fn"], _squeeze(logits, self.nesting))
-            with in_plates(_frames(site), self.batch):
+            with in_plates(_frames(site), self.batch, plates):
                 values[name] = pyro.sample(name, fn)
         return values
 

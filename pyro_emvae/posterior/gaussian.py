@@ -91,7 +91,7 @@ class GaussianPosterior(Posterior):
         for tril, latents in ((self.factor.common, self.joint.commons), (self.factor.local, self.joint.locals)):
             rows = tril.diagonal(dim1=-2, dim2=-1).log() + half
             for latent in latents:
-                site = latent.unrows(latent.expand(rows[:, latent.slice])).flatten(len(latent.batch)).sum(-1)
+                site = latent.unrows(latent.expand(rows[:, latent.slice]), (math.prod(latent.event),)).sum(-1)
                 site = site if latent.transform is None else site + self._jacobian(latent)
                 total += float(scale_and_mask(site, latent.scale, latent.mask).sum())
         return total
@@ -152,6 +152,7 @@ class GaussianPosterior(Posterior):
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         mean, factor = self.mean, self.factor
+        self._plates: dict[str, Any] = {}
         noise = self._draw_each(self.joint.commons, mean.common, factor.common, values)
         shift = factor.color(Point(torch.zeros_like(mean.local), noise)).local
         self._draw_each(self.joint.locals, mean.local + shift, factor.local, values)
@@ -175,7 +176,7 @@ class GaussianPosterior(Posterior):
             fn = _distribution(latent, loc, tril)
         else:
             fn = self._draw_together(latent, loc, tril)
-        with in_plates(latent.frames, self.batch):
+        with in_plates(latent.frames, self.batch, self._plates):
             values[latent.name] = value = pyro.sample(latent.name, fn)
         return latent.rows(value if latent.transform is None else latent.transform.inv(value))
 

@@ -6,5 +6,6 @@ from .enumerated import Enumerated
 from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
+from .ready_linear import linear_gaussian, local_level
 
-__all__ = ["ClosedForm", "Enumerated", "Gaussian", "Gradient", "HalfStep", "Info", "Laplace"]
+__all__ = ["ClosedForm", "Enumerated", "Gaussian", "Gradient", "HalfStep", "Info", "Laplace", "linear_gaussian", "local_level"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import StepError, fail
 from ._log_joint import LogJoint, Point, Run
-from ._precision import Coupled, Factor, NotPositive, fixed_normal, precision
+from ._precision import Coupled, NotPositive, check_blocks, fixed_normal, precision
 from .gaussian import GaussianPosterior
 
 __all__ = ["find_mode", "solve_quadratic"]
@@ -22,6 +22,10 @@ def solve_quadratic(
     obj: str, model: Callable, args: tuple, kwargs: Mapping[str, Any], vectorize: dict[Callable, bool] | None = None
 ) -> GaussianPosterior:
     r"""Return the posterior of a model whose log joint is quadratic in its latents.
+
+    From $z_0$, with $\Lambda^{-1}=TT^\top$ and white gradients $w=T^\top\nabla f(z_0)$, the log joint at
+    $z_1=z_0+T(w+\epsilon)$ for random $\epsilon$ has to have the white gradient $-\epsilon$ and the value
+    $f(z_0)+\tfrac12|w|^2-\tfrac12|\epsilon|^2$.
 
     Args:
         obj: The half-step that asks, for its errors.
@@ -44,45 +48,37 @@ def _in_blocks(joint: LogJoint, solve: Callable[[LogJoint], GaussianPosterior]) 
 
 
 def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianPosterior:
-    gradient = joint.gradient(joint.start)
+    start, gradient = joint.start, joint.gradient(joint.start)
+    curvature = precision(joint, start, gradient)
     try:
-        factor = precision(joint, joint.start, gradient).factor()
+        factor = curvature.factor()
     except NotPositive as found:
+        check_blocks(joint, start, gradient, curvature)
         found.refuse(joint, "a Gaussian has a positive definite precision", "Use a proper prior, or steps.Laplace().")
-    gradient = gradient.detach()
-    mean = _start(joint) + factor.solve(gradient)
-    size = max(1.0, _largest(factor.whiten(gradient)))
-    run = joint.at(mean)
-    gradient, log_p = joint.gradient(run).detach(), joint.log_p(run).detach()
-    _check(joint, "gradient", _largest(factor.whiten(gradient)), size)
-    _check_elsewhere(joint, mean, factor, log_p, size)
-    return GaussianPosterior(joint, mean + factor.solve(gradient), factor, log_p, vectorize=vectorize)
-
-
-def _check_elsewhere(joint: LogJoint, mean: Point, factor: Factor, log_p: Tensor, size: float) -> None:
-    r"""Compare value and gradient at a random point, two posterior standard deviations away, with the quadratic."""
-    noise = fixed_normal(mean, seed=1).times(2.0)
-    run = joint.at(mean + factor.color(noise))
+    white = factor.whiten(gradient.detach())
+    noise = fixed_normal(white, seed=0).times(2.0)
+    there = _origin(joint) + factor.color(white + noise)
+    run = joint.at(there)
     found = factor.whiten(joint.gradient(run).detach())
-    _check(joint, "gradient", _largest(found + noise), size)
-    fall = 0.5 * (noise.local.square().sum() + noise.common.square().sum())
-    total = log_p.sum()
-    miss = joint.log_p(run).detach().sum() - (total - fall)
-    _check(joint, "value", float(miss.abs()), float(total.abs() + fall))
-
-
-def _check(joint: LogJoint, what: str, miss: float, size: float) -> None:
-    tolerance = size * torch.finfo(joint.start.particles.log_p.dtype).eps ** 0.5
-    if not miss <= tolerance:
-        unit = "per posterior standard deviation" if what == "gradient" else "nats"
-        fail(
-            StepError,
-            joint.obj,
-            f"integrate {', '.join(map(repr, joint.latents))} out",
-            got=f"a log joint whose {what} misses that of a quadratic by {miss:.3g} {unit} (at most {tolerance:.1g})",
-            because="the posterior is Gaussian only where the log joint is quadratic in the latents",
-            fix="Use steps.Laplace(), steps.MonteCarlo() or a guide.",
-        )
+    log_p = joint.log_p(run).detach() + _half_square(joint, noise)
+    before = joint.log_p(start).detach() + _half_square(joint, white)
+    misses = {
+        "gradient": (_largest(found + noise), max(1.0, _largest(white)), "per posterior standard deviation"),
+        "value": (float((log_p - before).sum().abs()), float((log_p.abs() + before.abs()).sum()), "nats"),
+    }
+    for what, (miss, size, unit) in misses.items():
+        tolerance = size * torch.finfo(white.local.dtype).eps ** 0.5
+        if not miss <= tolerance:
+            check_blocks(joint, start, gradient, curvature)
+            fail(
+                StepError,
+                joint.obj,
+                f"integrate {', '.join(map(repr, joint.latents))} out",
+                got=f"a log joint whose {what} misses a quadratic by {miss:.3g} {unit} (tolerance {tolerance:.1g})",
+                because="the posterior is Gaussian only where the log joint is quadratic in the latents",
+                fix="Use steps.Laplace(), steps.MonteCarlo() or a guide.",
+            )
+    return GaussianPosterior(joint, there + factor.color(found), factor, log_p, vectorize=vectorize)
 
 
 # Mode ---------------------------------------------------------------------------------------------------------------
@@ -123,16 +119,19 @@ def _climb(
     joint: LogJoint, at: Point | None, max_iter: int, tol: float, vectorize: dict[Callable, bool] | None
 ) -> GaussianPosterior:
     run = joint.start if at is None else joint.at(at)
-    at = _start(joint) if at is None else at
+    at = _origin(joint) if at is None else at
     for count in range(max_iter + 1):
         gradient = joint.gradient(run)
         curvature = precision(joint, run, gradient)
         factor = curvature.factor(repair=True)
-        gradient = gradient.detach()
-        step, rise = factor.solve(gradient), _rise(joint, factor.whiten(gradient))
-        if float(rise.max()) <= tol or count == max_iter:
+        white = factor.whiten(gradient.detach())
+        rise = _half_square(joint, white)
+        done = count == max_iter or float(rise.max()) <= tol
+        if count == 0 or done:
+            check_blocks(joint, run, gradient, curvature)
+        if done:
             break
-        at, run = _search(joint, at, run, step, rise)
+        at, run = _search(joint, at, run, factor.color(white), rise)
     if float(rise.max()) > tol:
         warnings.warn(
             f"{joint.obj} stopped after max_iter={max_iter} steps: one more promises {float(rise.max()):.2g} nats for "
@@ -143,17 +142,15 @@ def _climb(
         factor = curvature.factor()
     except NotPositive as found:
         found.refuse(
-            joint,
-            "the posterior's mode needs a negative definite Hessian of log p",
-            "Use a proper prior, or steps.MonteCarlo().",
+            joint, "a mode needs a negative definite Hessian of log p", "Use a proper prior, or steps.MonteCarlo()."
         )
     return GaussianPosterior(joint, at, factor, joint.log_p(run), is_exact=False, vectorize=vectorize)
 
 
-def _rise(joint: LogJoint, whitened: Point) -> Tensor:
-    """Return what a full Newton step promises, in nats: per block if separable, else in all."""
-    local = 0.5 * whitened.local.square().sum(-1)
-    return local if joint.separable else (local.sum() + 0.5 * whitened.common.square().sum()).reshape(1)
+def _half_square(joint: LogJoint, white: Point) -> Tensor:
+    """Return what a full Newton step promises, in nats, from the whitened gradient: as `LogJoint.log_p`."""
+    local = 0.5 * white.local.square().sum(-1)
+    return local if joint.separable else (local.sum() + 0.5 * white.common.square().sum()).reshape(1)
 
 
 def _search(joint: LogJoint, at: Point, run: Run, step: Point, rise: Tensor) -> tuple[Point, Run]:
@@ -172,7 +169,7 @@ def _search(joint: LogJoint, at: Point, run: Run, step: Point, rise: Tensor) -> 
     return trial, run
 
 
-def _start(joint: LogJoint) -> Point:
+def _origin(joint: LogJoint) -> Point:
     return joint.split({name: leaf.detach() for name, leaf in joint.start.leaves.items()})
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._checks import StepError, fail
 from ._log_joint import Latent, LogJoint, Point, Run
 
-__all__ = ["Coupled", "Factor", "NotPositive", "Precision", "fixed_normal", "precision"]
+__all__ = ["Coupled", "Factor", "NotPositive", "Precision", "check_blocks", "fixed_normal", "precision"]
 
 
 class Coupled(Exception):
@@ -116,8 +116,7 @@ def precision(joint: LogJoint, run: Run, gradient: Point) -> Precision:
 
     Latents that no common factor joins share a product, so that a chain takes as many as three of its latents.
 
-    Raises:
-        Coupled: The blocks depend on each other, as a product with a random vector shows.
+    It takes the blocks for independent; `check_blocks` tells.
 
     Source: Curtis, Powell and Reid 1974, for the sharing of products.
     """
@@ -138,12 +137,11 @@ def precision(joint: LogJoint, run: Run, gradient: Point) -> Precision:
     for k in range(size):
         found = joint.curve(run, gradient, _unit(gradient, [k], common=True))
         cross[:, :, k], corner[:, :, k] = -found.local, -found.common
-    result = Precision(_merge(_symmetric(local)), cross, _symmetric(corner))
-    _check_blocks(joint, run, gradient, result)
-    return result
+    return Precision(_merge(_symmetric(local)), cross, _symmetric(corner))
 
 
-def _check_blocks(joint: LogJoint, run: Run, gradient: Point, found: Precision) -> None:
+def check_blocks(joint: LogJoint, run: Run, gradient: Point, found: Precision) -> None:
+    """Raise `Coupled` if the blocks depend on each other, as the Hessian times a random vector shows."""
     noise = fixed_normal(gradient, seed=0)
     true, mine = joint.curve(run, gradient, noise), found @ noise
     size = Precision(found.local.abs(), found.cross.abs(), found.corner.abs()) @ Point(*(x.abs() for x in noise))

@@ -73,7 +73,7 @@ class GaussianPosterior(Posterior):
 
     @cached_property
     def log_evidence(self) -> float:
-        r"""$\log p(x)$ in nats, with the model's scales; Laplace's approximation of it, which is no bound, if not exact.
+        r"""$\log p(x)$ in nats, with the model's scales; if not exact, Laplace's approximation, which is no bound.
 
         $$\log p(x)=f(\bar z)+\tfrac12\log|2\pi\Sigma|.$$
         """

@@ -8,4 +8,14 @@ from .gradient import Gradient
 from .laplace import Laplace
 from .ready_linear import linear_gaussian, local_level
 
-__all__ = ["ClosedForm", "Enumerated", "Gaussian", "Gradient", "HalfStep", "Info", "Laplace", "linear_gaussian", "local_level"]
+__all__ = [
+    "ClosedForm",
+    "Enumerated",
+    "Gaussian",
+    "Gradient",
+    "HalfStep",
+    "Info",
+    "Laplace",
+    "linear_gaussian",
+    "local_level",
+]

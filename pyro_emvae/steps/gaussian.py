@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..particles import keep_buffers, quiet
 from ..posterior import Posterior, solve_quadratic
-
 from .base import HalfStep, Info
 
 __all__ = ["Gaussian"]
@@ -24,7 +22,8 @@ class Gaussian(HalfStep):
     $$\Lambda=-\nabla^2 f,\qquad\bar z=z_0+\Lambda^{-1}\nabla f(z_0),\qquad
       \log p(x)=f(\bar z)-\tfrac12\log|\Lambda/2\pi|.$$
 
-    That f is quadratic is verified at two further points in every step.
+    That f is quadratic is verified in every step, by value and gradient at a random point per datum, two posterior
+    standard deviations off.
 
     When to use: probabilistic PCA, factor analysis, linear mixed models, linear-Gaussian state spaces. No guide is
     needed. Latents in a plate are one block per datum, at a cost linear in their number; latents that all data share

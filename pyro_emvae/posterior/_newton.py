@@ -92,7 +92,7 @@ def find_mode(
     kwargs: Mapping[str, Any],
     *,
     max_iter: int = 50,
-    tol: float = 1e-8,
+    tol: float = 1e-10,
     start: Callable[[LogJoint], Point | None] = lambda joint: None,
     vectorize: dict[Callable, bool] | None = None,
 ) -> GaussianPosterior:
@@ -104,7 +104,7 @@ def find_mode(
         obj: The half-step that asks, for its errors.
         model, args, kwargs: What is run.
         max_iter: Newton steps.
-        tol: Nats per block that a full step may still promise at the end.
+        tol: Nats per block that the last step may promise; at least what rounding lets one see.
         start: Where to begin, or None for zeros.
         vectorize: See `GaussianPosterior`.
 
@@ -126,13 +126,14 @@ def _climb(
         factor = curvature.factor(repair=True)
         white = factor.whiten(gradient.detach())
         rise = _half_square(joint, white)
-        done = count == max_iter or float(rise.max()) <= tol
+        visible = 8 * torch.finfo(rise.dtype).eps * joint.log_p(run).detach().abs()
+        done = count == max_iter or bool((rise <= visible.clamp_min(tol)).all())
         if count == 0 or done:
             check_blocks(joint, run, gradient, curvature)
         if done:
             break
         at, run = _search(joint, at, run, factor.color(white), rise)
-    if float(rise.max()) > tol:
+    if bool((rise > visible.clamp_min(tol)).any()):
         warnings.warn(
             f"{joint.obj} stopped after max_iter={max_iter} steps: one more promises {float(rise.max()):.2g} nats for "
             f"a datum, tol={tol:g}.",
@@ -144,7 +145,8 @@ def _climb(
         found.refuse(
             joint, "a mode needs a negative definite Hessian of log p", "Use a proper prior, or steps.MonteCarlo()."
         )
-    return GaussianPosterior(joint, at, factor, joint.log_p(run), is_exact=False, vectorize=vectorize)
+    log_p = joint.log_p(run).detach() + rise
+    return GaussianPosterior(joint, at + factor.color(white), factor, log_p, is_exact=False, vectorize=vectorize)
 
 
 def _half_square(joint: LogJoint, white: Point) -> Tensor:

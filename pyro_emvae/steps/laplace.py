@@ -32,7 +32,7 @@ class Laplace(HalfStep):
 
     Args:
         max_iter: Newton steps at most; a warning says what is left if they do not suffice.
-        tol: Nats per datum that a Newton step may still promise at the end.
+        tol: Nats per datum that the last Newton step may promise.
 
     Raises:
         StepError: The Hessian at the end is not negative definite (names the datum), or a latent is discrete.
@@ -41,12 +41,12 @@ class Laplace(HalfStep):
 
     Example:
         >>> Laplace(max_iter=20)
-        Laplace(max_iter=20, tol=1e-08)
+        Laplace(max_iter=20, tol=1e-10)
     """
 
     traits: ClassVar[Traits] = Traits(slots=("E",), latents="continuous", stateful=True)
 
-    def __init__(self, max_iter: int = 50, tol: float = 1e-8) -> None:
+    def __init__(self, max_iter: int = 50, tol: float = 1e-10) -> None:
         self.max_iter = positive_int("steps.Laplace", "max_iter", max_iter)
         if not isinstance(tol, int | float) or not tol > 0:
             fail(
@@ -55,7 +55,7 @@ class Laplace(HalfStep):
                 "use tol",
                 got=repr(tol),
                 because="it is a number of nats above 0",
-                fix="Write tol=1e-8.",
+                fix="Write tol=1e-10.",
             )
         self.tol = float(tol)
         self._vectorize: dict[Callable, bool] = {}

@@ -259,10 +259,10 @@ class LogJoint:
     def _rows(self, tensor: Tensor) -> Tensor:
         return self.locals[0].rows(tensor, tail=0)
 
-    def gradient(self, run: Run) -> Point:
-        """Return the derivative of `log_p` by the coordinates; differentiable once more."""
+    def gradient(self, run: Run, twice: bool = True) -> Point:
+        """Return the derivative of `log_p` by the coordinates, by default to be differentiated once more."""
         leaves = list(run.leaves.values())
-        found = torch.autograd.grad(self.log_p(run).sum(), leaves, create_graph=True, materialize_grads=True)
+        found = torch.autograd.grad(self.log_p(run).sum(), leaves, create_graph=twice, materialize_grads=True)
         point = self.split(dict(zip(run.leaves, found, strict=True)))
         if not all(bool(torch.isfinite(part).all()) for part in point):
             where = run.particles.first_non_finite()

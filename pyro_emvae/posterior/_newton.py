@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import StepError, fail
 from ._log_joint import LogJoint, Point, Run
-from ._precision import Coupled, NotPositive, check_blocks, fixed_normal, precision
+from ._precision import Coupled, NotPositive, Precision, check_blocks, fixed_normal, precision
 from .gaussian import GaussianPosterior
 
 __all__ = ["find_mode", "solve_quadratic"]
@@ -48,20 +48,23 @@ def _in_blocks(joint: LogJoint, solve: Callable[[LogJoint], GaussianPosterior]) 
 
 
 def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianPosterior:
-    start, gradient = joint.start, joint.gradient(joint.start)
-    curvature = precision(joint, start, gradient)
+    origin, before = _origin(joint), joint.log_p(joint.start).detach()
+    gradient = joint.gradient(joint.start)
+    curvature = precision(joint, joint.start, gradient)
+    gradient = gradient.detach()
+    joint.release()
     try:
         factor = curvature.factor()
     except NotPositive as found:
-        check_blocks(joint, start, gradient, curvature)
+        _check_at(joint, origin, curvature)
         found.refuse(joint, "a Gaussian has a positive definite precision", "Use a proper prior, or steps.Laplace().")
-    white = factor.whiten(gradient.detach())
+    white = factor.whiten(gradient)
     noise = fixed_normal(white, seed=0).times(2.0)
-    there = _origin(joint) + factor.color(white + noise)
+    there = origin + factor.color(white + noise)
     run = joint.at(there)
-    found = factor.whiten(joint.gradient(run).detach())
+    found = factor.whiten(joint.gradient(run, twice=False))
     log_p = joint.log_p(run).detach() + _half_square(joint, noise)
-    before = joint.log_p(start).detach() + _half_square(joint, white)
+    before = before + _half_square(joint, white)
     misses = {
         "gradient": (_largest(found + noise), max(1.0, _largest(white)), "per posterior standard deviation"),
         "value": (float((log_p - before).sum().abs()), float((log_p.abs() + before.abs()).sum()), "nats"),
@@ -69,7 +72,7 @@ def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianP
     for what, (miss, size, unit) in misses.items():
         tolerance = size * torch.finfo(white.local.dtype).eps ** 0.5
         if not miss <= tolerance:
-            check_blocks(joint, start, gradient, curvature)
+            _check_at(joint, origin, curvature)
             fail(
                 StepError,
                 joint.obj,
@@ -79,6 +82,12 @@ def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianP
                 fix="Use steps.Laplace(), steps.MonteCarlo() or a guide.",
             )
     return GaussianPosterior(joint, there + factor.color(found), factor, log_p, vectorize=vectorize)
+
+
+def _check_at(joint: LogJoint, point: Point, found: Precision) -> None:
+    """Raise `Coupled` if it is the arrangement in blocks that does not fit."""
+    run = joint.at(point)
+    check_blocks(joint, run, joint.gradient(run), found)
 
 
 # Mode ---------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pyro_emvae import EM, log_evidence, problems, steps
 from pyro_emvae._checks import EmvaeError, StepError
 from pyro_emvae.parameters import MODEL
 from pyro_emvae.particles import subsample_values
-from pyro_emvae.posterior import PosteriorGuide
+from pyro_emvae.posterior import Outer, PosteriorGuide, Support
 
 F64 = torch.float64
 GENERATOR = torch.Generator().manual_seed(0)
@@ -333,6 +333,35 @@ def test_float32(step):
     assert posterior.marginal("z").mean.dtype == torch.float32
     exact = float(exact_rows(x).sum().detach())
     assert posterior.log_evidence == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True, False, True])])
+@pytest.mark.parametrize("factor", [1.0, 2.5, WEIGHTS])
+@pytest.mark.parametrize("nodes", ["one weight", "a weight per datum"])
+def test_sums_of_outer_products_form_none_per_datum(nodes, factor, mask):
+    z, x = normal(5, 6, 2), normal(1, 6, 3)
+    log_weights = normal(5, 6 if nodes == "a weight per datum" else 1).log_softmax(0)
+    support = Support({"z": z}, log_weights, 1, factor, mask)
+    for left, right in ((z, z), (x, z), (z, x), (x, x)):
+        outer = Outer(left, right)
+        found, expected = support.total(lambda _, o=outer: o), support.total(lambda _, o=outer: o.product)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    row = support.expect(lambda values: {"zz": Outer(values["z"], values["z"])})["zz"][2]
+    weights = log_weights.exp().expand(5, 6)[:, 2]
+    torch.testing.assert_close(row, (z[:, 2] * weights[:, None]).mT @ z[:, 2], rtol=1e-12, atol=1e-12)
+
+
+def test_plates_are_stated_once_around_many_sites():
+    def mixture(x=X):
+        with pyro.plate("n", 6):
+            k = pyro.sample("k", dist.Bernoulli(number(0.3)))
+            m = pyro.sample("m", dist.Bernoulli(0.2 + 0.5 * k))
+            pyro.sample("x", dist.Normal(k + 2 * m, 1.0), obs=x[:, 0])
+
+    posterior = steps.Enumerated().infer(mixture, (), {})
+    guide = PosteriorGuide(lambda args, kwargs: steps.Enumerated().infer(mixture, args, kwargs))
+    estimate = log_evidence(mixture, guide, num_particles=1, seed=0)
+    assert estimate.value == pytest.approx(posterior.log_evidence, abs=1e-10)
 
 
 # EM ---------------------------------------------------------------------------------------------------------------

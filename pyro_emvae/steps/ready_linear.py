@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, StepError, fail, nearest
+from ..posterior import Outer
 from .closed_form import ClosedForm
 
 __all__ = ["linear_gaussian", "local_level"]
@@ -67,26 +68,23 @@ def linear_gaussian(
         z = _latent("steps.linear_gaussian", values, latent)
         _check_shape(latent, z, x)
         z = z if bias is None else torch.cat([z, torch.ones_like(z[..., :1])], -1)
-        seen = ~x.isnan()
+        seen = (~x.isnan())[None].to(z)
         x = x.nan_to_num()[None]
-        square = z[..., :, None] * z[..., None, :]
-        if not bool(seen.all()):
-            square = square[..., None, :, :] * seen[..., None, None].to(z)
         return {
-            "n": seen[None].to(z),
+            "n": seen,
             "xx": x.square(),
-            "xz": x[..., :, None] * z[..., None, :],
-            "zz": square,
+            "xz": Outer(x, z),
+            "zz": Outer(z, z) if bool(seen.all()) else Outer(seen, Outer(z, z).product.flatten(-2)),
         }
 
     def linear_gaussian_update(sums: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        both = torch.linalg.solve(sums["zz"], sums["xz"][..., None] if sums["zz"].dim() > 2 else sums["xz"].mT)
-        both = both.squeeze(-1) if sums["zz"].dim() > 2 else both.mT
+        width = sums["xz"].shape[-1]
+        square = sums["zz"].reshape(-1, width, width)
+        both = torch.linalg.solve(square, sums["xz"][..., None]).squeeze(-1)
         left = sums["xx"] - (both * sums["xz"]).sum(-1)  # what the regression leaves: its residual is orthogonal
         variance = left.sum() / sums["n"].sum() if noise_form == "isotropic" else left / sums["n"]
-        width = both.shape[-1] - (bias is not None)
-        new = {weight: both[:, :width], noise: variance.clamp_min(0).sqrt()}
-        return new if bias is None else new | {bias: both[:, width]}
+        new = {weight: both[:, : width - (bias is not None)], noise: variance.clamp_min(0).sqrt()}
+        return new if bias is None else new | {bias: both[:, -1]}
 
     return ClosedForm(linear_gaussian_statistics, linear_gaussian_update)
 

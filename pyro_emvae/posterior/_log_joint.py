@@ -394,7 +394,13 @@ class _At(Messenger):
 
 
 def _like(fn: Any) -> Tensor:
-    """Return a tensor of a distribution's dtype and device."""
+    """Return a tensor of a distribution's dtype and device: one of its parameters, or a draw."""
+    base = fn
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    for name in base.arg_constraints:
+        if isinstance(vars(base).get(name), Tensor) and vars(base)[name].is_floating_point():
+            return vars(base)[name].detach()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return fn.sample()
 

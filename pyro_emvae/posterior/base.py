@@ -76,6 +76,8 @@ class Support:
         return torch.tensordot(weights.flatten(), left.mT @ right, 1)
 
     def _average(self, x: Tensor) -> Tensor:
+        if len(x) == 1:  # the weights sum to one
+            return x[0]
         rest = x.dim() - 1 - self.num_plates
         weights = self.log_weights.exp()
         if weights.numel() == len(x):

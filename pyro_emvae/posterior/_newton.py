@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
-from ._log_joint import LogJoint, Point, Run
+from ._coordinates import Point
+from ._log_joint import LogJoint, Run
 from ._precision import Coupled, NotPositive, Precision, check_blocks, fixed_normal, precision
 from .gaussian import GaussianPosterior
 

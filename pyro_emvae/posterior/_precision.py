@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
-from ._log_joint import Latent, LogJoint, Point, Run
+from ._coordinates import Latent, Point
+from ._log_joint import LogJoint, Run
 
 __all__ = ["Coupled", "Factor", "NotPositive", "Precision", "check_blocks", "fixed_normal", "precision"]
 

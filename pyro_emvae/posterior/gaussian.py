@@ -16,7 +16,8 @@ from torch.distributions import transforms
 from .._checks import StepError, fail, nearest
 from .._pyro import scale_and_mask
 from ..particles import Particles, choose_vectorize, draw, hold_batch
-from ._log_joint import Latent, LogJoint, Point, log_jacobian
+from ._coordinates import Latent, Point
+from ._log_joint import LogJoint, log_jacobian
 from ._plates import in_plates
 from ._precision import Factor
 from .base import Posterior, Support, expected_log_joint

@@ -15,29 +15,22 @@ from torch import Tensor
 from .._pyro import Messenger
 from ..particles import is_subsample, quiet
 
-__all__ = ["Batch", "Plates", "plate_nesting"]
+__all__ = ["Batch", "in_plates", "plate_nesting"]
 
 
-class Plates:
-    """The plates of the model, each made once, with the batch that the model's run had.
+@contextlib.contextmanager
+def in_plates(frames: Iterable, batch: Mapping[str, Tensor], made: dict[str, Any]) -> Iterator[None]:
+    """Open the plates of a site's frames, with the batch that the model's run had, by plate.
 
-    Args:
-        batch: Indices by plate, of those that are smaller than their data.
+    ``made`` holds the plates of one run by name, for a plate is stated once and opened around each of its sites.
     """
-
-    def __init__(self, batch: Mapping[str, Tensor]) -> None:
-        self.batch, self.made = batch, {}
-
-    @contextlib.contextmanager
-    def of(self, frames: Iterable) -> Iterator[None]:
-        """Open the plates of a site's frames."""
-        with contextlib.ExitStack() as stack:
-            for frame in sorted(frames, key=lambda frame: frame.dim):
-                if frame.name not in self.made:
-                    size, index = frame.full_size or frame.size, self.batch.get(frame.name)
-                    self.made[frame.name] = pyro.plate(frame.name, size, dim=frame.dim, subsample=index)
-                stack.enter_context(self.made[frame.name])
-            yield
+    with contextlib.ExitStack() as stack:
+        for frame in sorted(frames, key=lambda frame: frame.dim):
+            if frame.name not in made:
+                size = frame.full_size or frame.size
+                made[frame.name] = pyro.plate(frame.name, size, dim=frame.dim, subsample=batch.get(frame.name))
+            stack.enter_context(made[frame.name])
+        yield
 
 
 class Batch(Messenger):

@@ -13,9 +13,25 @@ from torch import Tensor
 
 from ..particles import Particles, replay
 
-__all__ = ["Posterior", "Support", "expected_log_joint"]
+__all__ = ["Outer", "Posterior", "Support", "expected_log_joint"]
 
 Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outer:
+    r"""The statistic $a_nb_n^\top$ per datum, for sums over many data: `Support.total` forms no product per datum.
+
+    Args:
+        left, right: ``(S, *plates, a)`` and ``(S, *plates, b)``, or broadcastable to it.
+    """
+
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
+
+    @property
+    def product(self) -> Tensor:
+        return self.left[..., :, None] * self.right[..., None, :]
 
 
 @dataclass(frozen=True)
@@ -40,20 +56,43 @@ class Support:
     drawn: tuple[str, ...] = ()
 
     def expect(self, function: Callable[[Values], Any]) -> Any:
-        """Return the expectation per datum of a tensor, or of each tensor in a dict: ``(*plates, ...)``."""
-        return _each(function(self.values), self._average)
+        """Return the expectation per datum of a tensor or `Outer`, or of each in a dict: ``(*plates, ...)``."""
+        return _each(function(self.values), lambda x: self._average(x.product if isinstance(x, Outer) else x))
 
     def total(self, function: Callable[[Values], Any]) -> Any:
         """Return the expectation summed over the plates, times scale, where the mask is true."""
-        return _each(function(self.values), lambda x: self._sum(self._average(x)))
+        return _each(function(self.values), self._total)
+
+    def _total(self, x: Tensor | Outer) -> Tensor:
+        if not isinstance(x, Outer):
+            return self._sum(self._average(x))
+        left, right, weights = x.left, x.right, self.log_weights.exp()
+        if len(left) == 1:
+            right, weights = self._average(right)[None], weights.new_ones(1)
+        elif weights.numel() > len(weights):
+            left, weights = left * weights[..., None], weights.new_ones(len(left))
+        if isinstance(self.scale, Tensor) or self.scale != 1.0 or self.mask is not None:
+            left = torch.stack([self._weigh(row) for row in left])
+        shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+        left, right = (y.expand(*shape, -1).reshape(shape[0], -1, y.shape[-1]) for y in (left, right))
+        return torch.tensordot(weights.flatten(), left.mT @ right, 1)
 
     def _average(self, x: Tensor) -> Tensor:
+        if len(x) == 1:  # the weights sum to one
+            return x[0]
         rest = x.dim() - 1 - self.num_plates
         weights = self.log_weights.exp()
+        if weights.numel() == len(x):
+            return torch.tensordot(weights.flatten(), x, 1)
         return (weights.reshape(weights.shape + (1,) * rest) * x).sum(0)
 
     def _sum(self, x: Tensor) -> Tensor:
-        dims, rest = tuple(range(self.num_plates)), (1,) * (x.dim() - self.num_plates)
+        x, dims = self._weigh(x), tuple(range(self.num_plates))
+        return x.sum(dims) if dims else x
+
+    def _weigh(self, x: Tensor) -> Tensor:
+        """Return a tensor per datum times scale where the mask is true, else 0."""
+        rest = (1,) * (x.dim() - self.num_plates)
         for factor in (self.scale, self.mask):
             if isinstance(factor, Tensor):
                 factor = factor.reshape((1,) * (self.num_plates - factor.dim()) + factor.shape + rest)
@@ -61,7 +100,7 @@ class Support:
                 x = torch.where(factor, x, 0.0) if factor.dtype == torch.bool else x * factor
             elif factor is not None:
                 x = x * factor
-        return x.sum(dims) if dims else x
+        return x
 
 
 def _each(result: Any, function: Callable[[Tensor], Tensor]) -> Any:

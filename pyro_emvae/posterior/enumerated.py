@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .._checks import StepError, fail, nearest
 from ..particles import hold_batch, is_subsample
-from ._plates import Batch, Plates
+from ._plates import Batch, in_plates
 from .base import Posterior, Support
 
 __all__ = ["EnumeratedPosterior"]
@@ -192,7 +192,8 @@ class EnumeratedPosterior(Posterior):
 
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        names, plates = list(self.latents), Plates(self.batch.indices)
+        plates: dict[str, Any] = {}
+        names = list(self.latents)
         for place, name in enumerate(names):
             site = self.latents[name]
             earlier = [n for n in names[:place] if self._ordinals[n] <= self._ordinals[name]]
@@ -200,7 +201,7 @@ class EnumeratedPosterior(Posterior):
             for other in earlier:
                 logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
             fn = _distribution(site["fn"], _squeeze(logits, self.nesting))
-            with plates.of(_frames(site)):
+            with in_plates(_frames(site), self.batch.indices, plates):
                 values[name] = pyro.sample(name, fn)
         return values
 

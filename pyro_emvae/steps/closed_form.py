@@ -27,7 +27,8 @@ class ClosedForm(HalfStep):
         statistics: ``statistics(values, *args, **kwargs) -> dict[str, Tensor]``, the complete-data sufficient
             statistics per datum. ``values`` holds each latent as ``(S, *plates, *event)``: S outcomes or draws. The
             statistics are ``(S, *plates, ...)``, or broadcast to it; one that does not depend on the latents has size
-            1 at S. Their expectation, and its sum over the plates with scale and mask, is taken for you.
+            1 at S; an outer product of vectors may be a `posterior.Outer`. Their expectation, and its sum over the
+            plates with scale and mask, is taken for you.
         update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
             returns new values in constrained space, of all parameters or of some.
         num_particles: Draws, after an E-step that has to draw.

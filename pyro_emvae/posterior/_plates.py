@@ -17,12 +17,20 @@ __all__ = ["in_plates", "plate_nesting"]
 
 
 @contextlib.contextmanager
-def in_plates(frames: Iterable, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Open the plates of a site's frames, with the batch that the model's run had, by plate."""
+def in_plates(
+    frames: Iterable, batch: Mapping[str, Tensor], made: dict[str, pyro.plate] | None = None
+) -> Iterator[None]:
+    """Open the plates of a site's frames, with the batch that the model's run had, by plate.
+
+    Plates are made once and kept in `made`, for sites that share them: making one is a statement of that name.
+    """
+    made = {} if made is None else made
     with contextlib.ExitStack() as stack:
         for frame in sorted(frames, key=lambda frame: frame.dim):
             size = frame.full_size or frame.size
-            stack.enter_context(pyro.plate(frame.name, size, dim=frame.dim, subsample=batch.get(frame.name)))
+            if frame.name not in made:
+                made[frame.name] = pyro.plate(frame.name, size, dim=frame.dim, subsample=batch.get(frame.name))
+            stack.enter_context(made[frame.name])
         yield
 
 

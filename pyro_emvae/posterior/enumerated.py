@@ -190,7 +190,7 @@ class EnumeratedPosterior(Posterior):
 
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        names = list(self.latents)
+        names, plates = list(self.latents), {}
         for place, name in enumerate(names):
             site = self.latents[name]
             earlier = [n for n in names[:place] if self._ordinals[n] <= self._ordinals[name]]
@@ -198,7 +198,7 @@ class EnumeratedPosterior(Posterior):
             for other in earlier:
                 logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
             fn = _distribution(site["fn"], _squeeze(logits, self.nesting))
-            with in_plates(_frames(site), self.batch):
+            with in_plates(_frames(site), self.batch, plates):
                 values[name] = pyro.sample(name, fn)
         return values
 

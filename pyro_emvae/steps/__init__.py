@@ -4,5 +4,6 @@ from .base import HalfStep, Info
 from .closed_form import ClosedForm
 from .enumerated import Enumerated
 from .gradient import Gradient
+from .monte_carlo import MonteCarlo
 
-__all__ = ["ClosedForm", "Enumerated", "Gradient", "HalfStep", "Info"]
+__all__ = ["ClosedForm", "Enumerated", "Gradient", "HalfStep", "Info", "MonteCarlo"]

@@ -172,7 +172,7 @@ def adapt(state: DualAveraging, acceptance: Tensor, target: float) -> DualAverag
         >>> for _ in range(500):
         ...     state = adapt(state, (-state.log_step.exp()).exp(), target=0.8)
         >>> f"{state.log_average.exp().item():.2f}"
-        '0.22'
+        '0.23'
     """
     count = state.count + 1
     gain = 1 / (count + DELAY)

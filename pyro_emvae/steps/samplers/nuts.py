@@ -25,7 +25,7 @@ class NUTS(Sampler):
     r"""Pyro's NUTS over all latents jointly: one chain, its successive states the draws.
 
     The chain goes on where the E-step before left it, with the step size that was found there; the diagonal mass matrix
-    is adapted anew in each E-step.
+    is adapted anew in each E-step. Its acceptance is the share of transitions that moved.
 
     When to use: global latents, few and dependent. For latents of each datum `HMC` moves all data at once.
 
@@ -79,7 +79,13 @@ class NUTS(Sampler):
             position, step, warmup = chains.position.transpose(0, 1), float(chains.log_step.exp()), self.num_moves
         kernel = Kernel(target.model, step_size=step, target_accept_prob=self.target_acceptance)
         start = {n: self._own(target, n, v[0]) for n, v in target.unflatten(position, coordinates.shapes).items()}
-        chain = MCMC(kernel, num_particles, warmup, initial_params=start, disable_progbar=True)
+        moved: list[float] = []
+
+        def watch(kernel: Kernel, values: Values, stage: str, place: int) -> None:
+            if stage == "Sample":
+                moved.append(kernel.diagnostics()["acceptance rate"])
+
+        chain = MCMC(kernel, num_particles, warmup, initial_params=start, hook_fn=watch, disable_progbar=True)
         chain.run(*target.args, **target.kwargs)
         found = chain.get_samples()
         values = {n: found[n].detach().reshape(num_particles, *target.value_shape(n)) for n in target.latents}
@@ -87,8 +93,7 @@ class NUTS(Sampler):
         count = last.new_full((1,), (0.0 if chains is None else float(chains.count)) + warmup + num_particles)
         log_step = last.new_full((1,), math.log(kernel.step_size))
         weights = last.new_full((num_particles, *(1,) * target.nesting), -math.log(num_particles))
-        rate = chain.diagnostics()["acceptance rate"]["chain 0"]
-        draws = Draws(values, weights, ess=_ess(values), acceptance=torch.tensor(rate))
+        draws = Draws(values, weights, ess=_ess(values), acceptance=torch.tensor(moved[-1]))
         return draws, Chains(last, log_step, log_step, torch.zeros_like(log_step), count)
 
     def _own(self, target: Target, name: str, value: Tensor) -> Tensor:

@@ -292,6 +292,47 @@ def test_hidden_data_are_drawn_from_the_prior():
     assert float(total) == pytest.approx(float(z[:, 0].mean()), rel=1e-10)
 
 
+def nested(x, joined=False):
+    """A factor per group and one per member: nested plates, in a model whose runs vectorize or, joined, do not."""
+    scale = pyro.param("scale", torch.tensor(0.5, dtype=x.dtype))
+    with pyro.plate("groups", x.shape[-1], dim=-1):
+        g = pyro.sample("g", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        with pyro.plate("members", x.shape[-2], dim=-2):
+            if joined:
+                assert g.shape == x.shape[-1:]
+            m = pyro.sample("m", dist.Normal(g, 1.0))
+            pyro.sample("x", dist.Normal(m, scale), obs=x)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sampler", ["prior", "hmc"])
+@pytest.mark.filterwarnings("ignore:particles are run one by one")
+def test_latents_of_nested_plates(sampler, dtype, joined):
+    """Units are the outer plate's elements; g has the posterior of a sum of members."""
+    x = torch.tensor([[1.0, -1.0], [2.0, 0.0], [0.0, 0.5]], dtype=dtype)
+    options = {"num_warmup": 10, "num_leapfrog": 5} if sampler == "hmc" else {}
+    counts = {("prior", False): 20_000, ("prior", True): 100, ("hmc", False): 1500, ("hmc", True): 3}
+    em = EM(nested, None, ADAM, e_step=MonteCarlo(sampler, counts[sampler, joined], **options))
+    pyro.set_rng_seed(0)
+    posterior, info = expect(em, x, joined)
+    values = posterior.support().values
+    count = counts[sampler, joined]
+    assert {n: tuple(v.shape) for n, v in values.items()} == {"g": (count, 1, 2), "m": (count, 3, 2)}
+    assert posterior.support().log_weights.shape == (count, 1, 2) and info.ess.shape == (2,)
+    assert values["m"].dtype == dtype and posterior.vectorize is not joined
+    assert posterior.marginal("g").mean.shape == (2,) and posterior.marginal("m").mean.shape == (3, 2)
+    assert posterior.expected_log_joint().isfinite()
+    if not joined:
+        precision = 1 + 3 / 1.25
+        mean = x.sum(0) / 1.25 / precision
+        atol = 5 * (precision * float(info.ess.min())) ** -0.5
+        torch.testing.assert_close(posterior.marginal("g").mean, mean, rtol=0, atol=atol)
+        torch.testing.assert_close(posterior.marginal("m").mean, (mean + 4 * x) / 5, rtol=0, atol=atol)
+    em.engine.steps = {}
+    em.step(x, joined)
+
+
 # NUTS ---------------------------------------------------------------------------------------------------------------
 
 
@@ -384,7 +425,7 @@ def ppca_update(s, params):
 
 M_STEPS = {
     "closed form": (steps.ClosedForm(ppca_statistics, ppca_update), 40),
-    "gradient": (steps.Gradient(3), 100),
+    "gradient": (steps.Gradient(3), 60),
 }
 SAMPLED = {
     "importance": MonteCarlo("importance", 100),
@@ -396,17 +437,17 @@ SAMPLED = {
 @pytest.mark.parametrize("m_step", M_STEPS)
 @pytest.mark.parametrize("sampler", SAMPLED)
 def test_em_climbs_to_the_maximum_of_a_factor_model(sampler, m_step):
-    """The gap to the maximum of the likelihood is that of S draws: about (number of parameters) / (2 S) nats."""
+    """The gap to the maximum of the likelihood is that of S draws: a few hundredths of a nat, of 28 at the start."""
     problem = problems.linear_gaussian_full()
     guide = exact_ppca_guide if sampler == "importance" else None
     step, iterations = M_STEPS[m_step]
-    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.985})
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.98})
     em = full(problem, SAMPLED[sampler], guide, optim=optim, m_step=step)
     em.run(*problem.args, max_iter=iterations, seed=0)
     theta = {n: v for n, v in em.blocks.constrained().items() if n in problem.model_params}
     gap = float(problem.log_evidence(problem.maximum()) - problem.log_evidence(theta))
     start = float(problem.log_evidence(problem.maximum()) - problem.log_evidence())
-    assert 0.0 <= gap < 1.0 < 20.0 < start
+    assert 0.0 <= gap < 0.5 < 20.0 < start
 
 
 def exact_ppca_guide(x):

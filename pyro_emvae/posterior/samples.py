@@ -99,8 +99,9 @@ class SamplesPosterior(Posterior):
         return self.draws
 
     def expected_log_joint(self, num_particles: int = 1) -> Tensor:
+        lacking = {name: _outside(site.frames, self.draws.num_plates) for name, site in self.sites.items()}
         with hold_batch(self.batch):
-            return expected_log_joint(self.model, self.args, self.kwargs, self.draws, self.vectorize)
+            return expected_log_joint(self.model, self.args, self.kwargs, self.draws, self.vectorize, lacking)
 
     def marginal(self, site: str) -> dist.Empirical:
         """Return the weighted draws of one latent as an empirical distribution, batched over its plates."""

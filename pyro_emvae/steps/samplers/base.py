@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import StepError, fail
-from ...particles import Particles, Recorder, Site, choose_vectorize, draw, hold_batch, is_subsample, replay
+from ...particles import Particles, Recorder, Site, choose_vectorize, draw, hold_batch, is_subsample, quiet, replay
 from ...posterior import Prior, lay_out
 from .chains import Chains
 
@@ -120,9 +120,13 @@ class Target:
         """Run the model on values ``(S, *plates, *event)``: in one run, or in one run each."""
         count = len(next(iter(values.values())))
         with hold_batch(self.batch):
-            if self.facts.vectorize or count == 1:
-                return [self._replay({n: v if count > 1 else v[0] for n, v in values.items()}, count)]
-            return [self._replay({n: v[s] for n, v in values.items()}, 1) for s in range(count)]
+            if self.facts.vectorize and count > 1:
+                return [self._replay(values, count)]
+            return [self._replay({n: self.own_dims(n, v[s]) for n, v in values.items()}, 1) for s in range(count)]
+
+    def own_dims(self, name: str, value: Tensor) -> Tensor:
+        """Return a value ``(*plates, *event)`` without the outermost plate dims that the model does not give it."""
+        return value.reshape(value.shape[value.dim() - self.latents[name]["value"].dim() :])
 
     def _replay(self, values: Values, count: int) -> Particles:
         return replay(
@@ -289,7 +293,8 @@ def look(
         )
     if model not in known:
         known.clear()
-        known[model] = _find_facts(model, args, kwargs, messages, batch)
+        with quiet():
+            known[model] = _find_facts(model, args, kwargs, messages, batch)
     facts = known[model]
     units = () if facts.entangled else common_plates(latents.values())
     _check_subsampled(messages, units, facts.entangled)

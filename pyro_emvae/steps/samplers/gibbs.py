@@ -77,7 +77,7 @@ class Gibbs(Sampler):
         sweeps = self.num_sweeps
         if chains is None or bool((chains.count == 0).any()):
             start = target.lay_out(target.draw(draw_nothing, num_particles))
-            flat = target.flatten({n: v.to(torch.get_default_dtype()) for n, v in start.items()}).transpose(0, 1)
+            flat = target.flatten({n: v.double() for n, v in start.items()}).transpose(0, 1)
             if chains is None:
                 chains = Chains.new(math.prod(target.sizes), num_particles, flat.shape[-1], flat)
             chains = chains.resized(num_particles)
@@ -94,7 +94,7 @@ class Gibbs(Sampler):
                 values[name] = _draw_site(target, values, name)
         flat = target.flatten({n: v.to(chains.position) for n, v in values.items()}).transpose(0, 1)
         weights = target.unit_shape(flat.new_full((num_particles, len(flat)), -math.log(num_particles)))
-        ess = torch.full(target.sizes, float(num_particles))
+        ess = flat.new_full(target.sizes, float(num_particles))
         return Draws(values, weights, ess=ess), chains._replace(position=flat, count=chains.count + sweeps)
 
 

@@ -88,7 +88,7 @@ class HMC(Sampler):
         draws = Draws(
             {name: value.detach() for name, value in coordinates.values(point.position)[0].items()},
             _equal(target, point.log_density),
-            ess=torch.full(target.sizes, float(num_particles)),
+            ess=mean.new_full(target.sizes, float(num_particles)),
             acceptance=mean.reshape(target.sizes),
         )
         return draws, Chains(point.position.transpose(0, 1), *state[:4])

@@ -78,7 +78,9 @@ class NUTS(Sampler):
         else:
             position, step, warmup = chains.position.transpose(0, 1), float(chains.log_step.exp()), self.num_moves
         kernel = Kernel(target.model, step_size=step, target_accept_prob=self.target_acceptance)
-        start = {n: self._own(target, n, v[0]) for n, v in target.unflatten(position, coordinates.shapes).items()}
+        start = {
+            n: target.own_dims(n, v[0]).detach() for n, v in target.unflatten(position, coordinates.shapes).items()
+        }
         moved: list[float] = []
 
         def watch(kernel: Kernel, values: Values, stage: str, place: int) -> None:
@@ -95,12 +97,6 @@ class NUTS(Sampler):
         weights = last.new_full((num_particles, *(1,) * target.nesting), -math.log(num_particles))
         draws = Draws(values, weights, ess=_ess(values), acceptance=torch.tensor(moved[-1]))
         return draws, Chains(last, log_step, log_step, torch.zeros_like(log_step), count)
-
-    def _own(self, target: Target, name: str, value: Tensor) -> Tensor:
-        """Return an unconstrained value without the plate dims that the model does not give the site."""
-        event = len(target.value_shape(name)) - target.nesting
-        plates = target.latents[name]["value"].dim() - event
-        return value.reshape(value.shape[target.nesting - plates :]).detach()
 
 
 def _ess(values: Values) -> Tensor:

@@ -557,6 +557,40 @@ def test_a_plate_that_subsamples_at_random_places_its_batch():
     em.step(*problem.args)
 
 
+def test_the_scale_of_a_minibatch_stays_out_of_the_weights():
+    problem = problems.linear_gaussian(subsample_size=4)
+    em = full(problem, MonteCarlo("prior", 30))
+    pyro.set_rng_seed(0)
+    posterior, info = expect(em, *problem.args)
+    support, p = posterior.support(), problem.params
+    mean = nn.functional.linear(support.values["z"], p["weight"], p["bias"])
+    likelihood = dist.Normal(mean, p["sigma"]).log_prob(problem.args[0][posterior.batch["data"]]).sum(-1)
+    torch.testing.assert_close(support.log_weights, likelihood.log_softmax(0), rtol=1e-10, atol=1e-10)
+    evidence = 3 * (likelihood.logsumexp(0) - math.log(30)).sum()
+    assert -info.loss == pytest.approx(float(evidence), rel=1e-10)
+    assert float(posterior.expected_log_joint().detach()) + posterior.entropy == pytest.approx(-info.loss, rel=1e-10)
+
+
+@pytest.mark.parametrize("sampler", ["hmc", "gibbs"])
+def test_the_scale_of_a_minibatch_stays_out_of_the_chains(sampler):
+    def model(x, rows):
+        p = pyro.param("p", torch.tensor(0.6).double())
+        with pyro.plate("data", 8, subsample=rows):
+            z = pyro.sample("z", dist.Bernoulli(p) if sampler == "gibbs" else dist.Normal(p, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    x, rows = torch.tensor([0.2, 1.1], dtype=torch.float64), torch.tensor([3, 7])
+    options = {"num_warmup": 20, "num_leapfrog": 4, "num_moves": 4} if sampler == "hmc" else {}
+    em = EM(model, None, ADAM, e_step=MonteCarlo(sampler, 4000, **options))
+    pyro.set_rng_seed(0)
+    z = expect(em, x, rows)[0].support().values["z"]
+    if sampler == "gibbs":
+        odds = dist.Normal(1.0, 1.0).log_prob(x) - dist.Normal(0.0, 1.0).log_prob(x) + math.log(0.6 / 0.4)
+        assert_mean(z, odds.sigmoid(), detect=0.08)
+    else:
+        assert_mean((z - (x + 0.6) / 2).square(), 0.5, detect=0.15)
+
+
 WITHOUT_INDEX = {"fewer": X[:3], "others": X + 1, "another order": X.flip(0)}
 
 

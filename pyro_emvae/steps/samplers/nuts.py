@@ -77,21 +77,23 @@ class NUTS(Sampler):
             position, step, warmup = coordinates.start(1), float(coordinates.first_step), self.num_warmup
         else:
             position, step, warmup = chains.position.transpose(0, 1), float(chains.log_step.exp()), self.num_moves
-        kernel = Kernel(target.model, step_size=step, target_accept_prob=self.target_acceptance)
-        start = {
-            n: target.own_dims(n, v[0]).detach() for n, v in target.unflatten(position, coordinates.shapes).items()
-        }
+
+        def potential(free: Values) -> Tensor:
+            return -coordinates.log_density(free["latents"]).sum()
+
+        kernel = Kernel(potential_fn=potential, step_size=step, target_accept_prob=self.target_acceptance)
         moved: list[float] = []
 
         def watch(kernel: Kernel, values: Values, stage: str, place: int) -> None:
             if stage == "Sample":
                 moved.append(kernel.diagnostics()["acceptance rate"])
 
+        start = {"latents": position.detach()}
         chain = MCMC(kernel, num_particles, warmup, initial_params=start, hook_fn=watch, disable_progbar=True)
-        chain.run(*target.args, **target.kwargs)
-        found = chain.get_samples()
-        values = {n: found[n].detach().reshape(num_particles, *target.value_shape(n)) for n in target.latents}
-        last = target.flatten(coordinates.free({n: v[-1:] for n, v in values.items()})).transpose(0, 1)
+        chain.run()
+        found = chain.get_samples()["latents"].detach().squeeze(1)
+        values = {name: value.detach() for name, value in coordinates.values(found)[0].items()}
+        last = found[-1:]
         count = last.new_full((1,), (0.0 if chains is None else float(chains.count)) + warmup + num_particles)
         log_step = last.new_full((1,), math.log(kernel.step_size))
         weights = last.new_full((num_particles, *(1,) * target.nesting), -math.log(num_particles))

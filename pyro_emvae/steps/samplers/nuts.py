@@ -19,19 +19,21 @@ from .hmc import Coordinates, check_continuous, check_target
 
 __all__ = ["NUTS"]
 
+ENOUGH_TO_ADAPT = 10
+
 
 @dataclass(frozen=True)
 class NUTS(Sampler):
     r"""Pyro's NUTS over all latents jointly: one chain, its successive states the draws.
 
-    The chain goes on where the E-step before left it, with the step size that was found there; the diagonal mass matrix
-    is adapted anew in each E-step. Its acceptance is the share of transitions that moved.
+    The chain goes on where the E-step before left it, with unit mass and the step size that was found there. Its
+    acceptance is the share of transitions that moved.
 
     When to use: global latents, few and dependent. For latents of each datum `HMC` moves all data at once.
 
     Args:
         num_warmup: Transitions of the first E-step before the first draw.
-        num_moves: Transitions of each later E-step before the first draw; adaptation is made of them.
+        num_moves: Transitions of each later E-step before the first draw; with 10 or more they adapt the step size.
         target_acceptance: Acceptance probability that the step size is adapted to.
 
     Raises:
@@ -81,7 +83,13 @@ class NUTS(Sampler):
         def potential(free: Values) -> Tensor:
             return -coordinates.log_density(free["latents"]).sum()
 
-        kernel = Kernel(potential_fn=potential, step_size=step, target_accept_prob=self.target_acceptance)
+        kernel = Kernel(
+            potential_fn=potential,
+            step_size=step,
+            adapt_step_size=chains is None or warmup >= ENOUGH_TO_ADAPT,
+            adapt_mass_matrix=False,  # it would not fit the step size that is carried on
+            target_accept_prob=self.target_acceptance,
+        )
         moved: list[float] = []
 
         def watch(kernel: Kernel, values: Values, stage: str, place: int) -> None:

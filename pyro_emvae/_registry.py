@@ -41,6 +41,7 @@ class Traits:
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
         arguments: What has to be given to make one, so that a name alone does not.
         latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"`` or ``"continuous"``.
+        needs_guide: For an E-step, it has no posterior without the user's guide.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
     """
 
@@ -59,6 +60,7 @@ class Traits:
     slots: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     latents: str = "any"
+    needs_guide: bool = False
     exact: bool = False
 
 

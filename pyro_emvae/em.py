@@ -164,7 +164,8 @@ class EM(Inference):
 
         With a guide of shared parameters (an amortized one) that is the guide on the data; no update is made.
         """
-        found = self.e_step.infer(self.model, args, kwargs)
+        given = {"guide": self.guide} if self.e_step.traits.needs_guide else {}
+        found = self.e_step.infer(self.model, args, kwargs, **given)
         return GuidePosterior(self.model, self.guide, args, kwargs) if found is None else found
 
     def _setup(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
@@ -215,13 +216,13 @@ def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callabl
     """Return the user's guide, or one that carries the E-step's rule."""
     if guide is not None:
         return guide
-    if type(e_step).infer is HalfStep.infer:
+    if type(e_step).infer is HalfStep.infer or e_step.traits.needs_guide:
         fail(
             StepError,
             "EM",
             "make its E-step",
             got=f"no guide, and {e_step!r}",
-            because="this E-step moves a guide",
+            because="this E-step moves a guide or draws from it",
             fix="Write EM(model, guide, ...), or an E-step that needs none, such as e_step=steps.Enumerated().",
         )
     return PosteriorGuide(lambda args, kwargs: e_step.infer(model, args, kwargs))

@@ -7,6 +7,8 @@ from .base import Outer, Posterior, Support
 from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .guide import PosteriorGuide
+from .prior import Prior
+from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
     "EnumeratedPosterior",
@@ -15,8 +17,12 @@ __all__ = [
     "Outer",
     "Posterior",
     "PosteriorGuide",
+    "Prior",
+    "SampledSite",
+    "SamplesPosterior",
     "Support",
     "find_mode",
+    "lay_out",
     "plate_nesting",
     "solve_quadratic",
 ]

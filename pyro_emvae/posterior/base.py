@@ -108,7 +108,12 @@ def _each(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def expected_log_joint(
-    model: Callable, args: tuple, kwargs: Mapping[str, Any], support: Support, vectorize: bool = True
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    support: Support,
+    vectorize: bool = True,
+    lacking: Mapping[str, int] | None = None,
 ) -> Tensor:
     r"""Return $\sum_s w_{sn}\log p_\theta(x_n,z_{sn})$ over all data, to be differentiated by theta.
 
@@ -116,12 +121,15 @@ def expected_log_joint(
         model, args, kwargs: What is replayed on the support's values.
         support: Values and weights.
         vectorize: Whether all values are replayed in one run.
+        lacking: How many of the outermost plate dims a latent lacks; runs one by one get values without them.
     """
     count, nesting = support.log_weights.shape[0], support.num_plates
     if vectorize or count == 1:
         runs = [(support.values, count)]
     else:
-        runs = [({n: v[s] for n, v in support.values.items()}, 1) for s in range(count)]
+        lacking = lacking or {}
+        each = {n: v.reshape(len(v), *v.shape[1 + lacking.get(n, 0) :]) for n, v in support.values.items()}
+        runs = [({n: v[s] for n, v in each.items()}, 1) for s in range(count)]
     total: Any = 0.0
     weights = support.log_weights.exp()
     for place, (values, rows) in enumerate(runs):

@@ -6,6 +6,7 @@ from .enumerated import Enumerated
 from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
+from .monte_carlo import MonteCarlo
 from .ready_linear import linear_gaussian, local_level
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "HalfStep",
     "Info",
     "Laplace",
+    "MonteCarlo",
     "linear_gaussian",
     "local_level",
 ]

@@ -152,10 +152,19 @@ OPTIONS = (
     "device",
     "seed",
     "track",
+    "stop",
+    "on_decrease",
 )
 
 
-def run_with(engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any]) -> Fit:
+def run_with(
+    engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any], **fixed: Any
+) -> Fit:
     """Split the options of a run from the keyword arguments of the model, and run."""
-    mine = {k: options.pop(k) for k in OPTIONS if k in options}
-    return driver.run(engine, iterate, number, args, options, **mine)
+    mine = {k: options[k] for k in OPTIONS if k in options}
+    return driver.run(engine, iterate, number, args, model_arguments(options), **mine, **fixed)
+
+
+def model_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of model and guide."""
+    return {k: v for k, v in options.items() if k not in OPTIONS}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import StepError, fail, nearest, positive_int
+from .._checks import DegenerateError, StepError, fail, nearest, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..parameters import MODEL, assign
@@ -36,7 +36,10 @@ class ClosedForm(HalfStep):
 
     Raises:
         StepError: `update` names a parameter that is none of the model's.
-        ModelError: It returns a value of another shape, outside its constraint, or not finite. Nothing is changed then.
+        ModelError: It returns a value of another shape, outside its constraint, or not finite.
+        DegenerateError: It returns a value at the boundary of its constraint, or meets a singular matrix.
+
+    After an error nothing has changed.
 
     Source: Dempster, Laird and Rubin 1977, eqs. 2.2 and 2.3.
 
@@ -69,7 +72,7 @@ class ClosedForm(HalfStep):
             support = posterior.support(self.num_particles)
             totals = support.total(lambda values: self.statistics(values, *args, **kwargs))
             rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-            new = self.update(totals, {name: row.value.detach() for name, row in rows.items()})
+            new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
         unknown = [name for name in new if name not in rows]
         if unknown:
             fail(
@@ -82,6 +85,20 @@ class ClosedForm(HalfStep):
             )
         assign(problem.parameters, new)
         return state, Info()
+
+    def _updated(self, totals: dict[str, Tensor], params: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        try:
+            return self.update(totals, params)
+        except torch.linalg.LinAlgError as error:
+            fail(
+                DegenerateError,
+                "steps.ClosedForm",
+                "make its update",
+                got=str(error).splitlines()[0],
+                because="a covariance became singular",
+                fix="Start elsewhere, or bound the update.",
+                cause=error,
+            )
 
 
 register(

@@ -1,0 +1,138 @@
+r"""Many starts, the best of which is kept: EM climbs the hill that it starts on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._checks import DegenerateError, ModelError
+from .driver import Fit
+from .engine import Engine
+from .parameters import MODEL, assign
+
+__all__ = ["run"]
+
+FAILED = (ArithmeticError, ModelError, torch.linalg.LinAlgError)
+
+
+@dataclass
+class _Start:
+    """One start: where it is, what it reached, and its status."""
+
+    number: int
+    leaves: dict[str, Tensor]
+    steps: dict[str, dict]
+    fit: Fit | None = None
+    status: str = "SCREENED"
+
+    @property
+    def objective(self) -> float:
+        return self.fit.objective if self.fit else float("nan")
+
+
+def run(
+    engine: Engine,
+    iterate: Callable[..., Fit],
+    max_iter: int,
+    n_init: int,
+    init: Callable[[int], Mapping[str, Tensor]] | None,
+    seed: int | None,
+    screen: int = 10,
+) -> Fit:
+    r"""Screen all starts by a few iterations, run the best to the end, and return the best that is sound.
+
+    Every start makes `screen` iterations. The best third, and at least one, then goes on to the end. A start that
+    becomes degenerate (an update at the boundary of a constraint) or fails is left out, and the next best takes its
+    place: its likelihood may be the highest, and without bound.
+
+    Args:
+        engine: What the iterations change. At the end its parameters are those of the best start.
+        iterate: Makes a run of a given number of iterations from the present parameters.
+        max_iter: Iterations of a full run, less those of the screening.
+        n_init: Starts.
+        init: Constrained initial values of a start, given its seed; those not returned stay as they are. By default
+            start 0 has the present values, and the others have normal noise on the unconstrained ones, of standard
+            deviation ``max(1, root mean square)`` of the parameter.
+        seed: Start k has seed ``seed + k``; 0 if None.
+        screen: Iterations of the screening.
+
+    Returns:
+        The fit of the best start with ``restarts``, a table with one row per start: its objective (nats), status, and
+        whether it was degenerate. If all were degenerate, the fit of the one whose objective was highest.
+
+    Source: Biernacki, Celeux and Govaert 2003, for short runs before long ones.
+    """
+    present = _read(engine)
+    starts = [_begin(engine, present, k, init, (seed or 0) + k) for k in range(n_init)]
+    for start in starts:
+        _go_on(engine, start, iterate, screen, track=(), callbacks=(), validation=None)
+        if start.status not in ("DEGENERATE", "FAILED"):
+            start.status = "SCREENED"
+    wanted, done = max(1, n_init // 3), []
+    for start in sorted((s for s in starts if s.status == "SCREENED"), key=lambda s: -s.objective):
+        if len(done) == wanted:
+            break
+        _go_on(engine, start, iterate, max_iter)
+        if start.status not in ("DEGENERATE", "FAILED"):
+            done.append(start)
+    sound = done or [s for s in starts if s.fit is not None]
+    best = max(sound, key=lambda s: s.objective)
+    _write(engine, best)
+    return dataclasses.replace(best.fit, restarts=_table(starts))
+
+
+def _begin(engine: Engine, present: dict[str, Tensor], number: int, init: Any, seed: int) -> _Start:
+    start = _Start(number, {name: leaf.clone() for name, leaf in present.items()}, {})
+    _write(engine, start)
+    if init is not None:
+        assign(engine.parameters, init(seed))
+        start.leaves = _read(engine)
+    elif number:
+        generator = torch.Generator().manual_seed(seed)
+        for name, leaf in start.leaves.items():
+            noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+            start.leaves[name] = leaf + noise * leaf.square().mean().sqrt().clamp(min=1.0)
+    return start
+
+
+def _go_on(engine: Engine, start: _Start, iterate: Callable[..., Fit], number: int, **changed: Any) -> None:
+    _write(engine, start)
+    try:
+        start.fit = iterate(number, progress_bar=False, seed=None, **changed)
+        start.status = start.fit.status
+    except FAILED as error:
+        start.status = "DEGENERATE" if isinstance(error, DegenerateError) else "FAILED"
+    start.leaves, start.steps = _read(engine), engine.steps
+
+
+def _read(engine: Engine) -> dict[str, Tensor]:
+    return {name: leaf.detach().clone() for name, leaf in engine.parameters.leaves(MODEL).items()}
+
+
+def _write(engine: Engine, start: _Start) -> None:
+    live = engine.parameters.leaves(MODEL)
+    with torch.no_grad():
+        for name, leaf in start.leaves.items():
+            live[name].copy_(leaf)
+    engine.steps = start.steps
+
+
+def _table(starts: list[_Start]) -> Any:
+    import pandas as pd
+
+    rows = [
+        {
+            "start": s.number,
+            "objective": s.objective,
+            "status": s.status,
+            "degenerate": s.status == "DEGENERATE",
+            "iterations": s.fit.num_iterations if s.fit else 0,
+        }
+        for s in starts
+    ]
+    return pd.DataFrame(rows)

@@ -47,7 +47,8 @@ class Squarem:
 
     The extrapolated point is kept only if its objective, which its E-step finds, is no lower than that of the second
     iterate; else the cycle ends at the plain EM point. So the objective never goes down, as in EM itself. The bound of
-    the step length starts at 1 and grows by a factor of 4 whenever a step of that length was kept.
+    the step length starts at 1, grows by a factor of 4 when a step of that length was kept, and is a quarter of a step
+    that was not.
 
     Three evaluations of the EM map per cycle, one point of all unconstrained parameters of the model.
 
@@ -86,8 +87,10 @@ class Squarem:
             return False
 
     def _adapt(self, length: float, kept: bool) -> None:
-        if length == self.longest:
-            self.longest = self.longest * self.factor if kept else max(1.0, self.longest / self.factor)
+        if not kept:
+            self.longest = max(1.0, length / self.factor)
+        elif length == self.longest:
+            self.longest *= self.factor
 
     def _read(self) -> Tensor:
         leaves = self.engine.parameters.leaves(MODEL).values()

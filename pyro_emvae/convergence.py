@@ -130,7 +130,8 @@ class Deterministic:
         lost = gains[-1] <= resolution
         remaining = 0.0 if lost else _left(gains[-1], rate) / num_data
         change = 0.0 if changes[-1] <= 64 * epsilon else _left(changes[-1], change_rate)
-        found = {"rate": mean if math.isfinite(mean) else rate, "remaining": remaining, "change": change}
+        numbers = (mean if math.isfinite(mean) else rate, remaining, change)
+        found = dict(zip(("rate", "remaining", "change"), map(float, numbers), strict=True))
         if not lost and self.slow < mean <= 1.0:
             text = f"gains shrink by {mean:.4f} per iteration only: try accelerate='squarem'"
             return Verdict("SLOW" if remaining < self.tol else None, **found, reason=text)

@@ -192,8 +192,9 @@ class EM(Inference):
             history: ``"light"`` costs no model run, and leaves what was not computed NaN; ``"full"`` evaluates the
                 objective before E, after E and after M on common random numbers.
             n_init: Starts; with more than one, see `restarts.run`. The table of all is ``fit.restarts``.
-            init: ``init(seed) -> dict`` of initial values of the model's parameters, constrained, for a start; by
-                default the present values are perturbed.
+            init: ``init(seed) -> dict`` of initial values of the model's parameters, constrained, for a start. By
+                default start 0 has the present values, and the others what the M-step finds from the data (the ready
+                steps for mixtures do), or else the present values with noise.
             options: Those of `driver.run`.
 
         Raises:
@@ -212,7 +213,19 @@ class EM(Inference):
             return run(max_iter)
         self._refuse("n_init", "data" in options or any(map(self._takes_gradients, self._slots)))
         self._prepare(args, model_arguments(options))
-        return restarts.run(self.engine, run, max_iter, n_init, init, options.get("seed"))
+        return restarts.run(self.engine, run, max_iter, n_init, self._starts(init, args, options), options.get("seed"))
+
+    def _starts(
+        self, init: Callable[[int], Mapping[str, Tensor]] | None, args: tuple, options: Mapping[str, Any]
+    ) -> Callable[[int, int], Mapping[str, Tensor] | None]:
+        """Return what gives the values of a start, by its number and seed; None: present ones, with noise unless 0."""
+        if init is not None:
+            return lambda number, seed: init(seed)
+        found, kwargs = getattr(self.m_step, "start", None), model_arguments(options)
+        if found is None:
+            return lambda number, seed: None
+        params = self.engine.parameters.constrained()
+        return lambda number, seed: found(seed, params, *args, **kwargs) if number else None
 
     def _iterations(
         self, accelerate: str | None, history: str, args: tuple, options: Mapping[str, Any]

@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import DegenerateError, ModelError
+from ._checks import DegenerateError, StepError
 from .driver import Fit
 from .engine import Engine
 from .parameters import MODEL, assign
 
 __all__ = ["run"]
 
-FAILED = (ArithmeticError, ModelError, torch.linalg.LinAlgError)
+HALVINGS = (1.0, 0.5, 0.25, 0.125, 0.0625)
+FAILED = (ArithmeticError, ValueError, torch.linalg.LinAlgError)
 
 
 @dataclass
@@ -29,6 +30,14 @@ class _Start:
     steps: dict[str, dict]
     fit: Fit | None = None
     status: str = "SCREENED"
+    error: Exception | None = None
+    noisy: bool = False
+    iterations: int = 0
+    seed: int | None = None
+
+    @property
+    def sound(self) -> bool:
+        return self.status not in ("DEGENERATE", "FAILED")
 
     @property
     def objective(self) -> float:
@@ -40,7 +49,7 @@ def run(
     iterate: Callable[..., Fit],
     max_iter: int,
     n_init: int,
-    init: Callable[[int], Mapping[str, Tensor]] | None,
+    init: Callable[[int, int], Mapping[str, Tensor] | None],
     seed: int | None,
     screen: int = 10,
 ) -> Fit:
@@ -55,9 +64,9 @@ def run(
         iterate: Makes a run of a given number of iterations from the present parameters.
         max_iter: Iterations of a full run, less those of the screening.
         n_init: Starts.
-        init: Constrained initial values of a start, given its seed; those not returned stay as they are. By default
-            start 0 has the present values, and the others have normal noise on the unconstrained ones, of standard
-            deviation ``max(1, root mean square)`` of the parameter.
+        init: Constrained initial values of a start, given its number and seed; those not returned stay as they are.
+            None: the present values, for all but start 0 with normal noise on the unconstrained ones, of standard
+            deviation ``max(1, root mean square)`` of the parameter, halved until the start is no longer degenerate.
         seed: Start k has seed ``seed + k``; 0 if None.
         screen: Iterations of the screening.
 
@@ -68,45 +77,56 @@ def run(
     Source: Biernacki, Celeux and Govaert 2003, for short runs before long ones.
     """
     present = _read(engine)
-    starts = [_begin(engine, present, k, init, (seed or 0) + k) for k in range(n_init)]
-    for start in starts:
-        _go_on(engine, start, iterate, screen, track=(), callbacks=(), validation=None)
-        if start.status not in ("DEGENERATE", "FAILED"):
-            start.status = "SCREENED"
+    starts = []
+    for k in range(n_init):
+        for noise in HALVINGS:
+            start = _begin(engine, present, k, init, (seed or 0) + k, noise)
+            start.seed = None if seed is None else seed + k
+            _go_on(engine, start, iterate, screen, track=(), callbacks=(), validation=None)
+            if start.sound or not start.noisy:
+                break
+        start.status = "SCREENED" if start.sound else start.status
+        starts.append(start)
     wanted, done = max(1, n_init // 3), []
     for start in sorted((s for s in starts if s.status == "SCREENED"), key=lambda s: -s.objective):
         if len(done) == wanted:
             break
         _go_on(engine, start, iterate, max_iter)
-        if start.status not in ("DEGENERATE", "FAILED"):
+        if start.sound:
             done.append(start)
     sound = done or [s for s in starts if s.fit is not None]
+    if not sound:
+        raise starts[0].error
     best = max(sound, key=lambda s: s.objective)
     _write(engine, best)
     return dataclasses.replace(best.fit, restarts=_table(starts))
 
 
-def _begin(engine: Engine, present: dict[str, Tensor], number: int, init: Any, seed: int) -> _Start:
+def _begin(engine: Engine, present: dict[str, Tensor], number: int, init: Any, seed: int, noise: float) -> _Start:
     start = _Start(number, {name: leaf.clone() for name, leaf in present.items()}, {})
     _write(engine, start)
-    if init is not None:
-        assign(engine.parameters, init(seed))
+    values = init(number, seed)
+    if values is not None:
+        assign(engine.parameters, values)
         start.leaves = _read(engine)
     elif number:
-        generator = torch.Generator().manual_seed(seed)
+        generator, start.noisy = torch.Generator().manual_seed(seed), True
         for name, leaf in start.leaves.items():
-            noise = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
-            start.leaves[name] = leaf + noise * leaf.square().mean().sqrt().clamp(min=1.0)
+            drawn = torch.randn(leaf.shape, generator=generator, dtype=torch.float64).to(leaf)
+            start.leaves[name] = leaf + noise * drawn * leaf.square().mean().sqrt().clamp(min=1.0)
     return start
 
 
 def _go_on(engine: Engine, start: _Start, iterate: Callable[..., Fit], number: int, **changed: Any) -> None:
     _write(engine, start)
     try:
-        start.fit = iterate(number, progress_bar=False, seed=None, **changed)
+        start.fit = iterate(number, progress_bar=False, seed=start.seed, **changed)
+        start.iterations += start.fit.num_iterations
         start.status = start.fit.status
+    except StepError:
+        raise
     except FAILED as error:
-        start.status = "DEGENERATE" if isinstance(error, DegenerateError) else "FAILED"
+        start.error, start.status = error, "DEGENERATE" if isinstance(error, DegenerateError) else "FAILED"
     start.leaves, start.steps = _read(engine), engine.steps
 
 
@@ -131,7 +151,7 @@ def _table(starts: list[_Start]) -> Any:
             "objective": s.objective,
             "status": s.status,
             "degenerate": s.status == "DEGENERATE",
-            "iterations": s.fit.num_iterations if s.fit else 0,
+            "iterations": s.iterations,
         }
         for s in starts
     ]

@@ -50,8 +50,9 @@ class Support:
         weights = self.log_weights.exp()
         return (weights.reshape(weights.shape + (1,) * rest) * x).sum(0)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        dims, rest = tuple(range(self.num_plates)), (1,) * (x.dim() - self.num_plates)
+    def weigh(self, x: Tensor) -> Tensor:
+        """Return values per datum ``(*plates, ...)`` times scale, and zero where the mask is false."""
+        rest = (1,) * (x.dim() - self.num_plates)
         for factor in (self.scale, self.mask):
             if isinstance(factor, Tensor):
                 factor = factor.reshape((1,) * (self.num_plates - factor.dim()) + factor.shape + rest)
@@ -59,6 +60,10 @@ class Support:
                 x = torch.where(factor, x, 0.0) if factor.dtype == torch.bool else x * factor
             elif factor is not None:
                 x = x * factor
+        return x
+
+    def _sum(self, x: Tensor) -> Tensor:
+        x, dims = self.weigh(x), tuple(range(self.num_plates))
         return x.sum(dims) if dims else x
 
 

@@ -12,10 +12,22 @@ from .._checks import DegenerateError, StepError, fail, nearest, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..parameters import MODEL, assign
-from ..posterior import Posterior
+from ..posterior import Posterior, Support
 from .base import HalfStep, Info
 
-__all__ = ["ClosedForm"]
+__all__ = ["ClosedForm", "total"]
+
+
+def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Return the posterior expectation of statistics, summed over the data with scale and mask.
+
+    ``statistics.total(support, *args, **kwargs)`` is used where there is one: sums of products of responsibilities and
+    data, for instance, need no statistic per outcome and datum.
+    """
+    direct = getattr(statistics, "total", None)
+    if direct is not None:
+        return direct(support, *args, **kwargs)
+    return support.total(lambda values: statistics(values, *args, **kwargs))
 
 
 class ClosedForm(HalfStep):
@@ -31,6 +43,8 @@ class ClosedForm(HalfStep):
         update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
             returns new values in constrained space, of all parameters or of some.
         num_particles: Draws, after an E-step that has to draw.
+        start: ``start(seed, params, *args, **kwargs) -> dict[str, Tensor]``: initial values found from the data, for the
+            starts of ``EM.run(..., n_init=10)``; constrained.
 
     Values are written in place, so optimizers keep their state.
 
@@ -57,8 +71,9 @@ class ClosedForm(HalfStep):
         statistics: Callable[..., Mapping[str, Tensor]],
         update: Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]],
         num_particles: int = 100,
+        start: Callable[..., Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self.statistics, self.update = statistics, update
+        self.statistics, self.update, self.start = statistics, update, start
         self.num_particles = positive_int("steps.ClosedForm", "num_particles", num_particles)
 
     def __repr__(self) -> str:
@@ -70,7 +85,7 @@ class ClosedForm(HalfStep):
     ) -> tuple[State, Info]:
         with torch.no_grad():
             support = posterior.support(self.num_particles)
-            totals = support.total(lambda values: self.statistics(values, *args, **kwargs))
+            totals = total(self.statistics, support, *args, **kwargs)
             rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
             new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
         unknown = [name for name in new if name not in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 
 import numpy as np
@@ -77,6 +77,8 @@ class Deterministic:
         change_tol: Relative change of any parameter, unconstrained, that may be left.
         window: Iterations over which the rate is taken.
         slow: Rate of the gains above which nothing is called converged.
+        confirm: Iterations in a row for which it has to hold: the first slow gain after fast ones looks like a fast one.
+        stride: Iterations that count as one: 2 for accelerated runs, whose gains alternate between large and small.
 
     Raises:
         EmvaeError: A tolerance that is not positive, or a rate outside (0, 1).
@@ -97,10 +99,14 @@ class Deterministic:
     change_tol: float = 1e-3
     window: int = 10
     slow: float = 0.99
+    confirm: int = 3
+    stride: int = 1
 
     def __post_init__(self) -> None:
         _positive("Deterministic", tol=self.tol, change_tol=self.change_tol)
         positive_int("convergence.Deterministic", "window", self.window)
+        positive_int("convergence.Deterministic", "confirm", self.confirm)
+        positive_int("convergence.Deterministic", "stride", self.stride)
         _positive("Deterministic", slow=self.slow, below=1.0)
 
     def judge(
@@ -120,6 +126,22 @@ class Deterministic:
             num_data: Number of data.
             epsilon: Rounding unit of the objective's dtype.
         """
+        needed = self.stride * (self.window + 2) + self.confirm
+        objectives, changes = objectives[-needed:], changes[-needed:]
+        verdict = self._once(objectives, changes, num_data, epsilon)
+        if verdict.status != "CONVERGED":
+            return verdict
+        for back in range(1, self.confirm):
+            earlier = self._once(objectives[:-back], changes[:-back], num_data, epsilon)
+            if earlier.status != "CONVERGED":
+                return replace(verdict, status=None, reason=f"{verdict.reason}, for {back} iterations only")
+        return verdict
+
+    def _once(self, objectives: Sequence[float], changes: Sequence[float], num_data: int, epsilon: float) -> Verdict:
+        """Judge the last iteration by itself."""
+        if self.stride > 1:
+            objectives = objectives[:: -self.stride][::-1]
+            changes = [sum(changes[max(k - self.stride, 0) : k]) for k in range(len(changes), 0, -self.stride)][::-1]
         tail = np.asarray(objectives[-self.window - 2 :], dtype=float)
         if len(tail) < 3 or not np.isfinite(tail).all():
             return Verdict()
@@ -179,9 +201,9 @@ class Windowed:
         patience: Differences of windows in a row that have to be quiet.
         warm_up: Iterations (epochs) that are never judged, such as those of annealing.
         change_tol: Drift per window of a parameter that may be left, relative to ``max(1, abs(value))``.
-        max_parameters: The model's parameters are judged too, by the same rule with Bonferroni's correction, if they
-            are at most this many numbers; 0 judges the objective only.
-        alpha: Level of each test.
+        max_parameters: The model's parameters are judged too, by the same rule, if they are at most this many
+            numbers; 0 judges the objective only.
+        alpha: Level of all tests at one time, together.
 
     Raises:
         EmvaeError: A tolerance that is not positive, a window of less than 4.
@@ -249,7 +271,7 @@ class Windowed:
         text = f"drift {drift:.2g} with standard error {error:.2g} nats per datum and window"
         if not (quiet and still):
             return Verdict(**found, reason=text)
-        seen = self._z(1) * error <= self.tol
+        seen = self._z(self.patience + 1) * error <= self.tol
         return Verdict("CONVERGED" if seen else "STALLED", **found, reason=text)
 
     def _z(self, number: int) -> float:
@@ -264,7 +286,7 @@ class Windowed:
         places = np.arange(self.patience + 1) - self.patience / 2
         slope = (places[:, None] * means).sum(0) / (places**2).sum()
         trend, trend_error = np.abs(slope) * self.patience, error * self.patience / math.sqrt((places**2).sum())
-        z = self._z(number)
+        z = self._z(number * (self.patience + 1))
         quiet = (drifts <= np.maximum(tol, z * math.sqrt(2) * error)).all()
         level = (trend <= np.maximum(tol, z * trend_error)).all()
         return float(drifts.max()), float(math.sqrt(2) * error.max()), bool(quiet and level)

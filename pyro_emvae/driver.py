@@ -302,8 +302,7 @@ def run(
         status = "NAN"
     objective = history.iterations[-1][0] if history.iterations else math.nan
     if monitor.monotone and evaluate is not None and status != "INTERRUPTED":
-        objective = -evaluate(a, k)
-        status = monitor.end(status, objective)
+        status, objective = monitor.end(status, -evaluate(a, k))
     return _fit(engine, status, iteration, history, seed, shapes, objective)
 
 

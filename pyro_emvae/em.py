@@ -2,6 +2,7 @@ r"""Expectation maximisation: an E-like step over the guide's parameters, an M-l
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from . import restarts
 from ._checks import BlockError, StepError, fail, positive_int
 from ._registry import create
 from .acceleration import Squarem
+from .convergence import Deterministic
 from .driver import Fit, Record
 from .engine import Engine, State, choose
 from .loss import MonteCarloELBO
@@ -203,6 +205,8 @@ class EM(Inference):
         """
         if max_iter is None and "data" not in options:
             max_iter = 500
+        if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
+            stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
         fixed = {"stop": stop, "on_decrease": on_decrease, "exact": self.is_exact, "evaluate": self._evaluate}
         iterate = self._iterations(accelerate, history, args, options)
 
@@ -232,9 +236,11 @@ class EM(Inference):
     ) -> Callable[[], Callable[[tuple, Mapping[str, Any]], Record]]:
         """Return what makes the function of one iteration, anew for each run."""
         choose("history", history, ("light", "full"))
-        if choose("accelerate", accelerate, (None, "squarem")):
+        if accelerate is not None:
+            choose("accelerate", accelerate, ("squarem",))
             self._refuse("accelerate", not self.is_exact or "data" in options)
             self._prepare(args, model_arguments(options))
+            self._refuse("accelerate", self.engine.parameters.subsampled)
             return lambda: Squarem(self.engine, self._iterate)
         if history == "full":
             return lambda: functools.partial(self._iterate, look=_Look(self.engine))
@@ -247,7 +253,7 @@ class EM(Inference):
                 "EM",
                 f"run with {option}",
                 got=f"e_step={self.e_step!r}, m_step={self.m_step!r}",
-                because="it takes half-steps without gradients, and data that are arguments",
+                because="it takes half-steps without gradients, and all data as arguments",
                 fix=f"Leave {option} out, or use exact half-steps such as steps.Enumerated() and steps.ClosedForm(...).",
             )
 

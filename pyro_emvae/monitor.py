@@ -111,11 +111,12 @@ class Monitor:
             return self._decrease(before, objective, 0)
         return self._judge()
 
-    def end(self, status: str, objective: float) -> str:
-        """Return the status of the run, given the objective at its last parameters (NaN: not known)."""
+    def end(self, status: str, objective: float) -> tuple[str, float]:
+        """Return the status of the run and the objective, given that at its last parameters."""
         if status in ENDS and self.objectives and self._fell(self.objectives[-1], objective):
             status = self._decrease(self.objectives[-1], objective, -2) or status
-        return "DECREASED" if self.decreased and status in ENDS else status
+            objective = self.objectives[-1] if status == "REVERTED" else objective
+        return "DECREASED" if self.decreased and status in ENDS else status, objective
 
     # Judging --------------------------------------------------------------------------------------------------------
 

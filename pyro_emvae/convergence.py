@@ -1,7 +1,7 @@
 r"""When to stop, and what to call it: pure rules on numbers, which the run loop feeds.
 
-`Deterministic` is for EM whose iterations draw nothing, `Windowed` for everything that draws, `Ascent` for the number of
-draws of Monte Carlo EM. A rule never sees a model; it is given the objective's values so far (nats) and answers with a
+`Deterministic` is for EM whose iterations draw nothing, `Windowed` for everything that draws, `Ascent` for the number
+of draws of Monte Carlo EM. A rule never sees a model; it is given the objective's values so far (nats) and answers with a
 `Verdict`.
 """
 
@@ -67,9 +67,9 @@ class Deterministic:
 
     When to use: EM whose objective is computed without noise (exact E-step, full data).
 
-    * CONVERGED: the projected gain is below `tol`, the projected change below `change_tol`, and the rate at most `slow`.
-    * SLOW: the projected gain is below `tol`, but the mean rate of the last `window` iterations above `slow`. Gains that
-      die out like a power of the number of iterations end here: for them every projection falls short.
+    * CONVERGED: the projected gain is below `tol`, the projected change below `change_tol`, the rate at most `slow`.
+    * SLOW: the projected gain is below `tol`, but the mean rate of the last `window` iterations above `slow`. Gains
+      that die out like a power of the number of iterations end here: for them every projection falls short.
     * STALLED: over `window` iterations the gain is lost in rounding, and the parameters still move.
 
     Args:
@@ -77,7 +77,7 @@ class Deterministic:
         change_tol: Relative change of any parameter, unconstrained, that may be left.
         window: Iterations over which the rate is taken.
         slow: Rate of the gains above which nothing is called converged.
-        confirm: Iterations in a row for which it has to hold: the first slow gain after fast ones looks like a fast one.
+        confirm: Iterations in a row for which it has to hold: the first slow gain after fast ones looks fast itself.
         stride: Iterations that count as one: 2 for accelerated runs, whose gains alternate between large and small.
 
     Raises:

@@ -282,7 +282,7 @@ def run(
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))
                 value = history.validation[-1][1] if history.validation else math.nan
-                bar.set_postfix(elbo=f"{-record.loss:.4g}", refresh=False)
+                bar.set_postfix(_shown(record, ended), refresh=False)
                 bar.update()
                 progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
                 iteration += 1
@@ -404,6 +404,13 @@ def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _shown(record: Record, status: str | None) -> dict[str, str]:
+    """Return what the progress bar says: the objective, the gains that are known, the status at the end."""
+    numbers = {"elbo": -record.loss, "E": record.e_gain, "M": record.m_gain}
+    shown = {name: f"{value:.4g}" for name, value in numbers.items() if name == "elbo" or not math.isnan(value)}
+    return shown | ({"status": status} if status else {})
 
 
 def _shapes(args: tuple, kwargs: dict) -> list[str]:

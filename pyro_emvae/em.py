@@ -254,7 +254,7 @@ class EM(Inference):
                 f"run with {option}",
                 got=f"e_step={self.e_step!r}, m_step={self.m_step!r}",
                 because="it takes half-steps without gradients, and all data as arguments",
-                fix=f"Leave {option} out, or use exact half-steps such as steps.Enumerated() and steps.ClosedForm(...).",
+                fix=f"Leave {option} out, or use steps such as steps.Enumerated() and steps.ClosedForm(...).",
             )
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:

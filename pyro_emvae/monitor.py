@@ -186,7 +186,7 @@ class Monitor:
             "act": "raise the objective in each iteration",
             "got": f"{after:.10g} after {before:.10g} nats, in iteration {len(self.objectives) - 1}",
             "because": "an exact E-step and an exact M-step cannot lower it",
-            "fix": 'Check `update` (a formula that is no maximum, or a penalty that is not in the model), or write '
+            "fix": "Check `update` (a formula that is no maximum, or a penalty that is not in the model), or write "
             'on_decrease="warn" or "revert".',
         }
         if policy == "warn":

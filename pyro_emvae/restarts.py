@@ -78,20 +78,25 @@ def run(
     """
     present = _read(engine)
     starts = []
+    interrupted = False
     for k in range(n_init):
+        if interrupted:
+            break
         for noise in HALVINGS:
             start = _begin(engine, present, k, init, (seed or 0) + k, noise)
             start.seed = None if seed is None else seed + k
             _go_on(engine, start, iterate, screen, track=(), callbacks=(), validation=None)
             if start.sound or not start.noisy:
                 break
+        interrupted = start.status == "INTERRUPTED"
         start.status = "SCREENED" if start.sound else start.status
         starts.append(start)
     wanted, done = max(1, n_init // 3), []
     for start in sorted((s for s in starts if s.status == "SCREENED"), key=lambda s: -s.objective):
-        if len(done) == wanted:
+        if len(done) == wanted or interrupted:
             break
         _go_on(engine, start, iterate, max_iter)
+        interrupted = start.status == "INTERRUPTED"
         if start.sound:
             done.append(start)
     sound = done or [s for s in starts if s.fit is not None]
@@ -99,7 +104,8 @@ def run(
         raise starts[0].error
     best = max(sound, key=lambda s: s.objective)
     _write(engine, best)
-    return dataclasses.replace(best.fit, restarts=_table(starts))
+    status = "INTERRUPTED" if interrupted else best.fit.status
+    return dataclasses.replace(best.fit, status=status, restarts=_table(starts))
 
 
 def _begin(engine: Engine, present: dict[str, Tensor], number: int, init: Any, seed: int, noise: float) -> _Start:

@@ -1,4 +1,4 @@
-r"""The loop of EM: published sequences and maxima, stopping, acceleration, restarts, what must not be called converged."""
+r"""The loop of EM: published sequences and maxima, stopping, acceleration, restarts, and what is no convergence."""
 
 from __future__ import annotations
 
@@ -383,7 +383,7 @@ def test_an_update_at_the_boundary_is_degenerate():
 @pytest.mark.parametrize("value", [-0.1, 1.1, math.nan])
 def test_an_update_outside_the_constraint_is_an_error(value):
     em = linkage_em(lambda s, params: {"theta": torch.full_like(params["theta"], value)})
-    with pytest.raises(EmvaeError, match="outside|finite"):
+    with pytest.raises(EmvaeError, match=r"outside|finite"):
         em.run(LINKAGE)
     assert float(em.blocks.constrained()["theta"]) == 0.5
 
@@ -454,7 +454,7 @@ def test_the_discrete_m_steps_are_maxima_and_restart_from_data(kind):
 def assert_maximum(em: EM, x: Tensor) -> None:
     em.engine.setup((x,), {})
     state, posterior, _ = em.e_step.expect(em.engine, em.engine.state, x)
-    before = float(posterior.expected_log_joint(1))
+    before = float(posterior.expected_log_joint(1).detach())
     em.m_step.maximise(em.engine, state, posterior, x)
     expected = posterior.expected_log_joint(1)
     assert float(expected.detach()) > before
@@ -483,11 +483,11 @@ def test_sums_of_responsibilities_equal_sums_of_statistics(order):
 
 
 def test_mixtures_refuse_what_they_cannot_do():
-    with pytest.raises(StepError, match="'diag'.*'diagonal'"):
+    with pytest.raises(StepError, match=r"'diag'.*'diagonal'"):
         steps.gaussian_mixture(3, "diag")
     with pytest.raises(EmvaeError, match="got 0"):
         steps.gaussian_mixture(0)
-    with pytest.raises(StepError, match="'component'.*'z'"):
+    with pytest.raises(StepError, match=r"'component'.*'z'"):
         mixture_em(2, "tied", latent="component").step(IRIS)
 
 
@@ -525,6 +525,19 @@ def test_an_error_of_every_start_is_raised():
 
     with pytest.raises(EmvaeError, match=r"\(2, 4\)"):
         mixture_em(3, "tied").run(IRIS, n_init=3, init=init)
+
+
+def test_ctrl_c_ends_all_starts_and_keeps_the_best():
+    def init(seed: int) -> dict[str, Tensor]:
+        return steps.gaussian_mixture(3).start(seed, {}, IRIS)
+
+    def interrupt(progress: Any) -> None:
+        raise KeyboardInterrupt
+
+    fit = mixture_em(3, "full").run(IRIS, n_init=6, init=init, seed=0, callbacks=interrupt)
+    assert fit.status == "INTERRUPTED" and len(fit.restarts) == 6
+    assert (fit.restarts["status"] == "INTERRUPTED").sum() == 1
+    assert all(torch.equal(v, pyro.param(name)) for name, v in fit.params.items())
 
 
 def test_restarts_and_acceleration_want_exact_half_steps():

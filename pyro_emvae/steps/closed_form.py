@@ -43,8 +43,8 @@ class ClosedForm(HalfStep):
         update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
             returns new values in constrained space, of all parameters or of some.
         num_particles: Draws, after an E-step that has to draw.
-        start: ``start(seed, params, *args, **kwargs) -> dict[str, Tensor]``: initial values found from the data, for the
-            starts of ``EM.run(..., n_init=10)``; constrained.
+        start: ``start(seed, params, *args, **kwargs) -> dict[str, Tensor]``: initial values found from the data, for
+            the starts of ``EM.run(..., n_init=10)``; constrained.
 
     Values are written in place, so optimizers keep their state.
 

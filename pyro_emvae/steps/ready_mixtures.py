@@ -3,8 +3,8 @@ r"""Ready M-steps in closed form for mixtures, with one discrete latent per datu
 $$r_{nk}=p(z_n=k|x_n),\quad n_k=\sum_n r_{nk},\quad \bar x_k=\frac1{n_k}\sum_n r_{nk}x_n,\quad
   S_k=\frac1{n_k}\sum_n r_{nk}(x_n-\bar x_k)(x_n-\bar x_k)^\top.$$
 
-Each function returns a `ClosedForm`, which goes with every E-step that gives the latent's values: `Enumerated` sums over
-all components, a Monte Carlo E-step over its draws. Parameter names are arguments.
+Each function returns a `ClosedForm`, which goes with every E-step that gives the latent's values: `Enumerated` sums
+over all components, a Monte Carlo E-step over its draws. Parameter names are arguments.
 """
 
 from __future__ import annotations

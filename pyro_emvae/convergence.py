@@ -1,8 +1,8 @@
 r"""When to stop, and what to call it: pure rules on numbers, which the run loop feeds.
 
 `Deterministic` is for EM whose iterations draw nothing, `Windowed` for everything that draws, `Ascent` for the number
-of draws of Monte Carlo EM. A rule never sees a model; it is given the objective's values so far (nats) and answers with a
-`Verdict`.
+of draws of Monte Carlo EM. A rule never sees a model; it is given the objective's values so far (nats) and answers with
+a `Verdict`.
 """
 
 from __future__ import annotations

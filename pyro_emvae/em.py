@@ -20,7 +20,7 @@ from .driver import Fit, Record
 from .engine import Engine, State, choose
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer
-from .parameters import GUIDE, MODEL, SHARED
+from .parameters import GUIDE, MODEL, SHARED, assign
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .steps import Gradient, HalfStep
@@ -213,7 +213,10 @@ class EM(Inference):
         def run(number: int | None, **changed: Any) -> Fit:
             return run_with(self.engine, iterate(), number, args, options | changed, **fixed)
 
-        if positive_int("EM.run", "n_init", n_init) == 1 and init is None:
+        if positive_int("EM.run", "n_init", n_init) == 1:
+            if init is not None:
+                self._prepare(args, model_arguments(options))
+                assign(self.engine.parameters, init(options.get("seed") or 0))
             return run(max_iter)
         self._refuse("n_init", "data" in options or any(map(self._takes_gradients, self._slots)))
         self._prepare(args, model_arguments(options))

@@ -76,36 +76,43 @@ def run(
 
     Source: Biernacki, Celeux and Govaert 2003, for short runs before long ones.
     """
-    present = _read(engine)
-    starts = []
-    interrupted = False
-    for k in range(n_init):
-        if interrupted:
-            break
-        for noise in HALVINGS:
-            start = _begin(engine, present, k, init, (seed or 0) + k, noise)
-            start.seed = None if seed is None else seed + k
-            _go_on(engine, start, iterate, screen, track=(), callbacks=(), validation=None)
-            if start.sound or not start.noisy:
-                break
-        interrupted = start.status == "INTERRUPTED"
-        start.status = "SCREENED" if start.sound else start.status
-        starts.append(start)
+    starts = _screened(engine, iterate, min(screen, max_iter), n_init, init, seed)
     wanted, done = max(1, n_init // 3), []
     for start in sorted((s for s in starts if s.status == "SCREENED"), key=lambda s: -s.objective):
-        if len(done) == wanted or interrupted:
+        if len(done) == wanted or _interrupted(starts):
             break
-        _go_on(engine, start, iterate, max_iter)
-        interrupted = start.status == "INTERRUPTED"
+        _go_on(engine, start, iterate, max(1, max_iter - screen))
         if start.sound:
             done.append(start)
-    sound = done or [s for s in starts if s.fit is not None]
-    if not sound:
+    candidates = done or [s for s in starts if s.sound] or [s for s in starts if s.fit is not None]
+    if not candidates:
         raise starts[0].error
-    best = max(sound, key=lambda s: s.objective)
+    best = max(candidates, key=lambda s: s.objective)
     _write(engine, best)
-    status = "INTERRUPTED" if interrupted else best.fit.status
+    status = "INTERRUPTED" if _interrupted(starts) else best.fit.status
     return dataclasses.replace(best.fit, status=status, restarts=_table(starts))
+
+
+def _screened(
+    engine: Engine, iterate: Callable[..., Fit], number: int, n_init: int, init: Any, seed: int | None
+) -> list[_Start]:
+    """Make some iterations from every start."""
+    present, starts = _read(engine), []
+    while len(starts) < n_init and not _interrupted(starts):
+        place = len(starts)
+        for noise in HALVINGS:
+            start = _begin(engine, present, place, init, (seed or 0) + place, noise)
+            start.seed = None if seed is None else seed + place
+            _go_on(engine, start, iterate, number, track=(), callbacks=(), validation=None)
+            if start.sound or not start.noisy:
+                break
+        start.status = "SCREENED" if start.sound and start.status != "INTERRUPTED" else start.status
+        starts.append(start)
+    return starts
+
+
+def _interrupted(starts: list[_Start]) -> bool:
+    return any(start.status == "INTERRUPTED" for start in starts)
 
 
 def _begin(engine: Engine, present: dict[str, Tensor], number: int, init: Any, seed: int, noise: float) -> _Start:

@@ -275,7 +275,7 @@ class Windowed:
         return Verdict("CONVERGED" if seen else "STALLED", **found, reason=text)
 
     def _z(self, number: int) -> float:
-        return NormalDist().inv_cdf(1 - self.alpha / (2 * number))
+        return _quantile(1 - self.alpha / (2 * number))
 
     def _test(self, values: np.ndarray, tol: float, number: int) -> tuple[float, float, bool]:
         """Return the largest drift, its standard error, and whether all drifts and the trend are quiet."""
@@ -337,13 +337,17 @@ class Ascent:
 
     def judge(self, gain: float, error: float) -> str:
         """Judge an estimated gain (nats) with its standard error."""
-        if gain + NormalDist().inv_cdf(1 - self.gamma) * error < self.tol:
+        if gain + _quantile(1 - self.gamma) * error < self.tol:
             return "stop"
-        return "accept" if gain - NormalDist().inv_cdf(1 - self.alpha) * error > 0 else "grow"
+        return "accept" if gain - _quantile(1 - self.alpha) * error > 0 else "grow"
 
     def next_size(self, size: int) -> int:
         """Return the number of draws that follows `size`."""
         return math.ceil(size * self.growth)
+
+
+def _quantile(level: float) -> float:
+    return NormalDist().inv_cdf(level)
 
 
 def _positive(rule: str, below: float = math.inf, **values: float) -> None:

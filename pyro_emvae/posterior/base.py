@@ -72,7 +72,7 @@ class Support:
         elif weights.numel() > len(weights):
             left, weights = left * weights[..., None], weights.new_ones(len(left))
         if isinstance(self.scale, Tensor) or self.scale != 1.0 or self.mask is not None:
-            left = torch.stack([self._weigh(row) for row in left])
+            left = torch.stack([self.weigh(row) for row in left])
         shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
         left, right = (y.expand(*shape, -1).reshape(shape[0], -1, y.shape[-1]) for y in (left, right))
         return torch.tensordot(weights.flatten(), left.mT @ right, 1)
@@ -86,12 +86,8 @@ class Support:
             return torch.tensordot(weights.flatten(), x, 1)
         return (weights.reshape(weights.shape + (1,) * rest) * x).sum(0)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        x, dims = self._weigh(x), tuple(range(self.num_plates))
-        return x.sum(dims) if dims else x
-
-    def _weigh(self, x: Tensor) -> Tensor:
-        """Return a tensor per datum times scale where the mask is true, else 0."""
+    def weigh(self, x: Tensor) -> Tensor:
+        """Return values per datum ``(*plates, ...)`` times scale, and zero where the mask is false."""
         rest = (1,) * (x.dim() - self.num_plates)
         for factor in (self.scale, self.mask):
             if isinstance(factor, Tensor):
@@ -101,6 +97,10 @@ class Support:
             elif factor is not None:
                 x = x * factor
         return x
+
+    def _sum(self, x: Tensor) -> Tensor:
+        x, dims = self.weigh(x), tuple(range(self.num_plates))
+        return x.sum(dims) if dims else x
 
 
 def _each(result: Any, function: Callable[[Tensor], Tensor]) -> Any:

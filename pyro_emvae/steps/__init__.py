@@ -8,6 +8,7 @@ from .gradient import Gradient
 from .laplace import Laplace
 from .monte_carlo import MonteCarlo
 from .ready_linear import linear_gaussian, local_level
+from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 
 __all__ = [
     "ClosedForm",
@@ -18,6 +19,10 @@ __all__ = [
     "Info",
     "Laplace",
     "MonteCarlo",
+    "bernoulli_mixture",
+    "categorical_mixture",
+    "gaussian_mixture",
     "linear_gaussian",
     "local_level",
+    "poisson_mixture",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import DataError, DegenerateError, fail, positive_int
+from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
 from .convergence import Verdict
 from .engine import Engine, Gradient
 from .loss import MonteCarloELBO

@@ -18,6 +18,7 @@ from torch.nn.functional import one_hot
 
 import pyro_emvae as emvae
 from pyro_emvae import EM, EmvaeError, steps
+from pyro_emvae.parameters import assign
 from pyro_emvae.posterior import EnumeratedPosterior
 from pyro_emvae.testing import check_step
 
@@ -93,6 +94,19 @@ def test_subsample_scale_and_mask():
     assert posterior.log_evidence == pytest.approx(float(log_p[mask].detach().sum()) * 7 / 3, rel=1e-12)
     totals = posterior.support(1).total(lambda values: statistics(values, X[index]))
     torch.testing.assert_close(totals["x"], (r * X[index, None])[mask].sum(0).detach() * 7 / 3, rtol=1e-12, atol=0)
+
+
+def test_the_latents_of_masked_data_do_not_count():
+    """The maximum of the expected log joint is the update in closed form, which leaves them out."""
+    mask = torch.arange(7) < 4
+    em = EM(mixture, e_step="enumerated", m_step=steps.ClosedForm(statistics, update))
+    em.engine.setup((X,), {"mask": mask})
+    state, posterior, _ = em.e_step.expect(em.engine, em.engine.state, X, mask=mask)
+    totals = posterior.support(1).total(lambda values: statistics(values, X))
+    assign(em.blocks, update(totals, {}))
+    leaves = unconstrained("weights", "loc", "scale")
+    for g in torch.autograd.grad(posterior.expected_log_joint(1), leaves):
+        torch.testing.assert_close(g, torch.zeros_like(g), rtol=0, atol=1e-10)
 
 
 def test_statistics_of_masked_data_may_be_nan():

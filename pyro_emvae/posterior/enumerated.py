@@ -120,6 +120,8 @@ class EnumeratedPosterior(Posterior):
                 probabilities = self._solved[1][name]
                 # an impossible outcome has probability 0 and log density -inf
                 term = torch.where(probabilities > 0, probabilities * factor, 0.0)
+                term._pyro_dims = factor._pyro_dims
+                term = packed.scale_and_mask(term, mask=trace.nodes[name]["packed"]["mask"])
                 total = total + term.sum() * self._scale
             else:
                 total = total + trace.nodes[name]["log_prob_sum"]

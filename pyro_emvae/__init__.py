@@ -5,7 +5,19 @@ $$\log p_\theta(x)=L(\phi,\theta)+\mathrm{KL}(q_\phi\|p_\theta(z|x)),\qquad L=E_
 
 __version__ = "0.1.0.dev0"
 
-from . import estimators, families, guides, objectives, optimizers, plots, posterior, problems, steps, testing
+from . import (
+    convergence,
+    estimators,
+    families,
+    guides,
+    objectives,
+    optimizers,
+    plots,
+    posterior,
+    problems,
+    steps,
+    testing,
+)
 from ._checks import (
     BlockError,
     DataError,
@@ -49,6 +61,7 @@ __all__ = [
     "__version__",
     "compare_gradients",
     "config_estimators",
+    "convergence",
     "elbo",
     "elbo_gap",
     "estimators",

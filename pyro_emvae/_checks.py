@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 __all__ = [
     "BlockError",
     "DataError",
+    "DegenerateError",
     "EmvaeError",
     "EstimatorError",
     "ModelError",
@@ -40,6 +41,10 @@ class ModelError(EmvaeError):
 
 class NonFiniteError(ModelError):
     """The objective or a gradient is NaN or infinite."""
+
+
+class DegenerateError(ModelError):
+    """An update left the inside of a parameter's constraint, such as a variance of zero: no maximum lies there."""
 
 
 class BlockError(EmvaeError):

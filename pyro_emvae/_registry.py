@@ -39,6 +39,10 @@ class Traits:
         needs_signal: It weighs log q by the learning signal, so that signal has to be computed.
         auto: Its place among the candidates of the policy ``"auto"``, smaller first; None: never chosen.
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
+        arguments: What has to be given to make one, so that a name alone does not.
+        latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"`` or ``"continuous"``.
+        needs_guide: For an E-step, it has no posterior without the user's guide.
+        exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
     """
 
     unbiased: bool = True
@@ -54,6 +58,10 @@ class Traits:
     needs_signal: bool = True
     auto: int | None = None
     slots: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+    latents: str = "any"
+    needs_guide: bool = False
+    exact: bool = False
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,17 @@ def create(kind: str, part: Any) -> Any:
     """Return an instance: `part` itself, or what its registered name stands for, which has what its kind needs."""
     if not isinstance(part, str):
         return part
-    made = lookup(kind, part).factory()
+    entry = lookup(kind, part)
+    if entry.traits.arguments:
+        fail(
+            EmvaeError,
+            kind,
+            f"be made from the name {part!r}",
+            got="no arguments",
+            because=f"it needs {', '.join(entry.traits.arguments)}",
+            fix=f"Pass an instance: {entry.factory.__name__}({', '.join(entry.traits.arguments)}).",
+        )
+    made = entry.factory()
     missing = [name for name in NEEDS[kind] if not hasattr(made, name)]
     if missing:
         fail(

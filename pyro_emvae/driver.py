@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import DataError, EmvaeError, fail, nearest, positive_int
+from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
+from .convergence import Verdict
 from .engine import Engine, Gradient
 from .loss import MonteCarloELBO
+from .monitor import Monitor
 from .particles import quiet
 
 __all__ = ["Fit", "History", "Progress", "Record", "run"]
@@ -29,35 +31,54 @@ PHASES = {"guide": 0, "model": 1, None: 2}
 
 @dataclass
 class Record:
-    """One iteration: its loss (minus the objective, nats), its gradient steps by phase, and the gains if known."""
+    """One iteration: its loss (minus the objective, nats), its gradient steps by phase, and the losses around it.
+
+    ``before`` and ``after`` are the losses before E and after M, NaN where they were not computed; ``evaluations`` is
+    how often E and M were made.
+    """
 
     loss: float
     gradients: list[tuple[str | None, Gradient]]
     before: float = math.nan
+    after: float = math.nan
+    evaluations: int = 1
 
     @property
     def e_gain(self) -> float:
         """Objective after E minus objective before E, both from their own draws."""
         return self.before - self.loss
 
+    @property
+    def m_gain(self) -> float:
+        """Objective after M minus objective before M."""
+        return self.loss - self.after
+
 
 class History:
-    """What a run recorded; `dataset` is it as an xarray Dataset."""
+    r"""What a run recorded; `dataset` is it as an xarray Dataset.
+
+    ``objective`` of iteration 0 is that at the initial parameters: each iteration's value comes from its E-step, or its
+    gradient, before its update of theta. Tracked parameters lie along ``iterate``, one longer: iterate 0 is the initial
+    value, iterate t the value after t iterations, so that objective and parameter of the same number belong together.
+    """
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.steps: list[tuple[int, int, float, float, float]] = []
         self.iterations: list[tuple[float, float, float, float]] = []
         self.validation: list[tuple[int, float]] = []
-        self.tracked: dict[str, list[np.ndarray]] = {}
+        self.evaluations = 0
+        self.monitor: Monitor | None = None
 
     def add(self, iteration: int, record: Record) -> None:
         """Append one iteration."""
         now = time.perf_counter() - self.start
+        self.evaluations += record.evaluations
         if self.iterations and not math.isnan(record.before):
-            objective, e_gain, _, then = self.iterations[-1]
-            self.iterations[-1] = (objective, e_gain, -record.before - objective, then)
-        self.iterations.append((-record.loss, record.e_gain, math.nan, now))
+            objective, e_gain, m_gain, then = self.iterations[-1]
+            if math.isnan(m_gain):
+                self.iterations[-1] = (objective, e_gain, -record.before - objective, then)
+        self.iterations.append((-record.loss, record.e_gain, record.m_gain, now))
         for block, g in record.gradients:
             self.steps.append((iteration, PHASES[block], -g.loss, g.norm, now))
 
@@ -69,6 +90,10 @@ class History:
         steps = np.array(self.steps, dtype=float).reshape(-1, 5)
         rows = np.array(self.iterations, dtype=float).reshape(-1, 4)
         validation = np.full(len(rows), np.nan)
+        change = np.full(len(rows), np.nan)
+        watched = self.monitor.iterations if self.monitor else []
+        for iteration, value in watched:
+            change[iteration] = value
         for iteration, value in self.validation:
             validation[iteration] = value
         variables = {
@@ -81,13 +106,15 @@ class History:
             "e_gain": ("iteration", rows[:, 1]),
             "m_gain": ("iteration", rows[:, 2]),
             "iteration_time": ("iteration", rows[:, 3]),
+            "change": ("iteration", change),
             "validation": ("iteration", validation),
         }
-        for name, values in self.tracked.items():
-            array = np.stack(values) if values else np.empty((0,))
-            variables[f"param_{name}"] = (("iteration", *[f"{name}_dim_{i}" for i in range(array.ndim - 1)]), array)
         coords = {"step": np.arange(len(steps)), "iteration": np.arange(len(rows))}
-        attrs = {"phases": "0=E, 1=M, 2=joint", "units": "nats, seconds"}
+        for name, values in (self.monitor.tracked if self.monitor else {}).items():
+            array = np.stack(values)
+            variables[f"param_{name}"] = (("iterate", *[f"{name}_dim_{i}" for i in range(array.ndim - 1)]), array)
+            coords["iterate"] = np.arange(len(array))
+        attrs = {"phases": "0=E, 1=M, 2=joint", "units": "nats, seconds", "map_evaluations": self.evaluations}
         return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
@@ -96,13 +123,16 @@ class Fit:
     r"""What a run returns.
 
     Args:
-        status: ``"MAX_ITER"`` (all iterations were made: no claim of convergence), ``"STOPPED"`` (by a callback),
-            ``"INTERRUPTED"`` (Ctrl-C) or ``"NAN"`` (updates were left out because something was not finite).
+        status: ``"MAX_ITER"`` (all iterations were made: no claim of convergence) or another key of
+            `convergence.STATUSES`, which says what each means.
         model, guide: The user's.
         params: Constrained values at the end, detached, by name.
         blocks: Block of each parameter.
         num_iterations: Iterations made.
         provenance: Versions, device, dtype, seed, data shapes, resolved estimators.
+        objective: Objective at ``params`` where both half-steps are exact, else that of the last iteration; nats.
+        verdict: What the stopping rule said last: estimated rate, projected gain, its reason.
+        restarts: A table of all starts of a run with ``n_init``, else None.
     """
 
     status: str
@@ -113,6 +143,9 @@ class Fit:
     num_iterations: int
     provenance: dict[str, Any] = field(repr=False)
     record: History = field(repr=False)
+    objective: float = field(default=math.nan, repr=False)
+    verdict: Verdict = field(default=Verdict(), repr=False)
+    restarts: Any = field(default=None, repr=False)
 
     @property
     def history(self) -> Any:
@@ -188,6 +221,10 @@ def run(
     device: Any = None,
     seed: int | None = None,
     track: Iterable[str] = (),
+    stop: Any = None,
+    on_decrease: str | None = None,
+    exact: bool = False,
+    evaluate: Callable[[tuple, dict], float] | None = None,
 ) -> Fit:
     r"""Iterate over data and return a `Fit`; the loop behind ``SVI.run`` and ``EM.run``.
 
@@ -208,23 +245,32 @@ def run(
         progress_bar: True, False, or None: if the standard error is a terminal.
         device: Where batches are moved.
         seed: Seed for Pyro, torch, numpy and Python before the first iteration.
-        track: Names of parameters whose constrained value is recorded per iteration.
+        track: Names of parameters whose constrained value is recorded, the initial one and after each iteration.
+        stop: A rule of `convergence`, asked after every iteration, or with `data` after every epoch about its mean;
+            None: all iterations are made; ``"auto"``: see `Monitor`.
+        on_decrease, exact: See `Monitor`.
+        evaluate: Returns minus the objective at the present parameters, at the end of a run of exact half-steps.
 
     Raises:
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
+        StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
+            those before.
     """
     _check_options(data, callbacks, every)
     total = _length(num_iterations, data, num_epochs)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
+    monitor = Monitor(engine, stop, on_decrease, exact and data is None, track)
     if seed is not None:
         pyro.set_rng_seed(seed)
     engine.expect_changes()
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
     history, status, iteration, skipped, shapes = History(), "MAX_ITER", 0, engine.skipped, None
+    history.monitor = monitor
     bar = tqdm(total=total, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
         with bar, _Interrupt() as interrupt:
+            monitor.start()
             for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args):
                 if num_iterations is not None and iteration >= num_iterations:
                     break
@@ -232,30 +278,33 @@ def run(
                 shapes = shapes or _shapes(a, k)
                 record = iterate(a, k)
                 history.add(iteration, record)
-                _track(engine, track, history)
+                ended = monitor.after(iteration, record.loss, last)
                 judged = last if data is not None else _due(iteration, total, every)
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))
                 value = history.validation[-1][1] if history.validation else math.nan
-                bar.set_postfix(elbo=f"{-record.loss:.4g}", refresh=False)
+                bar.set_postfix(_shown(record, ended), refresh=False)
                 bar.update()
                 progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
                 iteration += 1
-                if _call(callbacks, progress, engine):
-                    status = "STOPPED"
-                    break
-                if interrupt.flag:
-                    status = "INTERRUPTED"
+                stopped = _call(callbacks, progress, engine)
+                if stopped or interrupt.flag or ended:
+                    status = "STOPPED" if stopped else "INTERRUPTED" if interrupt.flag else ended
                     break
     except KeyboardInterrupt:
         status = "INTERRUPTED"
+    except DegenerateError as error:
+        status, monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
     finally:
-        engine.on_nonfinite = policy
+        engine.on_nonfinite, engine.on_setup = policy, None
     if not iteration and status == "MAX_ITER":
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
     if engine.skipped > skipped and status == "MAX_ITER":
         status = "NAN"
-    return _fit(engine, status, iteration, history, seed, shapes)
+    objective = history.iterations[-1][0] if history.iterations else math.nan
+    if monitor.monotone and evaluate is not None and status != "INTERRUPTED":
+        status, objective = monitor.end(status, -evaluate(a, k))
+    return _fit(engine, status, iteration, history, seed, shapes, objective)
 
 
 def _check_options(data: Any, callbacks: Any, every: Any) -> None:
@@ -368,23 +417,6 @@ def _validate(engine: Engine, validation: Any, to_args: Any, device: Any) -> flo
     return -math.fsum(losses) / len(losses)
 
 
-def _track(engine: Engine, names: list[str], history: History) -> None:
-    if not names:
-        return
-    rows = {row.name: row for row in engine.parameters.rows}
-    for name in names:
-        if name not in rows:
-            fail(
-                EmvaeError,
-                "run",
-                f"track {name!r}",
-                got="an unknown parameter",
-                because="neither model nor guide has it",
-                fix=nearest(name, rows),
-            )
-        history.tracked.setdefault(name, []).append(rows[name].value.detach().cpu().numpy().copy())
-
-
 def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool:
     """Call them all; generators, buffers and modes are as before."""
     if not callbacks:
@@ -399,11 +431,26 @@ def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool
             module.training = training
 
 
+def _shown(record: Record, status: str | None) -> dict[str, str]:
+    """Return what the progress bar says: the objective, the gains that are known, the status at the end."""
+    numbers = {"elbo": -record.loss, "E": record.e_gain, "M": record.m_gain}
+    shown = {name: f"{value:.4g}" for name, value in numbers.items() if name == "elbo" or not math.isnan(value)}
+    return shown | ({"status": status} if status else {})
+
+
 def _shapes(args: tuple, kwargs: dict) -> list[str]:
     return [f"{tuple(x.shape)} {x.dtype}" for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
 
-def _fit(engine: Engine, status: str, iteration: int, history: History, seed: int | None, shapes: Any) -> Fit:
+def _fit(
+    engine: Engine,
+    status: str,
+    iteration: int,
+    history: History,
+    seed: int | None,
+    shapes: Any,
+    objective: float,
+) -> Fit:
     parameters = engine.parameters
     rows = parameters.rows if parameters is not None else ()
     leaf = next((row.leaf for row in rows), None)
@@ -422,4 +469,15 @@ def _fit(engine: Engine, status: str, iteration: int, history: History, seed: in
     }
     params = parameters.constrained() if parameters is not None else {}
     blocks = {row.name: row.block for row in rows}
-    return Fit(status, engine.model, engine.guide, params, blocks, iteration, provenance, history)
+    return Fit(
+        status,
+        engine.model,
+        engine.guide,
+        params,
+        blocks,
+        iteration,
+        provenance,
+        history,
+        objective,
+        history.monitor.verdict,
+    )

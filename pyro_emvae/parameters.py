@@ -19,9 +19,9 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import biject_to, transform_to
+from torch.distributions import transform_to
 
-from ._checks import BlockError, ModelError, fail, nearest
+from ._checks import BlockError, DegenerateError, ModelError, fail, nearest
 from ._pyro import Messenger, constraint_of, leaf_of
 from .particles import Particles, draw, quiet
 
@@ -62,13 +62,19 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Parameters:
-    """All parameters and buffers of a pair of model and guide, by block."""
+    """All parameters and buffers of a pair of model and guide, by block.
+
+    ``num_data`` is the full size of the largest plate with an observed site, 1 without plates; ``subsampled`` is
+    whether a plate held a part of its data.
+    """
 
     rows: tuple[Row, ...]
     buffers: tuple[Buffer, ...] = ()
     owners: Mapping[str, tuple[tuple[nn.Module, str], ...]] = field(default_factory=dict, repr=False)
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     stored: frozenset[str] = field(default=frozenset(), repr=False)
+    num_data: int = 1
+    subsampled: bool = False
 
     def leaves(self, *blocks: str) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the given blocks (all in use by default), by name."""
@@ -175,7 +181,11 @@ def discover(
         rows = _override(rows, particles, blocks)
     owners = _owners(model, guide, spy, rows)
     stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
-    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), owners, tuple(spy.called), stored)
+    frames = [frame for site in particles.observed.values() for frame in site.frames]
+    num_data = max([frame.full_size or frame.size for frame in frames], default=1)
+    subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
+    buffers = tuple(_buffers(spy, rows))
+    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, num_data, subsampled)
 
 
 def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:
@@ -497,6 +507,7 @@ def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
 
     Raises:
         ModelError: An unknown name, a wrong shape, or a value outside the constraint.
+        DegenerateError: A value at the boundary of its constraint, such as a scale of zero.
     """
     rows = {row.name: row for row in parameters.rows}
     new: dict[str, Tensor] = {}
@@ -519,31 +530,56 @@ def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
 def _unconstrain(row: Row, value: Tensor) -> Tensor:
     name, leaf, constraint = row.name, row.leaf, row.constraint
     value = value.detach().to(leaf)
-    if constraint is not None:
-        if not bool(torch.as_tensor(constraint.check(value)).all()):
-            fail(
-                ModelError,
-                "assign",
-                f"write parameter {name!r}",
-                got=f"a value outside {constraint}",
-                because="parameters keep their constraint",
-                fix="Let the update return values inside the constraint.",
-            )
-        try:
-            value = biject_to(constraint).inv(value)
-        except NotImplementedError:
-            value = transform_to(constraint).inv(value)
-    if value.shape != leaf.shape or not bool(torch.isfinite(value).all()):
-        got = f"shape {tuple(value.shape)}" if value.shape != leaf.shape else "a value at the constraint's boundary"
+    if not bool(torch.isfinite(value).all()):
         fail(
             ModelError,
             "assign",
             f"write parameter {name!r}",
-            got=got,
+            got=f"values that are not finite, such as {value[~torch.isfinite(value)][0].item()}",
+            because="a parameter is a number",
+            fix="Guard the update against division by an empty component.",
+        )
+    if constraint is not None:
+        if not bool(torch.as_tensor(constraint.check(value)).all()):
+            edge = _is_boundary(constraint, value)
+            fail(
+                DegenerateError if edge else ModelError,
+                "assign",
+                f"write parameter {name!r}",
+                got=f"a value {'at the boundary of' if edge else 'outside'} {constraint}",
+                because="parameters stay inside their constraint",
+                fix="Start elsewhere, or bound the update: a component on a single datum has a variance of zero."
+                if edge
+                else "Let the update return values inside the constraint.",
+            )
+        value = transform_to(constraint).inv(value)  # as the parameter store does
+    edge = value.shape == leaf.shape and not bool(torch.isfinite(value).all())
+    if value.shape != leaf.shape or edge:
+        fail(
+            DegenerateError if edge else ModelError,
+            "assign",
+            f"write parameter {name!r}",
+            got="a value at the constraint's boundary" if edge else f"shape {tuple(value.shape)}",
             because=f"the unconstrained parameter has shape {tuple(leaf.shape)} and is finite",
             fix="Return a value of the parameter's shape, strictly inside its constraint.",
         )
     return value
+
+
+def _is_boundary(constraint: Any, value: Tensor) -> bool:
+    """Whether a value outside an open constraint lies in its closure, such as a scale of zero."""
+    lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    if lower is not None or upper is not None:
+        above = True if lower is None else bool((value >= lower).all())
+        return above and (True if upper is None else bool((value <= upper).all()))
+    if value.dim() < 2:
+        return False
+    if str(constraint).endswith("LowerCholesky()"):
+        return torch.equal(value, value.tril()) and bool((value.diagonal(dim1=-2, dim2=-1) >= 0).all())
+    if str(constraint) == "PositiveDefinite()" and torch.equal(value, value.mT):
+        eigenvalues = torch.linalg.eigvalsh(value)
+        return bool((eigenvalues >= -1e-6 * eigenvalues[..., -1:]).all())
+    return False
 
 
 class _Substitute(Messenger):

@@ -186,6 +186,8 @@ OPTIONS = (
     "device",
     "seed",
     "track",
+    "stop",
+    "on_decrease",
 )
 
 
@@ -208,8 +210,15 @@ def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
             )
 
 
-def run_with(engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any]) -> Fit:
+def run_with(
+    engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any], **fixed: Any
+) -> Fit:
     """Split the options of a run from the keyword arguments of the model, and run."""
-    mine = {k: options.pop(k) for k in OPTIONS if k in options}
-    _check_names(engine.model, options)
-    return driver.run(engine, iterate, number, args, options, **mine)
+    mine, kwargs = {k: options[k] for k in OPTIONS if k in options}, model_arguments(options)
+    _check_names(engine.model, kwargs)
+    return driver.run(engine, iterate, number, args, kwargs, **mine, **fixed)
+
+
+def model_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of model and guide."""
+    return {k: v for k, v in options.items() if k not in OPTIONS}

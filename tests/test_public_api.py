@@ -45,11 +45,20 @@ def test_entries_say_what_they_are(entry):
     assert all(lookup(entry.kind, alias) is entry for alias in entry.aliases)
 
 
-@pytest.mark.parametrize("entry", [e for e in REGISTERED if e.kind != "problem"], ids=lambda e: f"{e.kind}-{e.name}")
+MADE_BY_NAME = [e for e in REGISTERED if e.kind != "problem" and not e.traits.arguments]
+
+
+@pytest.mark.parametrize("entry", MADE_BY_NAME, ids=lambda e: f"{e.kind}-{e.name}")
 def test_entries_make_instances_whose_traits_are_the_entrys(entry):
     part = entry.factory()
     assert getattr(part, "traits", entry.traits) == entry.traits
     assert create(entry.kind, part) is part
+
+
+@pytest.mark.parametrize("entry", [e for e in REGISTERED if e.traits.arguments], ids=lambda e: f"{e.kind}-{e.name}")
+def test_a_name_alone_is_refused_where_arguments_are_needed(entry):
+    with pytest.raises(emvae.EmvaeError, match=f"{entry.factory.__name__}.*{entry.traits.arguments[0]}"):
+        create(entry.kind, entry.name)
 
 
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())

@@ -87,6 +87,7 @@ class Engine:
         self.steps: dict[str, dict[str, Any]] = {}
         self.failure: NonFiniteError | None = None
         self.reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+        self.on_setup: Callable[[], Any] | None = None
         self._recordings: dict[Any, Recording] = {}
         self._warm: set[Any] = set()
         self._before: tuple | None = None
@@ -100,10 +101,15 @@ class Engine:
         self._on_nonfinite = choose("on_nonfinite", policy, ("raise", "skip", "revert"))
 
     def setup(self, args: tuple, kwargs: Mapping[str, Any]) -> Parameters:
-        """Find blocks and buffers, if that has not been done; generator and buffers stay as they are."""
+        """Find blocks and buffers, if that has not been done; generator and buffers stay as they are.
+
+        ``on_setup`` is called when they have been found, before an update.
+        """
         if self.parameters is None:
             with fitting_data(args, kwargs):
                 self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks)
+            if self.on_setup is not None:
+                self.on_setup()
         return self.parameters
 
     def refresh(self) -> None:

@@ -2,7 +2,7 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
-from .quiet import ModuleWatch, generators, quiet
+from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .run import draw, replay
 from .sites import Particles, Site, reduce_to
 
@@ -19,6 +19,7 @@ __all__ = [
     "generators",
     "hold_batch",
     "is_subsample",
+    "keep_buffers",
     "quiet",
     "reduce_to",
     "replay",

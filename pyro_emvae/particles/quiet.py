@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["ModuleWatch", "generators", "quiet"]
+__all__ = ["ModuleWatch", "generators", "keep_buffers", "quiet"]
 
 
 @contextlib.contextmanager
@@ -41,6 +41,16 @@ def quiet(*, seed: int | None = None, train: bool | None = None, validate: bool 
             watch.restore()
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+@contextlib.contextmanager
+def keep_buffers() -> Iterator[None]:
+    """Run code that draws, as an E-step does, but moves no buffer of any module that it calls."""
+    with ModuleWatch() as watch:
+        try:
+            yield
+        finally:
+            watch.restore()
 
 
 def generators() -> Callable[[], None]:

@@ -2,6 +2,7 @@ r"""The posterior that a guide with its present parameters stands for; it draws 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from .._checks import ModelError, fail, nearest
 from ..particles import Particles, choose_vectorize, draw
-from .base import Posterior
+from .base import Posterior, Support, expected_log_joint
 
 __all__ = ["GuidePosterior"]
 
@@ -42,6 +43,7 @@ class GuidePosterior(Posterior):
         """Draw from the guide and replay the model, from torch's generator as it stands; no gradients."""
         pair = (self.model, self.guide, self.args, self.kwargs)
         vectorize, nesting = choose_vectorize("GuidePosterior", None, num_particles, None, pair, stacklevel=3)
+        self._vectorize = vectorize
         with torch.no_grad():
             return draw(
                 *pair,
@@ -64,13 +66,24 @@ class GuidePosterior(Posterior):
             )
         return sites[site].fn
 
-    def expect(self, function: Callable[[dict[str, Tensor]], Tensor], num_particles: int = 100) -> Tensor:
-        r"""Return $\tfrac1K\sum_k f(z_k)$.
-
-        Args:
-            function: Takes a dict from latent to values, particles first, and returns ``(particles, ...)``.
-            num_particles: K.
-        """
+    def support(self, num_particles: int) -> Support:
         particles = self.particles(num_particles)
-        values = {name: particles.values(name) for name in particles.latents}
-        return function(values).mean(0)
+        nesting, latents = particles.max_plate_nesting, particles.latents
+        values = {}
+        for name in latents:
+            event = particles.guide[name].fn.event_dim
+            value = particles.guide[name].value
+            batch = value.shape[: value.dim() - event]
+            full = (1,) * (nesting + 1 - len(batch)) + tuple(batch)
+            value = value.reshape(full + tuple(value.shape[len(batch) :]))
+            values[name] = value.expand(num_particles, *value.shape[1:])
+        first = next(iter(latents.values()))
+        weights = values[first.name].new_full((num_particles, *(1,) * nesting), -math.log(num_particles))
+        return Support(values, weights, nesting, first.scale, first.mask)
+
+    def sample(self) -> dict[str, Tensor]:
+        self.guide(*self.args, **self.kwargs)
+        return {}
+
+    def expected_log_joint(self, num_particles: int) -> Tensor:
+        return expected_log_joint(self.model, self.args, self.kwargs, self.support(num_particles), self._vectorize)

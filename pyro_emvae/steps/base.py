@@ -3,7 +3,10 @@ r"""The contract of a half-step of EM."""
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
 
 from .._checks import StepError, fail
 from .._registry import Traits
@@ -17,11 +20,16 @@ class Info(NamedTuple):
     """What a half-step did: the gradient steps that it took, in order (empty for an exact step).
 
     ``loss`` is minus the objective after E and before M (nats), from a step that knows it without a gradient, as an
-    exact E-step does.
+    exact E-step does; from one that weighs draws, its estimate. Diagnostics of drawn posteriors, per datum: ``ess``,
+    the effective number of draws, ``acceptance``, the chains' mean acceptance probability, and ``khat``, the tail index
+    of importance weights.
     """
 
     gradients: tuple[Gradient, ...] = ()
     loss: float = float("nan")
+    ess: Tensor | float = float("nan")
+    acceptance: Tensor | float = float("nan")
+    khat: Tensor | float = float("nan")
 
     @property
     def first_loss(self) -> float:
@@ -53,6 +61,13 @@ class HalfStep(ABC):
     ) -> tuple[State, Info]:
         r"""M: raise the objective over theta with the posterior held."""
         self._refuse("M")
+
+    def infer(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Posterior | None:
+        """Return an E-step's posterior on given data at the present theta, changing nothing.
+
+        None: the posterior is the guide's.
+        """
+        return None
 
     def _refuse(self, slot: str) -> None:
         fail(

@@ -1,0 +1,340 @@
+r"""The exact posterior of discrete latents, by Pyro's enumeration."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import config_enumerate
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
+from torch import Tensor
+
+from .._checks import StepError, fail, nearest
+from ..particles import hold_batch, is_subsample
+from ._plates import Batch, in_plates
+from .base import Posterior, Support
+
+__all__ = ["EnumeratedPosterior"]
+
+MAX_OUTCOMES = 100_000
+
+
+class EnumeratedPosterior(Posterior):
+    r"""$p_\theta(z|x)$ over all discrete latents, exact.
+
+    The log joint is a sum of factors $f_c(z_c)$, one per site, each over few latents. Summing the latents out by Pyro's
+    tensor contraction gives $\log p(x)$, at a cost linear in the length of a chain, and its derivative by each factor
+    is the posterior probability of that factor's outcomes, $\partial\log p(x)/\partial f_c(z_c)=p(z_c|x)$. So
+
+    $$E[\log p_\theta(x,z)]=\sum_c\sum_{z_c}p(z_c|x)f_c(z_c;\theta).$$
+
+    Args:
+        model: A Pyro callable; latents are enumerated in parallel, whatever their annotation says.
+        args, kwargs: The data.
+        max_plate_nesting: Number of plate dims of the model.
+
+    Raises:
+        StepError: A latent is continuous, or there is none.
+
+    Source: Darwiche 2003 for marginals as derivatives; Obermeyer et al. 2019 for the contraction. On a chain this is
+    the forward-backward algorithm.
+
+    Example:
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Bernoulli(0.5))
+        ...         pyro.sample("x", dist.Normal(2 * z, 1.0), obs=x)
+        >>> posterior = EnumeratedPosterior(model, (torch.tensor([1.0, 2.0]),), {}, 1)
+        >>> posterior.marginal("z").probs
+        tensor([0.5000, 0.8808])
+    """
+
+    kind = "enumerated"
+    is_exact = True
+
+    def __init__(self, model: Callable, args: tuple, kwargs: Mapping[str, Any], max_plate_nesting: int) -> None:
+        self.model, self.args, self.kwargs, self.nesting = model, args, kwargs, max_plate_nesting
+        with torch.no_grad():
+            self.trace, self.batch = _trace(model, args, kwargs, max_plate_nesting)
+        self.latents = _latents(self.trace)
+        self._ordinals = {
+            name: frozenset(self.trace.plate_to_symbol[f.name] for f in _frames(site))
+            for name, site in _sites(self.trace).items()
+        }
+        self._symbols = {site["infer"]["_enumerate_symbol"] for site in self.latents.values()}
+        factors = _factors(self.trace, self.latents)
+        self._touched = {n: f for n, f in factors.items() if self._symbols & set(f._pyro_dims)}
+        self._scale = _common_scale([self.trace.nodes[name] for name in self._touched])
+        self._rest = sum(float(self.trace.nodes[n]["log_prob_sum"]) for n in factors if n not in self._touched)
+
+    @cached_property
+    def log_evidence(self) -> float:
+        """log p(x), in nats, with the model's scales."""
+        return self._solved[0]
+
+    @cached_property
+    def entropy(self) -> float:
+        """Entropy of the posterior, in nats, with the model's scales; taken at the theta of the E-step."""
+        with torch.no_grad():
+            return self.log_evidence - float(self._expected(self.trace))
+
+    @cached_property
+    def _solved(self) -> tuple[float, dict[str, Tensor]]:
+        """The log evidence, and the posterior probability of each factor's outcomes."""
+        leaves = {}
+        for name, factor in self._touched.items():
+            leaves[name] = leaf = factor.detach().clone().requires_grad_()
+            leaf._pyro_dims = factor._pyro_dims
+        with torch.enable_grad():
+            tree = contract_tensor_tree(self._tree(leaves), set(self._symbols))
+            total = torch.stack([term.sum() for terms in tree.values() for term in terms]).sum()
+            grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        evidence = self._rest + float(total.detach()) * float(self._scale)
+        return evidence, dict(zip(leaves, grads, strict=True))
+
+    def _tree(self, factors: Mapping[str, Tensor]) -> OrderedDict:
+        tree: OrderedDict = OrderedDict()
+        for name, factor in factors.items():
+            tree.setdefault(self._ordinals[name], []).append(factor)
+        return tree
+
+    def expected_log_joint(self, num_particles: int = 1) -> Tensor:
+        with hold_batch(self.batch.indices):
+            trace, _ = _trace(self.model, self.args, self.kwargs, self.nesting)
+        return self._expected(trace)
+
+    def _expected(self, trace: poutine.Trace) -> Tensor:
+        factors = _factors(trace, _latents(trace))
+        total = torch.zeros(())
+        for name, factor in factors.items():
+            if name in self._touched:
+                probabilities = self._solved[1][name]
+                # an impossible outcome has probability 0 and log density -inf
+                term = torch.where(probabilities > 0, probabilities * factor, 0.0)
+                term._pyro_dims = factor._pyro_dims
+                term = packed.scale_and_mask(term, mask=trace.nodes[name]["packed"]["mask"])
+                total = total + term.sum() * self._scale
+            else:
+                total = total + trace.nodes[name]["log_prob_sum"]
+        return total
+
+    def _table(self, names: list[str]) -> Tensor:
+        """Return the joint log probability of latents in the same plates: ``(*plates, outcomes of each)``."""
+        sites = [self.latents[name] for name in names]
+        ordinal = frozenset.union(*[self._ordinals[name] for name in names])
+        symbols = [site["infer"]["_enumerate_symbol"] for site in sites]
+        logits = contract_to_tensor(
+            self._tree(dict(self._touched)), set(self._symbols), target_ordinal=ordinal, target_dims=set(symbols)
+        )
+        plates = [self._symbol_of_plate(dim, ordinal) for dim in range(-self.nesting, 0)]
+        order = [s for s in (*plates, *symbols) if s is not None and s in logits._pyro_dims]
+        logits = logits.permute(*[logits._pyro_dims.index(s) for s in order])
+        sizes = [logits.shape[order.index(s)] if s in order else 1 for s in (*plates, *symbols)]
+        logits = logits.reshape(sizes)
+        flat = logits.reshape(*sizes[: self.nesting], -1)
+        return (flat - flat.logsumexp(-1, keepdim=True)).reshape(sizes)
+
+    def _symbol_of_plate(self, dim: int, ordinal: frozenset) -> str | None:
+        for site in self.latents.values():
+            for frame in _frames(site):
+                symbol = self.trace.plate_to_symbol[frame.name]
+                if frame.dim == dim and symbol in ordinal:
+                    return symbol
+        return None
+
+    def marginal(self, site: str) -> Any:
+        """Return the distribution of one latent, of the kind that the model gives it."""
+        found = self.latents.get(site)
+        if found is None:
+            fail(
+                StepError,
+                "EnumeratedPosterior",
+                f"give the marginal of {site!r}",
+                got="no such latent",
+                because="the model's discrete latents were enumerated",
+                fix=nearest(site, self.latents),
+            )
+        return _distribution(found["fn"], _squeeze(self._table([site]), self.nesting))
+
+    def support(self, num_particles: int = 1) -> Support:
+        names = list(self.latents)
+        sizes = [_outcomes(site).shape[0] for site in self.latents.values()]
+        if math.prod(sizes) > MAX_OUTCOMES or len({self._ordinals[name] for name in names}) > 1:
+            fail(
+                StepError,
+                "EnumeratedPosterior",
+                "list the joint outcomes of the latents",
+                got=f"{len(names)} latents with {math.prod(sizes):.3g} joint outcomes",
+                because="statistics are taken over joint outcomes per datum",
+                fix="Use an M-step that reads marginals, such as steps.Gradient(), or statistics of a chain.",
+            )
+        table = self._table(names).reshape(*self._table_plates(names), -1).movedim(-1, 0)
+        digits = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).reshape(-1, len(sizes))
+        values = {}
+        for place, (name, site) in enumerate(self.latents.items()):
+            outcomes = _outcomes(site)[digits[:, place]]
+            event = outcomes.shape[1:]
+            values[name] = outcomes.reshape(-1, *(1,) * self.nesting, *event)
+        first = next(iter(self.latents.values()))
+        mask = first["mask"]
+        mask = mask if isinstance(mask, Tensor) else None
+        return Support(values, table, self.nesting, self._scale, mask, tuple(self.batch.drawn))
+
+    def _table_plates(self, names: list[str]) -> tuple[int, ...]:
+        return tuple(self._table(names).shape[: self.nesting])
+
+    def sample(self) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        plates: dict[str, Any] = {}
+        names = list(self.latents)
+        for place, name in enumerate(names):
+            site = self.latents[name]
+            earlier = [n for n in names[:place] if self._ordinals[n] <= self._ordinals[name]]
+            logits = self._table([*earlier, name])
+            for other in earlier:
+                logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
+            fn = _distribution(site["fn"], _squeeze(logits, self.nesting))
+            with in_plates(_frames(site), self.batch.indices, plates):
+                values[name] = pyro.sample(name, fn)
+        return values
+
+
+# Of a trace ---------------------------------------------------------------------------------------------------------
+
+
+def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int) -> tuple[poutine.Trace, Batch]:
+    """Return the model's trace with all discrete latents enumerated, densities packed; and the batch that was drawn."""
+    enumerated = poutine.enum(config_enumerate(model, "parallel"), first_available_dim=-1 - nesting)
+    with Batch() as batch:
+        trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
+    for name in [name for name, site in _sites(trace).items() if is_subsample(site)]:
+        trace.remove_node(name)
+    trace.compute_log_prob()
+    trace.pack_tensors()
+    return trace, batch
+
+
+def _sites(trace: poutine.Trace) -> dict[str, dict]:
+    return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _frames(site: Mapping[str, Any]) -> list:
+    return [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+
+
+def _latents(trace: poutine.Trace) -> dict[str, dict]:
+    """Return the enumerated sites; refuse other latents."""
+    latents = {name: site for name, site in _sites(trace).items() if not site["is_observed"]}
+    for name, site in latents.items():
+        if site["infer"].get("_enumerate_dim") is None:
+            fail(
+                StepError,
+                "Enumerated",
+                f"sum out site {name!r}",
+                got=f"{type(site['fn']).__name__}{tuple(site['fn'].shape())}",
+                because="it has no finite support that Pyro enumerates",
+                fix="Use steps.Gaussian() or steps.MonteCarlo(), or give the site's elements a plate in place of "
+                ".to_event().",
+            )
+    if not latents:
+        fail(
+            StepError,
+            "Enumerated",
+            "be the E-step",
+            got="a model without latents",
+            because="there is nothing to average over",
+            fix="Use SVI to maximise the likelihood.",
+        )
+    return latents
+
+
+def _factors(trace: poutine.Trace, latents: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return each site's packed log density, unscaled, of one dtype; masked unless a latent, which then sums to one."""
+    factors = {}
+    for name, site in _sites(trace).items():
+        parts = site["packed"]
+        mask = None if name in latents else parts["mask"]
+        factors[name] = packed.scale_and_mask(parts["unscaled_log_prob"], mask=mask)
+    dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors.values()))
+    for name, factor in factors.items():
+        if factor.dtype != dtype:
+            factors[name] = factor.to(dtype)
+            factors[name]._pyro_dims = factor._pyro_dims
+    return factors
+
+
+def _common_scale(sites: list[Mapping[str, Any]]) -> Any:
+    scales = {float(site["scale"]) if not isinstance(site["scale"], Tensor) else _scalar(site) for site in sites}
+    if len(scales) > 1:
+        fail(
+            StepError,
+            "Enumerated",
+            "sum out latents",
+            got=f"scales {sorted(scales)}",
+            because="a scale multiplies the logarithm of a sum, so all its terms need the same",
+            fix="Put poutine.scale around the latent and what depends on it.",
+        )
+    return next(iter(scales))
+
+
+def _scalar(site: Mapping[str, Any]) -> float:
+    if site["scale"].numel() > 1:
+        fail(
+            StepError,
+            "Enumerated",
+            f"sum out latents with the scale at site {site['name']!r}",
+            got=f"a tensor of shape {tuple(site['scale'].shape)}",
+            because="a scale multiplies the logarithm of a sum, and has to be one number",
+            fix="Use poutine.mask, or one number as the scale.",
+        )
+    return float(site["scale"])
+
+
+def _outcomes(site: Mapping[str, Any]) -> Tensor:
+    """Return the outcomes of one latent: ``(outcomes, *event)``."""
+    support = site["fn"].enumerate_support(expand=False)
+    return support.reshape(support.shape[0], *site["fn"].event_shape)
+
+
+def _index(site: Mapping[str, Any], value: Tensor) -> Tensor:
+    """Return which outcome a value is."""
+    outcomes, event = _outcomes(site), site["fn"].event_dim
+    same = value.unsqueeze(-1 - event) == outcomes
+    return (same.flatten(-event).all(-1) if event else same).long().argmax(-1)
+
+
+def _gather(logits: Tensor, index: Tensor, nesting: int) -> Tensor:
+    """Condition a table ``(*plates, first, ...)`` on the first latent's outcome."""
+    index = index.reshape((1,) * (nesting - index.dim()) + index.shape)
+    plates = torch.broadcast_shapes(index.shape, logits.shape[:nesting])
+    logits = logits.expand(*plates, *logits.shape[nesting:])
+    rest = logits.shape[nesting + 1 :]
+    index = index.expand(plates).reshape(*plates, 1, *(1,) * len(rest)).expand(*plates, 1, *rest)
+    return logits.gather(nesting, index).squeeze(nesting)
+
+
+def _squeeze(logits: Tensor, nesting: int) -> Tensor:
+    """Drop leading plate dims of size 1."""
+    while nesting and logits.dim() > 1 and logits.shape[0] == 1:
+        logits, nesting = logits.squeeze(0), nesting - 1
+    return logits
+
+
+def _distribution(fn: Any, logits: Tensor) -> Any:
+    """Return a distribution over the outcomes, of the same kind as the model's where that has logits."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    if isinstance(fn, dist.Bernoulli):
+        return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
+    if isinstance(fn, dist.OneHotCategorical):
+        return dist.OneHotCategorical(logits=logits)
+    return dist.Categorical(logits=logits)

@@ -1,0 +1,33 @@
+r"""A Pyro guide that carries an E-step's rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .base import Posterior
+
+__all__ = ["PosteriorGuide"]
+
+
+class PosteriorGuide:
+    r"""Draws from the posterior that an E-step finds for the data it is called with, at the present theta.
+
+    It works wherever a guide does: `Predictive`, `log_evidence`, `to_arviz`, `Trace_ELBO`. It has no parameters.
+
+    Args:
+        infer: A function of args and kwargs that returns a `Posterior`.
+    """
+
+    def __init__(self, infer: Callable[[tuple, dict], Posterior]) -> None:
+        self.infer = infer
+
+    def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        with torch.no_grad():
+            with poutine.block():
+                posterior = self.infer(args, kwargs)
+            return posterior.sample()

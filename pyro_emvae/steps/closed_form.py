@@ -1,0 +1,136 @@
+r"""The M-step in closed form, from expected complete-data statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._checks import DegenerateError, StepError, fail, nearest, positive_int
+from .._registry import Traits, register
+from ..engine import Engine, State
+from ..parameters import MODEL, assign
+from ..posterior import Posterior, Support
+from .base import HalfStep, Info
+
+__all__ = ["ClosedForm", "total"]
+
+
+def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Return the posterior expectation of statistics, summed over the data with scale and mask.
+
+    ``statistics.total(support, *args, **kwargs)`` is used where there is one: sums of products of responsibilities and
+    data, for instance, need no statistic per outcome and datum.
+    """
+    direct = getattr(statistics, "total", None)
+    if direct is not None:
+        return direct(support, *args, **kwargs)
+    return support.total(lambda values: statistics(values, *args, **kwargs))
+
+
+class ClosedForm(HalfStep):
+    r"""Theta from the posterior expectation of sufficient statistics.
+
+    $$\theta_{t+1}=\mathrm{update}\Big(\sum_n E\big[s(x_n,z_n)\,|\,x,\theta_t\big]\Big).$$
+
+    Args:
+        statistics: ``statistics(values, *args, **kwargs) -> dict[str, Tensor]``, the complete-data sufficient
+            statistics per datum. ``values`` holds each latent as ``(S, *plates, *event)``: S outcomes or draws. The
+            statistics are ``(S, *plates, ...)``, or broadcast to it; one that does not depend on the latents has size
+            1 at S; an outer product of vectors may be a `posterior.Outer`. Their expectation, and its sum over the
+            plates with scale and mask, is taken for you.
+        update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
+            returns new values in constrained space, of all parameters or of some.
+        num_particles: Draws, after an E-step that has to draw.
+        start: ``start(seed, params, *args, **kwargs) -> dict[str, Tensor]``: initial values found from the data, for
+            the starts of ``EM.run(..., n_init=10)``; constrained.
+
+    Values are written in place, so optimizers keep their state.
+
+    Raises:
+        StepError: `update` names a parameter that is none of the model's.
+        ModelError: It returns a value of another shape, outside its constraint, or not finite.
+        DegenerateError: It returns a value at the boundary of its constraint, or meets a singular matrix.
+
+    After an error nothing has changed.
+
+    Source: Dempster, Laird and Rubin 1977, eqs. 2.2 and 2.3.
+
+    Example:
+        >>> def statistics(values, x):
+        ...     return {"n": torch.ones_like(x)[None], "x": x[None] - values["z"]}
+        >>> ClosedForm(statistics, lambda s, params: {"mean": s["x"] / s["n"]})
+        ClosedForm(statistics, <lambda>)
+    """
+
+    traits: ClassVar[Traits] = Traits(slots=("M",), arguments=("statistics", "update"), exact=True)
+
+    def __init__(
+        self,
+        statistics: Callable[..., Mapping[str, Tensor]],
+        update: Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]],
+        num_particles: int = 100,
+        start: Callable[..., Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.statistics, self.update, self.start = statistics, update, start
+        self.num_particles = positive_int("steps.ClosedForm", "num_particles", num_particles)
+
+    def __repr__(self) -> str:
+        names = (getattr(f, "__name__", repr(f)) for f in (self.statistics, self.update))
+        return f"ClosedForm({', '.join(names)})"
+
+    def maximise(
+        self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
+    ) -> tuple[State, Info]:
+        with torch.no_grad():
+            support = posterior.support(self.num_particles)
+            if support.drawn:
+                fail(
+                    StepError,
+                    "steps.ClosedForm",
+                    "take statistics of a batch that the model draws",
+                    got=f"a plate {support.drawn[0]!r} with subsample_size=",
+                    because="`statistics` has to know which data the batch holds",
+                    fix=f"Pass the batch to the model: pyro.plate({support.drawn[0]!r}, N, subsample=index).",
+                )
+            totals = total(self.statistics, support, *args, **kwargs)
+            rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
+            new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
+        unknown = [name for name in new if name not in rows]
+        if unknown:
+            fail(
+                StepError,
+                "steps.ClosedForm",
+                f"set {unknown[0]!r}",
+                got="a name that is no parameter of the model",
+                because="`update` returns parameters of the model",
+                fix=nearest(unknown[0], rows),
+            )
+        assign(problem.parameters, new)
+        return state, Info()
+
+    def _updated(self, totals: dict[str, Tensor], params: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        try:
+            return self.update(totals, params)
+        except torch.linalg.LinAlgError as error:
+            fail(
+                DegenerateError,
+                "steps.ClosedForm",
+                "make its update",
+                got=str(error).splitlines()[0],
+                because="a covariance became singular",
+                fix="Start elsewhere, or bound the update.",
+                cause=error,
+            )
+
+
+register(
+    "step",
+    "closed_form",
+    ClosedForm,
+    traits=ClosedForm.traits,
+    summary="theta from expected sufficient statistics",
+    source="Dempster, Laird and Rubin 1977, eqs. 2.2 and 2.3",
+)

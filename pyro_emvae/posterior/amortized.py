@@ -78,7 +78,7 @@ class GuidePosterior(Posterior):
             value = value.reshape(full + tuple(value.shape[len(batch) :]))
             values[name] = value.expand(num_particles, *value.shape[1:])
         first = next(iter(latents.values()))
-        weights = values[first.name].new_full((num_particles, *(1,) * nesting), -math.log(num_particles))
+        weights = first.log_prob.new_full((num_particles, *(1,) * nesting), -math.log(num_particles))
         return Support(values, weights, nesting, first.scale, first.mask)
 
     def sample(self) -> dict[str, Tensor]:

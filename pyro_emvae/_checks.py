@@ -8,6 +8,7 @@ from typing import NoReturn
 
 __all__ = [
     "BlockError",
+    "CheckpointError",
     "DataError",
     "EmvaeError",
     "EstimatorError",
@@ -41,6 +42,10 @@ class NonFiniteError(ModelError):
 
 class BlockError(EmvaeError):
     """A parameter cannot be assigned to one block."""
+
+
+class CheckpointError(EmvaeError):
+    """A checkpoint cannot be written or read, or belongs to another model."""
 
 
 class DataError(EmvaeError):

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._checks import DataError, EmvaeError, fail, nearest, positive_int
+from .checkpoint import Checkpoints, Position
 from .engine import Engine, Gradient
 from .loss import MonteCarloELBO
 from .particles import quiet
@@ -188,6 +189,8 @@ def run(
     device: Any = None,
     seed: int | None = None,
     track: Iterable[str] = (),
+    checkpoint: Any = None,
+    resume: str | bool = "auto",
 ) -> Fit:
     r"""Iterate over data and return a `Fit`; the loop behind ``SVI.run`` and ``EM.run``.
 
@@ -202,29 +205,44 @@ def run(
         to_args: Turns a batch into ``(args, kwargs)`` in place of that rule.
         validation: Held-out data, as a batch or an iterable of batches; its objective is recorded per epoch, or
             every `every` iterations.
-        every: Iterations between validations without `data`; a twentieth of the run by default.
+        every: Iterations between validations, and between checkpoints, without `data`; a twentieth of the run by
+            default. With `data` both are made at the end of every epoch.
         callbacks: One or many; called after every iteration with a `Progress`; True stops.
         on_nonfinite: Overrides the engine's policy for this run.
         progress_bar: True, False, or None: if the standard error is a terminal.
         device: Where batches are moved.
         seed: Seed for Pyro, torch, numpy and Python before the first iteration.
         track: Names of parameters whose constrained value is recorded per iteration.
+        checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
+            killed at any point, and is started again in the same way, gives the numbers of one that was not.
+            Not in it: what callbacks, the model or a loader's workers keep in Python.
+        resume: ``"auto"``: go on from `checkpoint` if it exists, else start; iterations and epochs count from the
+            first start, and a run that had come to its end returns its `Fit`. True: it has to exist. False: start
+            anew, and replace it.
 
     Raises:
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
+        CheckpointError: `checkpoint` cannot be written, is damaged, or belongs to another model or seed.
     """
     total = _length(num_iterations, data, num_epochs)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
-    if seed is not None:
+    history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
+    start = keeper.begin(history, lambda: _to_device(*_first(args, kwargs, data, to_args), device))
+    if seed is not None and not start.source:
         pyro.set_rng_seed(seed)
     engine.expect_changes()
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
-    history, status, iteration, skipped, shapes = History(), "MAX_ITER", 0, engine.skipped, None
-    bar = tqdm(total=total, disable=None if progress_bar is None else not progress_bar, leave=False)
+    status, iteration, skipped, shapes = (
+        start.status if start.ended else "MAX_ITER",
+        start.iteration,
+        keeper.skipped,
+        None,
+    )
+    bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
         with bar, _Interrupt() as interrupt:
-            for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args):
+            for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args, start):
                 if num_iterations is not None and iteration >= num_iterations:
                     break
                 a, k = _to_device(a, k, device)
@@ -242,9 +260,11 @@ def run(
                 iteration += 1
                 if _call(callbacks, progress, engine):
                     status = "STOPPED"
-                    break
-                if interrupt.flag:
+                elif interrupt.flag:
                     status = "INTERRUPTED"
+                if judged or (data is None and status != "MAX_ITER"):
+                    keeper.write(history, iteration, epoch + 1, status)
+                if status != "MAX_ITER":
                     break
     except KeyboardInterrupt:
         status = "INTERRUPTED"
@@ -254,7 +274,9 @@ def run(
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
     if engine.skipped > skipped and status == "MAX_ITER":
         status = "NAN"
-    return _fit(engine, status, iteration, history, seed, shapes)
+    fit = _fit(engine, status, iteration, history, keeper.seed, shapes)
+    fit.provenance.update({"resumed_from": start.source} if start.source else {})
+    return fit
 
 
 def _length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
@@ -278,16 +300,24 @@ def _refuse_data(got: str, fix: str) -> None:
 
 
 def _batches(
-    num_iterations: int | None, args: tuple, kwargs: dict, data: Any, num_epochs: int | None, to_args: Any
+    num_iterations: int | None,
+    args: tuple,
+    kwargs: dict,
+    data: Any,
+    num_epochs: int | None,
+    to_args: Any,
+    start: Position,
 ) -> Iterator[tuple[int, bool, tuple[tuple, dict]]]:
     """Yield epoch, whether the batch is the epoch's last, and the arguments."""
+    if start.ended:
+        return
     if data is None:
-        for i in range(num_iterations):
+        for i in range(start.iteration, num_iterations):
             yield i, True, (args, kwargs)
         return
     if args or kwargs:
         _refuse_data(f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=.")
-    for epoch in range(num_epochs or 1):
+    for epoch in range(start.epoch, num_epochs or 1):
         waiting = None
         for batch in data:
             if waiting is not None:
@@ -301,6 +331,15 @@ def _batches(
                 )
             return
         yield epoch, True, arguments(waiting, to_args)
+
+
+def _first(args: tuple, kwargs: dict, data: Any, to_args: Any) -> tuple[tuple, dict]:
+    """Return the arguments of a first batch."""
+    if data is None:
+        return args, kwargs
+    for batch in data:
+        return arguments(batch, to_args)
+    _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
 
 
 def arguments(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from . import checkpoint
 from ._checks import BlockError, StepError, fail
 from ._registry import create
 from .driver import Fit, Record
@@ -92,6 +93,7 @@ class EM(Inference):
             backend=backend,
             on_nonfinite=on_nonfinite,
         )
+        self.engine.half_steps = {} if schedule == "joint" else {"E": self.e_step, "M": self.m_step}
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
@@ -116,6 +118,7 @@ class EM(Inference):
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+        checkpoint.restore_waiting(self.engine, args, kwargs)
         if self.schedule == "joint":
             found = self.engine.step(None, args, kwargs)
             return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])

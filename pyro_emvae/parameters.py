@@ -69,6 +69,7 @@ class Parameters:
     owners: Mapping[str, tuple[tuple[nn.Module, str], ...]] = field(default_factory=dict, repr=False)
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     stored: frozenset[str] = field(default=frozenset(), repr=False)
+    sites: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def leaves(self, *blocks: str) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the given blocks (all in use by default), by name."""
@@ -174,7 +175,8 @@ def discover(
         rows = _override(rows, particles, blocks)
     owners = _owners(model, guide, spy, rows)
     stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
-    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), owners, tuple(spy.called), stored)
+    sites = dict.fromkeys(particles.guide, "latent") | dict.fromkeys(particles.observed, "observed")
+    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), owners, tuple(spy.called), stored, sites)
 
 
 def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:

@@ -32,7 +32,7 @@ LAYERS = (
     ),
     ("posterior",),
     ("estimators", "guides"),
-    ("loss", "engine", "driver"),
+    ("loss", "engine", "checkpoint", "driver"),
     ("evidence",),
     ("svi", "steps"),
     ("em",),

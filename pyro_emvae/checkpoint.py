@@ -159,7 +159,7 @@ def pack(
     packed = {
         "params": {row.name: row.leaf for row in parameters.rows},
         "buffers": list(_constants(parameters).values()),
-        "optim": {str(block): _packed_optimizer(o) for block, o in engine.optimizers.items()},
+        "optim": {str(block): _packed_optimizer(o, parameters) for block, o in engine.optimizers.items()},
         "estimator": {name: loss.state for name, loss in _losses(engine).items()},
         "steps": state.steps,
         "count": state.count,
@@ -252,9 +252,15 @@ def _optimizer_names(engine: Engine) -> dict[str, str]:
     }
 
 
-def _packed_optimizer(optimizer: BlockOptimizer) -> dict[str, dict[str, Any]]:
+def _packed_optimizer(optimizer: BlockOptimizer, parameters: Parameters) -> dict[str, dict[str, Any]]:
+    """Return slots, counts, hyperparameters and schedulers by name; ``leaf`` is the parameter's name among the blocks.
+
+    The two differ where a module has one parameter under two names, as Pyro's flow guides have.
+    """
+    names = {id(row.leaf): row.name for row in parameters.rows}
     return {
         e.name: {
+            "leaf": names.get(id(e.param)),
             "slots": dict(e.slots) if e.rule_class else e.saved(),
             "count": e.count,
             "options": {k: v for k, v in e.options.items() if k not in ("params", "param_names")},
@@ -345,7 +351,8 @@ def _meet_optimizers(engine: Engine, saved: Mapping[str, Mapping[str, Any]]) -> 
     """Let the optimizers take the parameters that they had, in the order in which they had met them."""
     leaves = {row.name: row.leaf for row in engine.parameters.rows}
     for block, optimizer in engine.optimizers.items():
-        optimizer.add({name: leaves[name] for name in saved.get(str(block), {}) if name in leaves})
+        mine = saved.get(str(block), {})
+        optimizer.add({name: leaves[own["leaf"]] for name, own in mine.items() if own["leaf"] in leaves})
 
 
 def _check_slots(engine: Engine, saved: Mapping[str, Mapping[str, Any]]) -> None:

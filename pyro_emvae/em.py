@@ -156,6 +156,7 @@ class EM(Inference):
 
         With a guide of shared parameters (an amortized one) that is the guide on the data; no update is made.
         """
+        checkpoint.restore_waiting(self.engine, args, kwargs)
         found = self.e_step.infer(self.model, args, kwargs)
         return GuidePosterior(self.model, self.guide, args, kwargs) if found is None else found
 

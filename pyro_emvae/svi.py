@@ -61,12 +61,17 @@ class Inference(pyro.infer.SVI):
         """Go on from a checkpoint of `save` or of a run: values are written in place, and generators are set.
 
         A process that took no step yet has no parameters. They are found by the data, if some are given here, else
-        at the first step.
+        at the first call with data (`step`, `run`, `evaluate_loss`); until then the model has its initial values.
 
         Raises:
             CheckpointError: The file is damaged, of another format or of another model; then nothing is changed.
         """
         checkpoint.load(self.engine, path, args, kwargs)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss, minus the objective in nats, without a step."""
+        checkpoint.restore_waiting(self.engine, args, kwargs)
+        return super().evaluate_loss(*args, **kwargs)
 
     def recover(self) -> None:
         """Allow further steps after a step that was not finite; parameters are as before it."""

@@ -230,8 +230,9 @@ class Engine:
 
     def _update(self, optimizers: list[BlockOptimizer], found: Gradient, loss: Any) -> None:
         grads = found.grads if self.reduce is None else self.reduce(found.grads)
+        of_leaf = {id(found.leaves[name]): g for name, g in grads.items()}  # a name may change, as a flow's first does
         for optimizer in optimizers:
-            optimizer.step([grads.get(name) for name in optimizer.names])
+            optimizer.step([of_leaf.get(id(param)) for param in optimizer.params])
         if found.state is not None:
             loss.state = found.state
         self.count += 1

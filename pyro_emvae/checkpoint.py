@@ -16,7 +16,7 @@ import sys
 import time
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -72,6 +72,19 @@ class Checkpoints:
 
     Raises:
         CheckpointError: The path cannot be written, the file is missing, damaged, of another format or another model.
+
+    Example:
+        >>> import tempfile
+        >>> from pyro_emvae import SVI, problems
+        >>> pyro.clear_param_store()
+        >>> model, guide, (x,) = (p := problems.linear_gaussian()).model, p.guide, p.args
+        >>> path = Path(tempfile.mkdtemp()) / "run.pt"
+        >>> for number in (10, 30):
+        ...     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}))
+        ...     fit = svi.run(number, x, checkpoint=path, seed=0)
+        ...     print(fit.num_iterations, fit.provenance.get("resumed_from", "")[:15])
+        10
+        30 iteration 10 of
     """
 
     def __init__(
@@ -516,20 +529,20 @@ def _packed_list(x: list) -> dict[str, Any] | None:
     if isinstance(x[0], np.ndarray):
         alike = all(isinstance(a, np.ndarray) and (a.dtype, a.shape) == (x[0].dtype, x[0].shape) for a in x)
         return {ARRAYS: torch.from_numpy(np.stack(x))} if alike and x[0].dtype.kind in "biufc" else None
-    if type(x[0]) is tuple and x[0] and all(type(row) is tuple and len(row) == len(x[0]) for row in x):
-        columns = [_column(list(column)) for column in zip(*x, strict=True)]
+    if set(map(type, x)) == {tuple} and x[0] and set(map(len, x)) == {len(x[0])}:
+        columns = [_column(column) for column in zip(*x, strict=True)]
         return None if any(c is None for c in columns) else {ROWS: columns}
     column = _column(x)
     return None if column is None else {NUMBERS: column}
 
 
-def _column(x: list) -> Tensor | None:
-    """Return numbers of one type as a tensor that gives them back bit for bit."""
-    if all(type(v) is float for v in x):
-        return torch.tensor(x, dtype=torch.float64)
-    if all(type(v) is int and abs(v) < 2**63 for v in x):
-        return torch.tensor(x, dtype=torch.int64)
-    return None
+def _column(x: Sequence) -> Tensor | None:
+    """Return numbers of one type as a tensor that gives them back bit for bit; None if they are not of one."""
+    dtype = {(float,): np.float64, (int,): np.int64}.get(tuple(set(map(type, x))))
+    try:
+        return None if dtype is None else torch.from_numpy(np.array(x, dtype=dtype))
+    except OverflowError:
+        return None
 
 
 def decoded(x: Any, device: torch.device | None = None) -> Any:

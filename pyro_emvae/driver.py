@@ -274,7 +274,7 @@ def run(
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
     if engine.skipped > skipped and status == "MAX_ITER":
         status = "NAN"
-    fit = _fit(engine, status, iteration, history, keeper.seed, shapes)
+    fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs))
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit
 

@@ -115,6 +115,8 @@ class Checkpoints:
                 f"its run has seed {content['seed']}",
                 f"Write seed={content['seed']}, another path, or resume=False.",
             )
+        if content["iteration"]:
+            self._check_loader(content["rng"].get("loader"))
         engine = self.engine
         engine.refresh()
         restore(engine, content, *(((), {}) if engine.parameters is not None else self._peek(first)))
@@ -125,8 +127,18 @@ class Checkpoints:
         source = f"iteration {content['iteration']} of {self.path}"
         return Position(content["iteration"], content["epoch"], content["status"], self.skipped, source)
 
+    def _check_loader(self, saved: Any) -> None:
+        here, there = _kind_of_data(_loader_state(self.data)), _kind_of_data(saved)
+        if here != there:
+            _refuse(
+                f"go on from {self.path}",
+                f"{here}, {there} in the file",
+                "the order of the data belongs to the run",
+                "Give the data as before, such as DataLoader(..., generator=...).",
+            )
+
     def _peek(self, first: Callable[[], tuple[tuple, Mapping[str, Any]]]) -> tuple[tuple, Mapping[str, Any]]:
-        if self.data is not None and iter(self.data) is self.data:
+        if isinstance(self.data, Iterator):
             _refuse(
                 f"go on from {self.path}",
                 f"an iterator of type {type(self.data).__name__}",
@@ -451,6 +463,12 @@ def _loader_state(data: Any) -> Any:
     if data is None:
         return None
     return data.state_dict() if _has_state(data) else [g.get_state() for g in _loader_generators(data)]
+
+
+def _kind_of_data(state: Any) -> str:
+    if state is None:
+        return "arguments"
+    return f"a loader with {len(state)} generators of its own" if isinstance(state, list) else "a loader with a state"
 
 
 def _restore_loader(data: Any, saved: Any) -> None:

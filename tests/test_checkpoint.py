@@ -728,6 +728,23 @@ def test_save_needs_a_step(tmp_path):
         JOBS["em"].make().save(tmp_path / "em.pt")
 
 
+@pytest.mark.parametrize(
+    ("name", "data", "observed_value"),
+    [
+        ("loader", lambda: {"data": seeded_loader()}, "loader with 1 generators of its own, a loader with 0"),
+        ("seeded_loader", lambda: {"data": loader()}, "loader with 0 generators of its own, a loader with 1"),
+        ("loader_with_state", lambda: {"data": loader()}, "loader with 0 generators of its own, a loader with a state"),
+        ("batch_norm", lambda: {"data": [X]}, "loader with 0 generators of its own, arguments"),
+    ],
+)
+def test_data_given_in_another_way_are_refused(tmp_path, name, data, observed_value):
+    _, path = stored(tmp_path, name)
+    afresh(1)
+    fitter = JOBS[name].make()
+    with pytest.raises(CheckpointError, match=observed_value):
+        fitter.run(checkpoint=path, num_epochs=9, progress_bar=False, **data())
+
+
 def test_an_iterator_cannot_be_peeked_into(tmp_path):
     _, path = stored(tmp_path, "loader")
     afresh(1)

@@ -758,7 +758,7 @@ def test_an_iterator_cannot_be_peeked_into(tmp_path):
 @pytest.mark.parametrize(("every", "expected"), [(1, 7), (3, 3), (10, 1), (None, 7)])
 def test_every(tmp_path, monkeypatch, every, expected):
     written = []
-    monkeypatch.setattr(checkpoint, "write", lambda path, content: written.append(content["iteration"]))
+    monkeypatch.setattr(checkpoint.run, "write", lambda path, content: written.append(content["iteration"]))
     JOBS["svi"].run(JOBS["svi"].make(), 7, checkpoint=tmp_path / "run.pt", every=every)
     assert len(written) == expected and written[-1] == 7
 
@@ -766,7 +766,7 @@ def test_every(tmp_path, monkeypatch, every, expected):
 def test_with_a_loader_between_epochs(tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(
-        checkpoint, "write", lambda path, content: written.append((content["epoch"], content["iteration"]))
+        checkpoint.run, "write", lambda path, content: written.append((content["epoch"], content["iteration"]))
     )
     JOBS["loader"].run(JOBS["loader"].make(), 3, checkpoint=tmp_path / "run.pt")
     assert written == [(1, 3), (2, 6), (3, 9)]
@@ -932,6 +932,29 @@ def test_a_file_from_a_gpu_is_read_on_the_cpu(tmp_path):
     assert difference(expected, ([em.step(Y) for _ in range(2)], everything(em))) == ""
 
 
+class Watch:
+    """A part of a history that gives its state itself, as a stopping rule may."""
+
+    def __init__(self) -> None:
+        self.best, self.engine = 0.0, object()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best = state["best"]
+
+
+def test_an_object_in_the_history_gives_its_state(tmp_path):
+    svi, path = stored(tmp_path)
+    fit = JOBS["svi"].run(svi, 6, checkpoint=path)
+    fit.record.watch, again = Watch(), type(fit.record)()
+    fit.record.watch.best, again.watch = 2.5, Watch()
+    checkpoint.write(path, checkpoint.pack(svi.engine, fit.record))
+    checkpoint.content.restore_history(again, checkpoint.read(path)["history"])
+    assert again.watch.best == 2.5 and difference(again.iterations, fit.record.iterations) == ""
+
+
 def test_a_long_history_is_a_small_file(tmp_path):
     svi, path = stored(tmp_path)
     fit = JOBS["svi"].run(svi, 6, checkpoint=path)
@@ -960,7 +983,7 @@ DEFECTS = {
     "torch": ("svi", lambda c: c["rng"].update(torch=torch.Generator().manual_seed(1).get_state())),
     "python": ("numpy_and_python", lambda c: c["rng"].update(python=random.Random(1).getstate())),
     "numpy": ("numpy_and_python", lambda c: c["rng"]["numpy"][1].add_(1)),
-    "loader": ("seeded_loader", lambda c: c["rng"].update(loader=None)),
+    "loader": ("seeded_loader", lambda c: c["rng"]["loader"][0].copy_(torch.Generator().manual_seed(1).get_state())),
     "history": ("em", lambda c: c["history"]["records"]["iterations"]["__rows__"][0].add_(1.0)),
     "iteration": ("em", lambda c: c.update(iteration=2)),
     "epoch": ("loader", lambda c: c.update(epoch=0)),
@@ -977,7 +1000,7 @@ def test_what_is_left_out_is_noticed(tmp_path, monkeypatch, left_out):
         spoil(content)
         return content
 
-    monkeypatch.setattr(checkpoint, "read", spoiled)
+    monkeypatch.setattr(checkpoint.run, "read", spoiled)
     for total in (job.total - 2, job.total):
         afresh(total)
         fitter = job.make()

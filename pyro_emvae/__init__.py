@@ -5,8 +5,30 @@ $$\log p_\theta(x)=L(\phi,\theta)+\mathrm{KL}(q_\phi\|p_\theta(z|x)),\qquad L=E_
 
 __version__ = "0.1.0.dev0"
 
-from . import estimators, families, guides, objectives, optimizers, plots, posterior, problems, steps, testing
-from ._checks import EmvaeError
+from . import (
+    convergence,
+    estimators,
+    families,
+    guides,
+    objectives,
+    optimizers,
+    plots,
+    posterior,
+    problems,
+    steps,
+    testing,
+)
+from ._checks import (
+    BlockError,
+    DataError,
+    EmvaeError,
+    EstimatorError,
+    ModelError,
+    NonFiniteError,
+    OptimizerError,
+    RecordingError,
+    StepError,
+)
 from ._registry import Traits, register
 from .compare import GradientComparison, compare_gradients
 from .diagnostics import Explanation, explain, to_arviz
@@ -20,17 +42,26 @@ from .svi import SVI
 __all__ = [
     "EM",
     "SVI",
+    "BlockError",
+    "DataError",
     "EmvaeError",
     "Estimate",
+    "EstimatorError",
     "Explanation",
     "Fit",
     "Gap",
     "GradientComparison",
+    "ModelError",
     "MonteCarloELBO",
+    "NonFiniteError",
+    "OptimizerError",
+    "RecordingError",
+    "StepError",
     "Traits",
     "__version__",
     "compare_gradients",
     "config_estimators",
+    "convergence",
     "elbo",
     "elbo_gap",
     "estimators",

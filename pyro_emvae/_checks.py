@@ -3,13 +3,15 @@ r"""The error template: every message that a user sees is made here."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
+from typing import Any, NoReturn
 
 __all__ = [
     "BlockError",
     "CheckpointError",
     "DataError",
+    "DegenerateError",
     "EmvaeError",
     "EstimatorError",
     "ModelError",
@@ -21,6 +23,8 @@ __all__ = [
     "message",
     "nearest",
     "positive_int",
+    "require_data",
+    "tensors_in",
 ]
 
 
@@ -38,6 +42,10 @@ class ModelError(EmvaeError):
 
 class NonFiniteError(ModelError):
     """The objective or a gradient is NaN or infinite."""
+
+
+class DegenerateError(ModelError):
+    """An update left the inside of a parameter's constraint, such as a variance of zero: no maximum lies there."""
 
 
 class BlockError(EmvaeError):
@@ -115,7 +123,7 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
         >>> positive_int("MonteCarloELBO", "num_particles", 8)
         8
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         fail(
             EmvaeError,
             obj,
@@ -124,4 +132,32 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
             because=f"{name} has to be an integer of at least {minimum}",
             fix=f"Write {name}={minimum}, or more.",
         )
-    return value
+    return int(value)
+
+
+def tensors_in(value: Any) -> Iterator[Any]:
+    """Yield the tensors in nested tuples, lists and mappings."""
+    if hasattr(value, "numel") and hasattr(value, "shape"):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(item)
+
+
+def require_data(obj: str, *values: Any) -> None:
+    """Raise `DataError` if a tensor among the values, however nested, is empty.
+
+    Example:
+        >>> import torch
+        >>> require_data("elbo", (torch.zeros(2, 3),), {"index": torch.zeros(2)})
+    """
+    for tensor in tensors_in(values):
+        if tensor.numel() == 0:
+            fail(
+                DataError,
+                obj,
+                "use empty data",
+                got=f"a tensor of shape {tuple(tensor.shape)}",
+                because="an objective over no data says nothing",
+                fix="Pass at least one datum.",
+            )

@@ -26,8 +26,8 @@ def leaf_of(name: str) -> Tensor | None:
 
 
 def waiting_state(optim: Any) -> dict[str, Any]:
-    """Return a copy of the state that was loaded into `optim` and waits for its parameters, by name.
+    """Return the live dictionary of state that was loaded into `optim` and waits for its parameters, by name.
 
-    It stands in ``PyroOptim._state_waiting_to_be_consumed``; empty for anything else.
+    It is ``PyroOptim._state_waiting_to_be_consumed``; for anything else a new one.
     """
-    return dict(getattr(optim, "_state_waiting_to_be_consumed", {}))
+    return getattr(optim, "_state_waiting_to_be_consumed", {})

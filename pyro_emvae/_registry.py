@@ -10,7 +10,15 @@ from ._checks import EmvaeError, fail, nearest
 
 __all__ = ["Entry", "Traits", "create", "entries", "lookup", "register"]
 
-KINDS = ("estimator", "objective", "step", "family", "evidence", "problem")
+NEEDS = {
+    "estimator": ("traits", "init", "surrogate", "update"),
+    "objective": ("bounds", "terms"),
+    "step": ("traits", "init", "expect", "maximise"),
+    "family": ("traits", "num_features", "distribution"),
+    "evidence": ("bounds", "estimate"),
+    "problem": ("model", "guide", "args"),
+}
+KINDS = tuple(NEEDS)
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,7 @@ class Traits:
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
         arguments: What has to be given to make one, so that a name alone does not.
         latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"`` or ``"continuous"``.
+        needs_guide: For an E-step, it has no posterior without the user's guide.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
     """
 
@@ -51,6 +60,7 @@ class Traits:
     slots: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     latents: str = "any"
+    needs_guide: bool = False
     exact: bool = False
 
 
@@ -87,7 +97,8 @@ def register(
         kind: One of ``"estimator"``, ``"objective"``, ``"step"``, ``"family"``, ``"evidence"``, ``"problem"``.
         name: Snake case; has to be new.
         factory: Called without arguments when the name is given in place of an instance.
-        traits: What the part needs and promises; by default ``factory.traits`` if it exists.
+        traits: What the part needs and promises; by default ``factory.traits``. Estimators, steps and families have
+            to have them. What the factory makes is looked at when the name is first used.
         aliases: Other spellings.
         summary: One line for the tables.
         source: Paper and equation.
@@ -96,7 +107,7 @@ def register(
         The entry.
 
     Raises:
-        EmvaeError: If the kind is unknown or the name is taken.
+        EmvaeError: If the kind is unknown or the name is taken, the factory cannot be called, or there are no traits.
 
     Example:
         >>> from pyro_emvae._registry import entries
@@ -114,7 +125,26 @@ def register(
                 because="a name stands for one part",
                 fix="Choose another name.",
             )
-    traits = traits if traits is not None else getattr(factory, "traits", Traits())
+    if not callable(factory):
+        fail(
+            EmvaeError,
+            "register",
+            f"add {kind} {name!r}",
+            got=f"the factory {factory!r:.60}",
+            because="a factory is called without arguments when the name is given",
+            fix="Pass the class, or a function that returns an instance.",
+        )
+    if traits is None:
+        traits = getattr(factory, "traits", None if "traits" in NEEDS[kind] else Traits())
+    if not isinstance(traits, Traits):
+        fail(
+            EmvaeError,
+            "register",
+            f"add {kind} {name!r}",
+            got=f"traits {traits!r:.60}",
+            because="tests, tables and policies choose parts by their traits",
+            fix="Write traits = pyro_emvae.Traits(...) in the class, or register(..., traits=...).",
+        )
     entry = Entry(kind, name, factory, traits, tuple(aliases), summary, source)
     _ENTRIES[kind][name] = entry
     known.update({key: name for key in (name, *aliases)})
@@ -137,7 +167,7 @@ def lookup(kind: str, name: str) -> Entry:
 
 
 def create(kind: str, part: Any) -> Any:
-    """Return an instance: `part` itself, or what its registered name stands for."""
+    """Return an instance: `part` itself, or what its registered name stands for, which has what its kind needs."""
     if not isinstance(part, str):
         return part
     entry = lookup(kind, part)
@@ -150,7 +180,18 @@ def create(kind: str, part: Any) -> Any:
             because=f"it needs {', '.join(entry.traits.arguments)}",
             fix=f"Pass an instance: {entry.factory.__name__}({', '.join(entry.traits.arguments)}).",
         )
-    return entry.factory()
+    made = entry.factory()
+    missing = [name for name in NEEDS[kind] if not hasattr(made, name)]
+    if missing:
+        fail(
+            EmvaeError,
+            kind,
+            f"be {part!r}",
+            got=f"{made!r:.60} without {', '.join(map(repr, missing))}",
+            because=f"a registered factory returns an instance that has all that {kind} parts need",
+            fix="Register the class itself, or a function that returns an instance; CONTRIBUTING.md has skeletons.",
+        )
+    return made
 
 
 def entries(kind: str) -> tuple[Entry, ...]:

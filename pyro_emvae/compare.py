@@ -3,6 +3,7 @@ r"""Estimators side by side on one model: bias, variance, cost."""
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import time
 import warnings
@@ -12,15 +13,14 @@ from statistics import NormalDist, median
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, Trace_ELBO
+from pyro.infer import ELBO, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import Tensor
 
 from ._checks import EmvaeError, EstimatorError, RecordingError, fail, nearest, positive_int
-from ._registry import lookup
 from .engine import Replicator, gradient, record
-from .estimators.base import Estimator
+from .estimators.base import Estimator, is_point_mass
 from .loss import MonteCarloELBO
-from .parameters import GUIDE, MODEL, Parameters, discover
+from .parameters import GUIDE, MODEL, Parameters, discover, keep_store
 from .particles import draw, hold_batch, quiet
 
 __all__ = ["GradientComparison", "compare_gradients"]
@@ -87,7 +87,7 @@ class _Row:
 
     name: str
     loss: Any
-    unbiased: bool
+    unbiased: bool = False
     samples: dict[str, Tensor] = field(default_factory=dict)
     milliseconds: float = math.nan
     looped: str = ""
@@ -95,6 +95,10 @@ class _Row:
     @property
     def evaluations(self) -> int:
         return self.loss.num_particles
+
+    @functools.cached_property
+    def variances(self) -> dict[str, Tensor]:
+        return {block: samples.double().var(0) for block, samples in self.samples.items()}
 
 
 def compare_gradients(
@@ -108,7 +112,7 @@ def compare_gradients(
     objective: Any = "elbo",
     blocks: Any = None,
     max_coordinates: int = 20_000,
-    memory: float = 5e7,
+    memory: float | None = None,
     seed: int | None = None,
     **kwargs: Any,
 ) -> GradientComparison:
@@ -120,17 +124,18 @@ def compare_gradients(
         model, guide, args, kwargs: The problem.
         estimators: Rows: registered names, instances, mappings from site to these, or any `pyro.infer.ELBO`, run
             through its own ``loss_and_grads``; or a mapping from label to row. By default ``"score"``,
-            ``"leave_one_out"``, ``"pathwise"`` if every site allows it, and `Trace_ELBO()`. A row wins over the
-            guide's annotations.
+            ``"leave_one_out"`` (if K > 1), ``"pathwise"`` if every site allows it, and `Trace_ELBO`. A row wins over
+            the guide's annotations.
         num_replicates: R, independent replicates of each row. They are vectorized over the recorded gradient; a row
             that cannot be (a Pyro loss, a sampler without a batching rule) is looped and named.
-        num_particles: K of the rows that are no instances of a loss.
+        num_particles: K of the default rows and of those that are no instances of a loss.
         reference: Exact gradient by parameter name. By default bias is the paired difference to the unbiased row of
             least variance, whose own bias is then not measured (NaN).
         objective: Objective of the rows.
         blocks: See `EM`.
         max_coordinates: Per block at most so many coordinates, drawn at random, are kept.
-        memory: Bytes that one chunk of replicates may take.
+        memory: Bytes that one chunk of replicates may take; by default 15 million, which stay in a processor's cache,
+            or a quarter of a GPU's free memory.
         seed: Seed of the forked generators.
 
     Returns:
@@ -168,14 +173,16 @@ def compare_gradients(
             because="a gradient needs something to differentiate by",
             fix="Declare parameters with pyro.param.",
         )
-    with quiet(seed=seed):
-        rows = [_row(*item, num_particles, objective) for item in _specs(model, guide, args, kwargs, estimators)]
+    with quiet(seed=seed), keep_store():
+        specs = _specs(model, guide, args, kwargs, estimators, num_particles)
+        rows = [_row(*spec, num_particles, objective) for spec in specs]
         batch = _batch(model, guide, args, kwargs) if reference is None else {}
         keep = _coordinates(parameters, max_coordinates)
         base = int(torch.randint(2**31, ()))
         with hold_batch(batch):
             for row in rows:
                 _warm_up(row, model, guide, args, kwargs)
+                row.unbiased = _is_unbiased(row, model, guide, args, kwargs)
                 _sample(row, model, guide, args, kwargs, parameters, keep, num_replicates, memory, base)
             _time(rows, model, guide, args, kwargs)
         minibatch = None
@@ -188,16 +195,26 @@ def compare_gradients(
 # Rows -----------------------------------------------------------------------------------------------------------
 
 
-def _specs(model, guide, args, kwargs, estimators) -> list[tuple[str, Any]]:
+def _specs(model, guide, args, kwargs, estimators, num_particles) -> list[tuple[str, Any]]:
     if estimators is None:
         with torch.no_grad():
             sites = draw(model, guide, args, kwargs).guide.values()
         pathwise = ["pathwise"] if all(s.fn.has_rsample for s in sites if not s.is_observed) else []
-        estimators = ["score", "leave_one_out", *pathwise, Trace_ELBO()]
-    if isinstance(estimators, Mapping):
-        return list(estimators.items())
+        several = ["leave_one_out"] if num_particles > 1 else []
+        estimators = ["score", *several, *pathwise, Trace_ELBO(num_particles=num_particles)]
     if isinstance(estimators, str | Estimator | ELBO):
         estimators = [estimators]
+    if not estimators:
+        fail(
+            EmvaeError,
+            "compare_gradients",
+            "compare gradients",
+            got=f"estimators={estimators!r}",
+            because="there has to be a row",
+            fix='Write estimators=["score", "pathwise", Trace_ELBO()].',
+        )
+    if isinstance(estimators, Mapping):
+        return list(estimators.items())
     specs: dict[str, Any] = {}
     for spec in estimators:
         name = _label(spec)
@@ -216,8 +233,11 @@ def _label(spec: Any) -> str:
 
 def _row(name: str, spec: Any, num_particles: int, objective: Any) -> _Row:
     if isinstance(spec, ELBO):
-        own = copy.copy(spec) if isinstance(spec, MonteCarloELBO) else spec  # with a state of its own
-        return _Row(name, own, isinstance(spec, Trace_ELBO | MonteCarloELBO))
+        if not isinstance(spec, MonteCarloELBO):
+            return _Row(name, copy.copy(spec))
+        own = spec.fresh()
+        own.state = dict(spec.state)
+        return _Row(name, own)
     if not isinstance(spec, str | Estimator | Mapping) and not callable(spec):
         fail(
             EstimatorError,
@@ -231,14 +251,22 @@ def _row(name: str, spec: Any, num_particles: int, objective: Any) -> _Row:
     return _Row(
         name,
         MonteCarloELBO(num_particles, estimator=spec, objective=objective, annotations=annotations),
-        all(_is_unbiased(part) for part in (spec.values() if annotations else [spec])),
     )
 
 
-def _is_unbiased(spec: Any) -> bool:
-    if isinstance(spec, str):
-        return spec in ("auto", "pyro") or lookup("estimator", spec).traits.unbiased
-    return spec.traits.unbiased if isinstance(spec, Estimator) else False
+def _is_unbiased(row: _Row, model, guide, args, kwargs) -> bool:
+    """Whether the row's mean is the gradient of the ELBO, as far as traits and Pyro's documentation say so.
+
+    `Trace_ELBO` leaves auxiliary sites of the guide out of the score function's signal.
+    """
+    if isinstance(row.loss, MonteCarloELBO):
+        return all(resolution.estimator.traits.unbiased for resolution in row.loss.table)
+    if isinstance(row.loss, TraceGraph_ELBO | TraceMeanField_ELBO | TraceEnum_ELBO):
+        return True
+    with torch.no_grad():
+        sites = draw(model, guide, args, kwargs).guide.values()
+    auxiliary = any(s.infer.get("is_auxiliary") and not is_point_mass(s.fn) for s in sites)
+    return type(row.loss) in (Trace_ELBO, JitTrace_ELBO) and not auxiliary
 
 
 def _batch(model, guide, args, kwargs) -> dict[str, Tensor]:
@@ -268,9 +296,11 @@ def _pick(grads: Mapping[str, Tensor], leaves: Mapping[str, Tensor], keep: Mappi
     parts = []
     for name, index in keep.items():
         g = grads.get(name)
-        g = torch.zeros(rows, leaves[name].numel()) if g is None else g.detach().reshape(rows, -1).cpu()
-        parts.append(g if index is None else g[:, index])
-    return torch.cat([p.to(parts[0].dtype) for p in parts], 1)
+        leaf = leaves[name]
+        g = leaf.new_zeros(rows, leaf.numel()) if g is None else g.detach().reshape(rows, -1)
+        parts.append((g if index is None else g[:, index.to(g.device)]).cpu())
+    dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return torch.cat([part.to(dtype) for part in parts], 1)
 
 
 # Replicates -----------------------------------------------------------------------------------------------------
@@ -320,10 +350,7 @@ def _vectorized(row, model, guide, args, kwargs, parameters, num_replicates, mem
     except RecordingError as error:
         raise _CannotVectorize(str(error)) from error
     replicator = Replicator(recording, args, kwargs, row.loss.state)
-    chunk = max(1, min(num_replicates, int(memory // replicator.bytes_each)))
-    done = 0
-    while done < num_replicates:
-        size = min(chunk, num_replicates - done)
+    for size in _chunks(num_replicates, int((memory or _memory(parameters)) // replicator.bytes_each)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -331,10 +358,20 @@ def _vectorized(row, model, guide, args, kwargs, parameters, num_replicates, mem
         except (RuntimeError, NotImplementedError) as error:
             raise _CannotVectorize(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
         store(grads, size)
-        done += size
 
 
-def _time(rows: list[_Row], model, guide, args, kwargs, repeats: int = 5) -> None:
+def _chunks(number: int, limit: int) -> list[int]:
+    """Divide a number into parts of at most `limit`, as few and as even as can be."""
+    count = math.ceil(number / max(1, limit))
+    return [number * (i + 1) // count - number * i // count for i in range(count)]
+
+
+def _memory(parameters: Parameters) -> float:
+    device = next(iter(parameters.leaves().values())).device
+    return torch.cuda.mem_get_info(device)[0] / 4 if device.type == "cuda" else 1.5e7
+
+
+def _time(rows: list[_Row], model, guide, args, kwargs, repeats: int = 4) -> None:
     """Time one ordinary eager gradient of each row, in turn, so that drift hits all alike."""
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     for _ in range(repeats):
@@ -343,7 +380,7 @@ def _time(rows: list[_Row], model, guide, args, kwargs, repeats: int = 5) -> Non
             gradient(model, guide, row.loss, args, kwargs)
             times[row.name].append(1e3 * (time.perf_counter() - start))
     for row in rows:
-        row.milliseconds = median(times[row.name][1:])
+        row.milliseconds = median(times[row.name])
 
 
 def _minibatch(row, model, guide, args, kwargs, parameters, keep, num_replicates, memory) -> dict[str, Tensor]:
@@ -371,11 +408,7 @@ def _minibatch(row, model, guide, args, kwargs, parameters, keep, num_replicates
 
 def _least_variance(rows: list[_Row], keep: Mapping[str, Any]) -> _Row | None:
     unbiased = [row for row in rows if row.unbiased]
-
-    def total(row: _Row) -> float:
-        return sum(float(row.samples[b].double().var(0).sum()) for b in keep)
-
-    return min(unbiased, key=total, default=None)
+    return min(unbiased, key=lambda row: sum(float(row.variances[block].sum()) for block in keep), default=None)
 
 
 def _difference(row: _Row, block: str, reference: Tensor | None, other: _Row | None) -> tuple[float, float]:
@@ -403,8 +436,7 @@ def _assemble(rows, keep, parameters, reference, minibatch, num_replicates) -> G
     columns = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in METRICS}
     for j, block in enumerate(keep):
         for i, row in enumerate(rows):
-            samples = row.samples[block].double()
-            variance, mean = samples.var(0), samples.mean(0)
+            variance, mean = row.variances[block], row.samples[block].double().mean(0)
             moving = variance > 0
             snr = (mean.abs() / variance.sqrt())[moving].mean() if bool(moving.any()) else torch.tensor(math.inf)
             bias, z = _difference(row, block, exact.get(block) if exact else None, other)
@@ -441,6 +473,7 @@ def _reference(reference, keep, parameters) -> dict[str, Tensor]:
     if reference is None:
         return {}
     leaves = parameters.leaves()
+    reference = {name: torch.as_tensor(value) for name, value in reference.items()}
     for name, value in reference.items():
         if name not in leaves or tuple(value.shape) != tuple(leaves[name].shape):
             got = "an unknown parameter" if name not in leaves else f"shape {tuple(value.shape)}"
@@ -452,6 +485,15 @@ def _reference(reference, keep, parameters) -> dict[str, Tensor]:
                 because="the exact gradient is by unconstrained parameter",
                 fix=nearest(name, leaves),
             )
+    for name in [name for names in keep.values() for name in names if name not in reference]:
+        fail(
+            EmvaeError,
+            "compare_gradients",
+            f"measure the bias of the gradient by {name!r}",
+            got=f"an exact gradient by {', '.join(map(repr, reference))} alone",
+            because="a block's bias is over all its parameters",
+            fix=f'Add reference={{"{name}": ...}}.',
+        )
     return {
         block: _pick({n: g[None] for n, g in reference.items()}, leaves, names, 1)[0].double()
         for block, names in keep.items()

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._checks import DataError, EmvaeError, fail, nearest, positive_int
+from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
 from .checkpoint import Checkpoints, Position
+from .convergence import Verdict
 from .engine import Engine, Gradient
 from .loss import MonteCarloELBO
+from .monitor import Monitor
 from .particles import quiet
 
 __all__ = ["Fit", "History", "Progress", "Record", "run"]
@@ -30,35 +32,56 @@ PHASES = {"guide": 0, "model": 1, None: 2}
 
 @dataclass
 class Record:
-    """One iteration: its loss (minus the objective, nats), its gradient steps by phase, and the gains if known."""
+    """One iteration: its loss (minus the objective, nats), its gradient steps by phase, and the losses around it.
+
+    ``before`` and ``after`` are the losses before E and after M, NaN where they were not computed; ``evaluations`` is
+    how often E and M were made.
+    """
 
     loss: float
     gradients: list[tuple[str | None, Gradient]]
     before: float = math.nan
+    after: float = math.nan
+    evaluations: int = 1
 
     @property
     def e_gain(self) -> float:
         """Objective after E minus objective before E, both from their own draws."""
         return self.before - self.loss
 
+    @property
+    def m_gain(self) -> float:
+        """Objective after M minus objective before M."""
+        return self.loss - self.after
+
 
 class History:
-    """What a run recorded; `dataset` is it as an xarray Dataset."""
+    r"""What a run recorded; `dataset` is it as an xarray Dataset.
+
+    ``objective`` of iteration 0 is that at the initial parameters: each iteration's value comes from its E-step, or its
+    gradient, before its update of theta. Tracked parameters lie along ``iterate``, one longer: iterate 0 is the initial
+    value, iterate t the value after t iterations, so that objective and parameter of the same number belong together.
+    ``monitor``, and ``iterate`` if what iterates has a state of its own, give it to checkpoints by ``state_dict``.
+    """
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.steps: list[tuple[int, int, float, float, float]] = []
         self.iterations: list[tuple[float, float, float, float]] = []
         self.validation: list[tuple[int, float]] = []
-        self.tracked: dict[str, list[np.ndarray]] = {}
+        self.evaluations = 0
+        self.monitor: Monitor | None = None
+        self.iterate: Any = None
 
     def add(self, iteration: int, record: Record) -> None:
         """Append one iteration."""
         now = time.perf_counter() - self.start
+        self.evaluations += record.evaluations
         if self.iterations and not math.isnan(record.before):
-            objective, e_gain, _, then = self.iterations[-1]
-            self.iterations[-1] = (objective, e_gain, -record.before - objective, then)
-        self.iterations.append((-record.loss, record.e_gain, math.nan, now))
+            objective, e_gain, m_gain, then = self.iterations[-1]
+            if math.isnan(m_gain):
+                self.iterations[-1] = (objective, e_gain, -record.before - objective, then)
+        self.iterations.append((-record.loss, record.e_gain, record.m_gain, now))
         for block, g in record.gradients:
             self.steps.append((iteration, PHASES[block], -g.loss, g.norm, now))
 
@@ -70,6 +93,10 @@ class History:
         steps = np.array(self.steps, dtype=float).reshape(-1, 5)
         rows = np.array(self.iterations, dtype=float).reshape(-1, 4)
         validation = np.full(len(rows), np.nan)
+        change = np.full(len(rows), np.nan)
+        watched = self.monitor.iterations if self.monitor else []
+        for iteration, value in watched:
+            change[iteration] = value
         for iteration, value in self.validation:
             validation[iteration] = value
         variables = {
@@ -82,13 +109,15 @@ class History:
             "e_gain": ("iteration", rows[:, 1]),
             "m_gain": ("iteration", rows[:, 2]),
             "iteration_time": ("iteration", rows[:, 3]),
+            "change": ("iteration", change),
             "validation": ("iteration", validation),
         }
-        for name, values in self.tracked.items():
-            array = np.stack(values) if values else np.empty((0,))
-            variables[f"param_{name}"] = (("iteration", *[f"{name}_dim_{i}" for i in range(array.ndim - 1)]), array)
         coords = {"step": np.arange(len(steps)), "iteration": np.arange(len(rows))}
-        attrs = {"phases": "0=E, 1=M, 2=joint", "units": "nats, seconds"}
+        for name, values in (self.monitor.tracked if self.monitor else {}).items():
+            array = np.stack(values)
+            variables[f"param_{name}"] = (("iterate", *[f"{name}_dim_{i}" for i in range(array.ndim - 1)]), array)
+            coords["iterate"] = np.arange(len(array))
+        attrs = {"phases": "0=E, 1=M, 2=joint", "units": "nats, seconds", "map_evaluations": self.evaluations}
         return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
@@ -97,13 +126,16 @@ class Fit:
     r"""What a run returns.
 
     Args:
-        status: ``"MAX_ITER"`` (all iterations were made: no claim of convergence), ``"STOPPED"`` (by a callback),
-            ``"INTERRUPTED"`` (Ctrl-C) or ``"NAN"`` (updates were left out because something was not finite).
+        status: ``"MAX_ITER"`` (all iterations were made: no claim of convergence) or another key of
+            `convergence.STATUSES`, which says what each means.
         model, guide: The user's.
         params: Constrained values at the end, detached, by name.
         blocks: Block of each parameter.
         num_iterations: Iterations made.
         provenance: Versions, device, dtype, seed, data shapes, resolved estimators.
+        objective: Objective at ``params`` where both half-steps are exact, else that of the last iteration; nats.
+        verdict: What the stopping rule said last: estimated rate, projected gain, its reason.
+        restarts: A table of all starts of a run with ``n_init``, else None.
     """
 
     status: str
@@ -114,6 +146,9 @@ class Fit:
     num_iterations: int
     provenance: dict[str, Any] = field(repr=False)
     record: History = field(repr=False)
+    objective: float = field(default=math.nan, repr=False)
+    verdict: Verdict = field(default=Verdict(), repr=False)
+    restarts: Any = field(default=None, repr=False)
 
     @property
     def history(self) -> Any:
@@ -189,6 +224,10 @@ def run(
     device: Any = None,
     seed: int | None = None,
     track: Iterable[str] = (),
+    stop: Any = None,
+    on_decrease: str | None = None,
+    exact: bool = False,
+    evaluate: Callable[[tuple, dict], float] | None = None,
     checkpoint: Any = None,
     resume: str | bool = "auto",
 ) -> Fit:
@@ -212,7 +251,11 @@ def run(
         progress_bar: True, False, or None: if the standard error is a terminal.
         device: Where batches are moved.
         seed: Seed for Pyro, torch, numpy and Python before the first iteration.
-        track: Names of parameters whose constrained value is recorded per iteration.
+        track: Names of parameters whose constrained value is recorded, the initial one and after each iteration.
+        stop: A rule of `convergence`, asked after every iteration, or with `data` after every epoch about its mean;
+            None: all iterations are made; ``"auto"``: see `Monitor`.
+        on_decrease, exact: See `Monitor`.
+        evaluate: Returns minus the objective at the present parameters, at the end of a run of exact half-steps.
         checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
             killed at any point, and is started again in the same way, gives the numbers of one that was not.
             Not in it: what callbacks, the model or a loader's workers keep in Python.
@@ -222,26 +265,29 @@ def run(
 
     Raises:
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
+        StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
+            those before.
         CheckpointError: `checkpoint` cannot be written, is damaged, or belongs to another model or seed.
     """
+    _check_options(data, callbacks, every)
     total = _length(num_iterations, data, num_epochs)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
     history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
+    history.monitor = monitor = Monitor(engine, stop, on_decrease, exact and data is None, track)
+    if hasattr(iterate, "state_dict"):
+        history.iterate = iterate
     start = keeper.begin(history, lambda: _to_device(*_first(args, kwargs, data, to_args), device))
     if seed is not None and not start.source:
         pyro.set_rng_seed(seed)
     engine.expect_changes()
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
-    status, iteration, skipped, shapes = (
-        start.status if start.ended else "MAX_ITER",
-        start.iteration,
-        keeper.skipped,
-        None,
-    )
+    status, iteration, shapes = start.status if start.ended else "MAX_ITER", start.iteration, None
     bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
         with bar, _Interrupt() as interrupt:
+            if not iteration:
+                monitor.start()
             for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args, start):
                 if num_iterations is not None and iteration >= num_iterations:
                     break
@@ -249,34 +295,63 @@ def run(
                 shapes = shapes or _shapes(a, k)
                 record = iterate(a, k)
                 history.add(iteration, record)
-                _track(engine, track, history)
+                ended = monitor.after(iteration, record.loss, last)
                 judged = last if data is not None else _due(iteration, total, every)
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))
                 value = history.validation[-1][1] if history.validation else math.nan
-                bar.set_postfix(elbo=f"{-record.loss:.4g}", refresh=False)
+                bar.set_postfix(_shown(record, ended), refresh=False)
                 bar.update()
                 progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
                 iteration += 1
                 if _call(callbacks, progress, engine):
                     status = "STOPPED"
-                elif interrupt.flag:
-                    status = "INTERRUPTED"
+                elif interrupt.flag or ended:
+                    status = "INTERRUPTED" if interrupt.flag else ended
                 if judged or (data is None and status != "MAX_ITER"):
                     keeper.write(history, iteration, epoch + 1, status)
                 if status != "MAX_ITER":
                     break
     except KeyboardInterrupt:
         status = "INTERRUPTED"
+    except DegenerateError as error:
+        status, monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
     finally:
-        engine.on_nonfinite = policy
+        engine.on_nonfinite, engine.on_setup = policy, None
     if not iteration and status == "MAX_ITER":
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
-    if engine.skipped > skipped and status == "MAX_ITER":
+    if engine.skipped > keeper.skipped and status == "MAX_ITER":
         status = "NAN"
-    fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs))
+    objective = history.iterations[-1][0] if history.iterations else math.nan
+    if monitor.monotone and evaluate is not None and status != "INTERRUPTED":
+        status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
+    fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit
+
+
+def _check_options(data: Any, callbacks: Any, every: Any) -> None:
+    if isinstance(data, Tensor):
+        _refuse_data(
+            f"one tensor of shape {tuple(data.shape)} as data=",
+            "Pass it as an argument, run(1000, x); or batches, data=DataLoader(TensorDataset(x), batch_size=128).",
+        )
+    if every is not None:
+        positive_int("run", "every", every)
+    wrong = [] if callable(callbacks) else [c for c in _listed(callbacks) if not callable(c)]
+    if wrong:
+        fail(
+            EmvaeError,
+            "run",
+            "call its callbacks",
+            got=repr(wrong[0]),
+            because="a callback is a function of a Progress",
+            fix="Write callbacks=lambda progress: progress.iteration >= 100, which stops by returning True.",
+        )
+
+
+def _listed(callbacks: Any) -> list:
+    return list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
 
 
 def _length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
@@ -382,23 +457,6 @@ def _validate(engine: Engine, validation: Any, to_args: Any, device: Any) -> flo
     return -math.fsum(losses) / len(losses)
 
 
-def _track(engine: Engine, names: list[str], history: History) -> None:
-    if not names:
-        return
-    rows = {row.name: row for row in engine.parameters.rows}
-    for name in names:
-        if name not in rows:
-            fail(
-                EmvaeError,
-                "run",
-                f"track {name!r}",
-                got="an unknown parameter",
-                because="neither model nor guide has it",
-                fix=nearest(name, rows),
-            )
-        history.tracked.setdefault(name, []).append(rows[name].value.detach().cpu().numpy().copy())
-
-
 def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool:
     """Call them all; generators, buffers and modes are as before."""
     if not callbacks:
@@ -413,11 +471,26 @@ def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool
             module.training = training
 
 
+def _shown(record: Record, status: str | None) -> dict[str, str]:
+    """Return what the progress bar says: the objective, the gains that are known, the status at the end."""
+    numbers = {"elbo": -record.loss, "E": record.e_gain, "M": record.m_gain}
+    shown = {name: f"{value:.4g}" for name, value in numbers.items() if name == "elbo" or not math.isnan(value)}
+    return shown | ({"status": status} if status else {})
+
+
 def _shapes(args: tuple, kwargs: dict) -> list[str]:
     return [f"{tuple(x.shape)} {x.dtype}" for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
 
-def _fit(engine: Engine, status: str, iteration: int, history: History, seed: int | None, shapes: Any) -> Fit:
+def _fit(
+    engine: Engine,
+    status: str,
+    iteration: int,
+    history: History,
+    seed: int | None,
+    shapes: Any,
+    objective: float,
+) -> Fit:
     parameters = engine.parameters
     rows = parameters.rows if parameters is not None else ()
     leaf = next((row.leaf for row in rows), None)
@@ -436,4 +509,15 @@ def _fit(engine: Engine, status: str, iteration: int, history: History, seed: in
     }
     params = parameters.constrained() if parameters is not None else {}
     blocks = {row.name: row.block for row in rows}
-    return Fit(status, engine.model, engine.guide, params, blocks, iteration, provenance, history)
+    return Fit(
+        status,
+        engine.model,
+        engine.guide,
+        params,
+        blocks,
+        iteration,
+        provenance,
+        history,
+        objective,
+        history.monitor.verdict,
+    )

@@ -16,11 +16,21 @@ from torch import Tensor
 from ._checks import EstimatorError, NonFiniteError, fail, nearest, positive_int
 from ._pyro import get_trace
 from ._registry import create
-from .estimators.base import Estimator, SiteTerms, is_point_mass, require_fit
+from .estimators.base import Estimator, SiteTerms, base, is_point_mass, require_fit
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
 from .objectives import Objective, Term
-from .particles import Particles, check_match, choose_vectorize, draw, quiet, reduce_to
+from .particles import (
+    ModuleWatch,
+    Particles,
+    check_match,
+    check_plates,
+    choose_vectorize,
+    draw,
+    generators,
+    quiet,
+    reduce_to,
+)
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
 
@@ -31,11 +41,12 @@ States = dict[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Resolution:
-    """One row of the resolved table: the site, its estimator and why it was chosen."""
+    """One row of the resolved table: the site, its estimator and why it was chosen; and for what kind of site."""
 
     site: str
     estimator: Estimator
     why: str
+    kind: tuple = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -159,12 +170,15 @@ class MonteCarloELBO(ELBO):
         return tuple(self._table.values())
 
     def resolve(self, name: str, fn: Any, infer: Mapping[str, Any]) -> Estimator:
-        """Return the estimator of a guide site, choosing and checking it when the site is seen first."""
-        row = self._table.get(name)
-        if row is None:
-            row = Resolution(name, *self._choose(name, fn, infer or {}))
+        """Return the estimator of a guide site, choosing and checking it for each new kind of distribution there."""
+        row, kind = self._table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
+        if row is None or row.kind != kind:
+            known = row is not None
+            row = Resolution(name, *self._choose(name, fn, infer or {}), kind)
             require_fit(name, row.estimator, fn, self.num_particles)
             self._table[name] = row
+            if known:  # another guide, whose site of this name is something else
+                self.state = {site: tensors for site, tensors in self.state.items() if site != name}
         return row.estimator
 
     def _choose(self, name: str, fn: Any, infer: Mapping[str, Any]) -> tuple[Estimator, str]:
@@ -216,26 +230,39 @@ class MonteCarloELBO(ELBO):
             particles = self._draw(plan, model, guide, args, kwargs)
         else:
             particles = self._first_draw(plan, model, guide, args, kwargs)
-        sites = (tuple(particles.guide), tuple(particles.model))
+        sites = tuple((n, s.is_observed) for side in (particles.guide, particles.model) for n, s in side.items())
         if sites != plan.sites:
             self._check(particles)
             plan.sites = sites
+            if self._splits(particles) and not plan.splits:  # a site that earlier runs did not have
+                plan.splits = True
+                particles = self._draw(plan, model, guide, args, kwargs)
         return particles
+
+    def _splits(self, particles: Particles) -> bool:
+        rows = [self._table[name] for name in particles.guide if name in self._table]
+        return any(row.estimator.traits.splits_paths for row in rows)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split, draw the same again with cut values."""
-        generator = torch.get_rng_state()
-        particles = self._draw(plan, model, guide, args, kwargs)
-        if any(row.estimator.traits.splits_paths for row in self._table.values()):
+        rewind = generators()
+        with ModuleWatch() as watch:
+            particles = self._draw(plan, model, guide, args, kwargs)
+        if self._splits(particles):
             plan.splits = True
-            torch.set_rng_state(generator)
+            watch.restore()
+            rewind()
             particles = self._draw(plan, model, guide, args, kwargs)
         return particles
 
     def _check(self, particles: Particles) -> None:
         check_match(particles)
+        check_plates(particles)
+        for name, site in particles.guide.items():
+            if site.is_observed and not site.fn.has_rsample:  # a factor of draws that are no pyro.sample
+                self.resolve(name, site.fn, site.infer)
         for name in self._by_site:
-            if name not in particles.guide:
+            if name not in particles.guide and name not in particles.model:
                 fail(
                     EstimatorError,
                     "MonteCarloELBO",
@@ -354,7 +381,7 @@ def remember(cache: dict, key: Any, value: Any, limit: int = 16) -> None:
     cache[key] = value
 
 
-def raise_non_finite(obj: str, value: float, particles: Particles) -> None:
+def raise_non_finite(obj: str, value: float, particles: Particles, cause: BaseException | None = None) -> None:
     """Raise `NonFiniteError` naming the first site that is not finite."""
     where = particles.first_non_finite() or "finite sites whose sum is not"
     fail(
@@ -364,6 +391,7 @@ def raise_non_finite(obj: str, value: float, particles: Particles) -> None:
         got=f"loss {value} with {where}",
         because="every log density has to be finite",
         fix="Check the data and the support and scale at that site; lower the learning rate if it came late.",
+        cause=cause,
     )
 
 

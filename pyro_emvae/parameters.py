@@ -21,7 +21,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import transform_to
 
-from ._checks import BlockError, ModelError, fail, nearest
+from ._checks import BlockError, DegenerateError, ModelError, fail, nearest
 from ._pyro import Messenger, constraint_of, leaf_of
 from .particles import Particles, draw, quiet
 
@@ -62,7 +62,11 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Parameters:
-    """All parameters and buffers of a pair of model and guide, by block."""
+    """All parameters and buffers of a pair of model and guide, by block.
+
+    ``num_data`` is the full size of the largest plate with an observed site, 1 without plates; ``subsampled`` is
+    whether a plate held a part of its data.
+    """
 
     rows: tuple[Row, ...]
     buffers: tuple[Buffer, ...] = ()
@@ -70,6 +74,8 @@ class Parameters:
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     stored: frozenset[str] = field(default=frozenset(), repr=False)
     sites: Mapping[str, str] = field(default_factory=dict, repr=False)
+    num_data: int = 1
+    subsampled: bool = False
 
     def leaves(self, *blocks: str) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the given blocks (all in use by default), by name."""
@@ -154,8 +160,9 @@ def discover(
         model, guide: Pyro callables.
         args, kwargs: Data for one quiet run.
         blocks: None or ``"model/guide"``: by what each moves; ``"local/global"``: guide parameters of latents in the
-            data's plates are ``"guide"``, all else ``"model"``; a mapping from name (or regular expression) to block;
-            a regular expression of the guide's names; or a callable of name and leaf.
+            data's plates are ``"guide"``, all else ``"model"``; a mapping from name or regular expression to block (a
+            name goes before a pattern, the first pattern that fits before the others); a regular expression of the
+            guide's names; or a callable of name and leaf.
 
     Returns:
         The blocks. A parameter that moves both is ``"shared"``, one that moves neither ``"unused"``.
@@ -176,7 +183,11 @@ def discover(
     owners = _owners(model, guide, spy, rows)
     stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
     sites = dict.fromkeys(particles.guide, "latent") | dict.fromkeys(particles.observed, "observed")
-    return Parameters(tuple(rows), tuple(_buffers(spy, rows)), owners, tuple(spy.called), stored, sites)
+    frames = [frame for site in particles.observed.values() for frame in site.frames]
+    num_data = max([frame.full_size or frame.size for frame in frames], default=1)
+    subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
+    buffers = tuple(_buffers(spy, rows))
+    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, sites, num_data, subsampled)
 
 
 def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:
@@ -230,6 +241,24 @@ def capture(fn: Callable[[], Any], leaves: Mapping[str, Tensor]) -> tuple[Any, d
     finally:
         for leaf, grad in run.saved.values():
             leaf.grad = grad
+
+
+@contextlib.contextmanager
+def keep_store() -> Iterator[None]:
+    """Run code after which the parameter store holds the tensors that it held before, and no other.
+
+    Some of Pyro's losses keep running averages there.
+    """
+    store = pyro.get_param_store()
+    before = store.get_state()
+    try:
+        yield
+    finally:
+        after = store.get_state()["params"]
+        for name in after.keys() - before["params"].keys():
+            del store[name]
+        if any(after.get(name) is not leaf for name, leaf in before["params"].items()):
+            store.set_state(before)
 
 
 def is_wrapped() -> bool:
@@ -390,8 +419,9 @@ def _override(rows: list[Row], particles: Particles, blocks: Any) -> list[Row]:
 
 
 def _from_mapping(rows: list[Row], blocks: Mapping[str, str]) -> dict[str, str]:
-    chosen: dict[str, str] = {}
-    for pattern, block in blocks.items():
+    """Read a mapping: a parameter's own name goes before any pattern, the first pattern that fits before the rest."""
+    names, chosen = {row.name for row in rows}, {}
+    for pattern, block in sorted(blocks.items(), key=lambda item: item[0] not in names):
         hits = [r.name for r in rows if r.name == pattern] or [r.name for r in rows if re.fullmatch(pattern, r.name)]
         if not hits:
             fail(
@@ -402,7 +432,7 @@ def _from_mapping(rows: list[Row], blocks: Mapping[str, str]) -> dict[str, str]:
                 because="a key of blocks= is a parameter's name or a regular expression",
                 fix=nearest(pattern, [r.name for r in rows]),
             )
-        chosen.update(dict.fromkeys(hits, block))
+        chosen = dict.fromkeys(hits, block) | chosen
     return chosen
 
 
@@ -479,6 +509,7 @@ def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
 
     Raises:
         ModelError: An unknown name, a wrong shape, or a value outside the constraint.
+        DegenerateError: A value at the boundary of its constraint, such as a scale of zero.
     """
     rows = {row.name: row for row in parameters.rows}
     new: dict[str, Tensor] = {}
@@ -512,26 +543,45 @@ def _unconstrain(row: Row, value: Tensor) -> Tensor:
         )
     if constraint is not None:
         if not bool(torch.as_tensor(constraint.check(value)).all()):
+            edge = _is_boundary(constraint, value)
             fail(
-                ModelError,
+                DegenerateError if edge else ModelError,
                 "assign",
                 f"write parameter {name!r}",
-                got=f"a value outside {constraint}",
-                because="parameters keep their constraint",
-                fix="Let the update return values inside the constraint.",
+                got=f"a value {'at the boundary of' if edge else 'outside'} {constraint}",
+                because="parameters stay inside their constraint",
+                fix="Start elsewhere, or bound the update: a component on a single datum has a variance of zero."
+                if edge
+                else "Let the update return values inside the constraint.",
             )
         value = transform_to(constraint).inv(value)  # as the parameter store does
-    if value.shape != leaf.shape or not bool(torch.isfinite(value).all()):
-        got = f"shape {tuple(value.shape)}" if value.shape != leaf.shape else "a value at the constraint's boundary"
+    edge = value.shape == leaf.shape and not bool(torch.isfinite(value).all())
+    if value.shape != leaf.shape or edge:
         fail(
-            ModelError,
+            DegenerateError if edge else ModelError,
             "assign",
             f"write parameter {name!r}",
-            got=got,
+            got="a value at the constraint's boundary" if edge else f"shape {tuple(value.shape)}",
             because=f"the unconstrained parameter has shape {tuple(leaf.shape)} and is finite",
             fix="Return a value of the parameter's shape, strictly inside its constraint.",
         )
     return value
+
+
+def _is_boundary(constraint: Any, value: Tensor) -> bool:
+    """Whether a value outside an open constraint lies in its closure, such as a scale of zero."""
+    lower, upper = getattr(constraint, "lower_bound", None), getattr(constraint, "upper_bound", None)
+    if lower is not None or upper is not None:
+        above = True if lower is None else bool((value >= lower).all())
+        return above and (True if upper is None else bool((value <= upper).all()))
+    if value.dim() < 2:
+        return False
+    if str(constraint).endswith("LowerCholesky()"):
+        return torch.equal(value, value.tril()) and bool((value.diagonal(dim1=-2, dim2=-1) >= 0).all())
+    if str(constraint) == "PositiveDefinite()" and torch.equal(value, value.mT):
+        eigenvalues = torch.linalg.eigvalsh(value)
+        return bool((eigenvalues >= -1e-6 * eigenvalues[..., -1:]).all())
+    return False
 
 
 class _Substitute(Messenger):

@@ -28,9 +28,10 @@ def plot_elbo(fit_or_history: Any, ax: Any = None, log_evidence: Any = None, smo
         ax: Axes to draw into.
         log_evidence: A number, or anything with ``.value`` (and ``.standard_error``): a line that
             the ELBO stays below, but for Monte Carlo error.
-        smooth: Window of a running mean in steps; the steps themselves are then drawn faintly.
+        smooth: Window of a centred running mean in steps; the steps themselves are then drawn faintly.
 
-    Phases that change too often to be seen are named in the legend and not shaded.
+    Phases that change too often to be seen are named below the axis and not shaded. If the first tenth of the steps
+    would make all others a flat line, it is left to lie outside of the frame.
 
     Raises:
         DataError: If there is no ELBO.
@@ -51,11 +52,11 @@ def plot_elbo(fit_or_history: Any, ax: Any = None, log_evidence: Any = None, smo
             ax.plot(steps, elbo, color=f"C{i}", alpha=0.3, linewidth=0.8)
             elbo, label = _running_mean(elbo, smooth), f"{label}, mean of {smooth} steps"
         ax.plot(steps, elbo, color=f"C{i}", label=label)
-    if "phase" in history:
-        _shade(ax, steps, np.atleast_2d(np.asarray(history["phase"]))[0])
+    phases = _shade(ax, steps, np.atleast_2d(np.asarray(history["phase"]))[0]) if "phase" in history else ""
     if log_evidence is not None:
         _line(ax, log_evidence)
-    ax.set_xlabel("gradient step")
+    _frame(ax, chains, log_evidence)
+    ax.set_xlabel("gradient step" + phases)
     ax.set_ylabel("ELBO (nats)")
     ax.set_xlim(0.5, max(len(steps), 1) + 0.5)
     ax.legend()
@@ -72,7 +73,8 @@ def plot_variance_ladder(comparison: Any, block: str | Sequence[str] | None = No
         ax: Axes to draw into.
 
     A mark is the mean over coordinates, a thin line reaches to the largest. A variance of exactly zero stands at the
-    left edge as a hollow mark.
+    left edge as a hollow mark. The legend stands to the right of the axes: give `ax` a figure with
+    ``layout="constrained"``, which leaves room for it.
 
     Raises:
         DataError: If there is no such table, or a block is unknown.
@@ -117,9 +119,10 @@ def plot_variance_ladder(comparison: Any, block: str | Sequence[str] | None = No
     ax.set_xscale("log")
     ax.set_yticks(range(len(estimators)), estimators)
     ax.set_ylim(len(estimators) - 0.5, -0.5)
-    ax.set_xlabel("variance of the gradient per coordinate")
+    line = "\n(mark: mean over coordinates, line: up to the largest)" if "variance_max" in table else ""
+    ax.set_xlabel("variance of the gradient per coordinate" + line)
     ax.grid(True, axis="x", alpha=0.3)
-    ax.legend()
+    _legend_outside(ax)
     return ax
 
 
@@ -171,6 +174,8 @@ def plot_latent(latent: Any, labels: Any = None, ax: Any = None, *, dims: tuple[
         ax: Axes to draw into.
         dims: The two latent dims to show.
 
+    The legend stands to the right of the axes, as in `plot_variance_ladder`.
+
     Raises:
         DataError: If `latent` has no such dims, or `labels` another length.
 
@@ -197,7 +202,7 @@ def plot_latent(latent: Any, labels: Any = None, ax: Any = None, *, dims: tuple[
     ax.set_xlabel(f"z[{dims[0]}]")
     ax.set_ylabel(f"z[{dims[1]}]")
     if len(values) > 1:
-        ax.legend(markerscale=2, fontsize="small")
+        _legend_outside(ax, markerscale=2, fontsize="small")
     return ax
 
 
@@ -239,19 +244,39 @@ def _require(name: str, table: Any, variable: str, what: str) -> None:
         )
 
 
-def _shade(ax: Any, steps: np.ndarray, phase: np.ndarray) -> None:
-    """Shade runs of one phase as bands behind the lines."""
+def _shade(ax: Any, steps: np.ndarray, phase: np.ndarray) -> str:
+    """Shade runs of one phase as bands behind the lines; return text for what is too thin to be seen."""
     starts = np.flatnonzero(np.diff(phase.astype(int), prepend=-1))
     ends = np.append(starts, len(phase))[1:]
     if len(starts) > BANDS:
         first = ", ".join(PHASES[int(k)][0] for k in phase[starts[:4]] if int(k) in PHASES)
-        ax.plot([], [], " ", label=f"phases: {first}, ...")
-        return
+        return f" (phases: {first}, ...)"
     for value, (name, color) in PHASES.items():
         spans = [(steps[a] - 0.5, b - a) for a, b in zip(starts, ends, strict=True) if phase[a] == value]
         if spans:
             look = {"color": color, "alpha": 0.15, "linewidth": 0, "label": f"{name}-phase"}
             ax.broken_barh(spans, (0, 1), transform=ax.get_xaxis_transform(), **look)
+    return ""
+
+
+def _frame(ax: Any, chains: np.ndarray, log_evidence: Any) -> None:
+    """Fit the y-axis to the steps after the first tenth, if this makes them more than three times as tall."""
+    start = chains.shape[1] // 10
+    everything, later = (rows[np.isfinite(rows)] for rows in (chains, chains[:, start:]))
+    if start == 0 or later.size == 0:
+        return
+    ends = [float(later.min()), float(later.max())]
+    if log_evidence is not None:
+        ends.append(float(getattr(log_evidence, "value", log_evidence)))
+    low, high = min(ends), max(ends)
+    if high > low and max(np.ptp(everything), high - everything.min()) > 3 * (high - low):
+        margin = 0.05 * (high - low)
+        ax.set_ylim(low - margin, high + margin)
+
+
+def _legend_outside(ax: Any, **options: Any) -> None:
+    """Put the legend to the right of the axes, where no data are."""
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, **options)
 
 
 def _line(ax: Any, log_evidence: Any) -> None:
@@ -263,11 +288,14 @@ def _line(ax: Any, log_evidence: Any) -> None:
 
 
 def _running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Return the mean over the last `window` values that are there; NaN counts as not there."""
+    """Return the mean over the `window` values around each that are there; NaN counts as not there."""
     there = np.isfinite(values)
-    sums = np.cumsum(np.where(there, values, 0.0))
-    counts = np.cumsum(there)
-    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    sides = np.array([[-(window // 2)], [window - window // 2]])
+    ends = np.clip(np.arange(len(values)) + sides, 0, len(values))
+    sums, counts = (
+        np.diff(np.concatenate([[0], np.cumsum(column)])[ends], axis=0)[0]
+        for column in (np.where(there, values, 0.0), there)
+    )
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 

@@ -2,8 +2,10 @@ r"""Stochastic variational inference: all parameters from one gradient, with Pyr
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro.infer
@@ -26,6 +28,16 @@ class Inference(pyro.infer.SVI):
     engine: Engine
 
     def _attach(self, model: Callable, guide: Callable, loss: Any, loss_and_grads: Any, **options: Any) -> None:
+        for what, function in (("model", model), ("guide", guide)):
+            if not callable(function):
+                fail(
+                    EmvaeError,
+                    type(self).__name__,
+                    f"use its {what}",
+                    got=repr(function),
+                    because=f"a {what} is a function of the data with pyro.sample statements",
+                    fix="Write SVI(model, guide, optim), with the functions themselves.",
+                )
         if isinstance(loss, type) or not (isinstance(loss, ELBO) or callable(loss)):
             fail(
                 EmvaeError,
@@ -96,6 +108,15 @@ class SVI(Inference):
         blocks: See `EM`; only needed with a mapping of optimizers.
         on_nonfinite: ``"raise"``, ``"skip"`` the update, or ``"revert"`` to the state before the last update.
 
+    Schedulers are stepped by you, as under Pyro, and never by `step` or `run`: ``scheduler.step()`` on the `pyro.optim`
+    object that you gave, per step, per epoch or in a callback of `run`, counts from the next step on. Before the first
+    step there is nothing to schedule. ``svi.optim.step()`` does the same for all blocks; call one of the two.
+
+    A `pyro.optim` object is linked: its ``optim_objs``, ``get_state()`` and ``save()`` have the live state of each
+    parameter, and what is given to its ``set_state()`` or ``load()`` counts from the next step on (under Pyro, only for
+    parameters that have not been stepped yet). Objects that share it share the state of common parameters. A class, a
+    partial or a rule has no state of its own: use ``svi.optim``.
+
     `step` returns minus the objective as a float. After an error for a non-finite value nothing has changed, and
     further steps are refused until `recover` is called.
 
@@ -151,8 +172,8 @@ class SVI(Inference):
         return run_with(self.engine, self._iterate, num_steps, args, options)
 
 
-def per_block(optim: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the optimizer of each block, None where there is none; other keys are refused."""
+def per_block(optim: Mapping[str, Any], owner: str = "SVI", needed: Iterable[str] = (GUIDE, MODEL)) -> dict[str, Any]:
+    """Return the optimizer of each block, None where there is none and none is needed; other keys are refused."""
     unknown = [key for key in optim if key not in (GUIDE, MODEL)]
     if unknown:
         fail(
@@ -162,6 +183,16 @@ def per_block(optim: Mapping[str, Any]) -> dict[str, Any]:
             got=f"the key {unknown[0]!r}",
             because="a mapping gives one optimizer to each block",
             fix='Write {"guide": ..., "model": ...}; arguments go into each, as in pyro.optim.Adam({"lr": 1e-3}).',
+        )
+    missing = [block for block in needed if optim.get(block) is None]
+    if missing:
+        fail(
+            OptimizerError,
+            owner,
+            f"update the {missing[0]}'s parameters",
+            got=f"a mapping of optimizers that lacks {missing[0]!r}, with {dict(optim)}",
+            because="a mapping names the optimizer of each block that takes gradient steps",
+            fix='Write {"guide": ..., "model": pyro.optim.Adam({"lr": 1e-3})}, or one optimizer for both blocks.',
         )
     return {block: optim.get(block) for block in (GUIDE, MODEL)}
 
@@ -178,12 +209,41 @@ OPTIONS = (
     "device",
     "seed",
     "track",
+    "stop",
+    "on_decrease",
     "checkpoint",
     "resume",
 )
 
 
-def run_with(engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any]) -> Fit:
+def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
+    """Refuse a keyword argument that is no parameter of the model but nearly an option of the run."""
+    try:
+        known = inspect.signature(model).parameters
+    except (TypeError, ValueError):
+        return
+    for name in kwargs:
+        meant = difflib.get_close_matches(name, (*OPTIONS, "max_iter"), 1, 0.8)
+        if name not in known and meant:
+            fail(
+                EmvaeError,
+                "run",
+                f"pass {name!r} to the model",
+                got=f"a model of parameters {list(known)}",
+                because="keyword arguments that are no option go to model and guide",
+                fix=f"Did you mean {meant[0]!r}?",
+            )
+
+
+def run_with(
+    engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any], **fixed: Any
+) -> Fit:
     """Split the options of a run from the keyword arguments of the model, and run."""
-    mine = {k: options.pop(k) for k in OPTIONS if k in options}
-    return driver.run(engine, iterate, number, args, options, **mine)
+    mine, kwargs = {k: options[k] for k in OPTIONS if k in options}, model_arguments(options)
+    _check_names(engine.model, kwargs)
+    return driver.run(engine, iterate, number, args, kwargs, **mine, **fixed)
+
+
+def model_arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments of model and guide."""
+    return {k: v for k, v in options.items() if k not in OPTIONS}

@@ -22,6 +22,7 @@ from pyro_emvae._registry import entries
 from pyro_emvae.diagnostics import arviz as arviz_module
 from pyro_emvae.diagnostics import container, to_arviz
 from pyro_emvae.particles import draw
+from pyro_emvae.problems import local_global
 
 FACTORIES = {entry.name: entry.factory for entry in entries("problem")}
 
@@ -508,3 +509,9 @@ def test_rename_dims():
         "n_dim": "n_dim",
         "step": "step_dim",
     }
+
+
+def test_empty_data():
+    problem = local_global()
+    with pytest.raises(DataError, match=r"`to_arviz` cannot use empty data: got a tensor of shape \(0,"):
+        to_arviz(problem.model, problem.guide, problem.args[0][:0])

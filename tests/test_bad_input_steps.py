@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import pyro
@@ -25,12 +26,15 @@ from pyro_emvae._checks import (
 )
 
 X = torch.tensor([[0.3, -1.2], [1.7, 0.4], [-0.5, 2.2], [0.9, 0.8], [0.1, 0.2], [-1.0, 0.6]])
-ADAM = pyro.optim.Adam({"lr": 0.01})
 both = pytest.mark.parametrize("cls", [SVI, EM])
 backends = pytest.mark.parametrize("backend", ["eager", "graph"])
 # Before the first step, after it, and on a recorded one.
 STARTS = [(cls, "eager", steps) for cls in (SVI, EM) for steps in (0, 1, 3)] + [(SVI, "graph", 3), (EM, "graph", 3)]
 each_start = pytest.mark.parametrize(("cls", "backend", "steps"), STARTS)
+
+
+def adam() -> pyro.optim.PyroOptim:
+    return pyro.optim.Adam({"lr": 0.01})
 
 
 class User:
@@ -61,7 +65,7 @@ class User:
 def started(cls: type, backend: str = "eager", steps: int = 3, user: User | None = None, **options: Any):
     """A fit that has made some steps; on the graph backend the last one was recorded."""
     user = user or User()
-    svi = cls(user.model, user.guide, ADAM, backend=backend, **options)
+    svi = cls(user.model, user.guide, adam(), backend=backend, **options)
     for _ in range(steps):
         svi.step(X)
     return svi, user
@@ -185,7 +189,7 @@ BLOCKS = {
 @pytest.mark.parametrize("key", BLOCKS)
 def test_em_refuses_what_it_cannot_split(key):
     model, guide, observed = BLOCKS[key]
-    em = EM(model, guide, ADAM)
+    em = EM(model, guide, adam())
     for _ in range(2):
         with pytest.raises(BlockError, match=observed):
             em.step(X[0])
@@ -197,14 +201,14 @@ def test_em_refuses_what_it_cannot_split(key):
 @pytest.mark.parametrize("cls", [SVI, functools.partial(EM, schedule="joint")], ids=["SVI", "EM joint"])
 def test_joint_steps_accept_what_cannot_be_split(cls, key):
     model, guide, _ = BLOCKS[key]
-    svi = cls(model, guide, ADAM)
+    svi = cls(model, guide, adam())
     assert type(svi.step(X[0])) is float
     assert svi.run(**{"num_steps" if cls is SVI else "max_iter": 2}, data=[X[0]] * 2).status == "MAX_ITER"
 
 
 @pytest.mark.parametrize("blocks", ["model/guide", {"loc": "model"}, {"lo.*": "guide", "shift": "model"}])
 def test_em_goes_on_with_the_line_that_the_error_names(blocks):
-    em = EM(shared_model, shared_guide, ADAM, blocks=blocks)
+    em = EM(shared_model, shared_guide, adam(), blocks=blocks)
     if blocks == "model/guide":
         with pytest.raises(BlockError, match="'loc'"):
             em.step(X[0])
@@ -220,7 +224,7 @@ def test_em_goes_on_with_the_line_that_the_error_names(blocks):
 )
 @both
 def test_blocks_that_cannot_be_read(cls, blocks, observed):
-    svi = cls(shared_model, shared_guide, ADAM, blocks=blocks)
+    svi = cls(shared_model, shared_guide, adam(), blocks=blocks)
     with pytest.raises(BlockError, match=observed):
         svi.step(X[0])
 
@@ -283,7 +287,7 @@ def test_a_gradient_that_is_not_finite_names_the_parameter(backend):
     def guide(x):
         pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0))
 
-    svi = SVI(model, guide, ADAM, backend=backend)
+    svi = SVI(model, guide, adam(), backend=backend)
     svi.engine.setup((X,), {})
     with pytest.raises(NonFiniteError, match="'theta'"):
         for _ in range(3):
@@ -319,8 +323,9 @@ NO_OPTIMIZER = {
     "number": (0.01, r"0\.01"),
     "name": ("adam", "'adam'"),
     "dict": ({"lr": 0.01}, "'lr'"),
-    "wrong block": ({"guide": ADAM, "modle": ADAM}, "'modle'"),
-    "missing block": ({"guide": ADAM}, "None"),
+    "wrong block": ({"guide": adam(), "modle": adam()}, "'modle'"),
+    "no model": ({"guide": adam()}, "lacks 'model'.*Write"),
+    "no guide": ({"model": adam(), "guide": None}, "lacks 'guide'.*Write"),
     "class": (dict, "dict"),
     "module": (nn.Linear, "Linear"),
     "instance": (torch.optim.Adam([torch.ones(1, requires_grad=True)]), "an instance of Adam"),
@@ -366,12 +371,12 @@ CHOICES = {
 def test_unknown_choices(cls, key):
     options, observed = CHOICES[key]
     with pytest.raises(EmvaeError, match=observed):
-        cls(shared_model, shared_guide, ADAM, **options)
+        cls(shared_model, shared_guide, adam(), **options)
 
 
 def test_an_unknown_schedule():
     with pytest.raises(EmvaeError, match=r"schedule='joined'.*'joint'"):
-        EM(shared_model, shared_guide, ADAM, schedule="joined")
+        EM(shared_model, shared_guide, adam(), schedule="joined")
 
 
 def own_guide(x: Tensor) -> None:
@@ -399,7 +404,58 @@ MISMATCH = {
 @both
 def test_sites_that_do_not_match(cls, particles, key):
     model, guide, observed = MISMATCH[key]
-    svi = cls(model, guide, ADAM, MonteCarloELBO(particles))
+    svi = cls(model, guide, adam(), MonteCarloELBO(particles))
     with pytest.raises(ModelError, match=observed):
         svi.step(X[0])
     assert svi.optim.get_state() == {}
+
+
+# Options of a run -----------------------------------------------------------------------------------------------
+
+
+RUNS = {
+    "a tensor as data": ({"data": X}, r"shape \(6, 2\)"),
+    "callbacks that are none": ({"num": 3, "callbacks": 3}, "got 3"),
+    "no step between validations": ({"num": 3, "every": 0}, "got 0"),
+    "a near miss of an option": ({"num": 3, "callback": print}, "'callback'.*'callbacks'"),
+}
+
+
+@pytest.mark.parametrize("key", RUNS)
+@both
+def test_options_of_a_run_that_cannot_be_meant(cls, key):
+    options, observed = copy.copy(RUNS[key][0]), RUNS[key][1]
+    number = options.pop("num", None)
+    user = User()
+    svi = cls(user.model, user.guide, adam())
+    args = () if "data" in options else (X,)
+    with pytest.raises(EmvaeError, match=observed):
+        svi.run(*args, max_iter=number, **options) if cls is EM else svi.run(number, *args, **options)
+    assert svi.optim.get_state() == {}
+
+
+def test_the_argument_order_of_svi_is_refused_by_em():
+    user = User()
+    with pytest.raises(EmvaeError, match="max_iter=300"):
+        EM(user.model, user.guide, adam()).run(300, X)
+
+
+@pytest.mark.parametrize("where", ["model", "guide"])
+@both
+def test_a_model_or_guide_that_is_none_of_it(cls, where):
+    user = User()
+    pair = {"model": user.model, "guide": user.guide} | {where: "user"}
+    with pytest.raises(EmvaeError, match=f"{where}.*'user'"):
+        cls(pair["model"], pair["guide"], adam())
+
+
+@backends
+@both
+def test_data_that_are_not_finite_are_skipped_with_validation_on(cls, backend):
+    """Pyro's validation stumbles over them first, in the guide's distribution or at the observed site."""
+    svi, user = started(cls, backend, 3, on_nonfinite="skip")
+    batches = [X, X * math.nan, X]
+    assert svi.run(data=batches).status == "NAN"
+    assert all(bool(torch.isfinite(t).all()) for t in user.decoder.state_dict().values())
+    with pytest.raises(NonFiniteError, match=r"'(x|z)'"):
+        svi.run(data=batches, on_nonfinite="raise")

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, estimators, optimizers, steps
 from pyro_emvae._checks import CheckpointError, NonFiniteError, StepError
 from pyro_emvae._registry import Traits, entries
+from pyro_emvae.monitor import Monitor
 from pyro_emvae.particles import quiet
 from pyro_emvae.posterior import GuidePosterior
 
@@ -950,8 +951,9 @@ def test_an_object_in_the_history_gives_its_state(tmp_path):
     fit = JOBS["svi"].run(svi, 6, checkpoint=path)
     fit.record.watch, again = Watch(), type(fit.record)()
     fit.record.watch.best, again.watch = 2.5, Watch()
+    again.monitor = Monitor(svi.engine, None, None, False, [])
     checkpoint.write(path, checkpoint.pack(svi.engine, fit.record))
-    checkpoint.content.restore_history(again, checkpoint.read(path)["history"])
+    checkpoint.content.restore_history(again, checkpoint.read(path))
     assert again.watch.best == 2.5 and difference(again.iterations, fit.record.iterations) == ""
 
 

@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from test_estimators import assert_zero_at_posterior
 from torch import Tensor
 
@@ -296,6 +297,32 @@ def idle_parameter() -> dict[str, Tensor]:
     return right()
 
 
+def scaled_alone() -> dict[str, Tensor]:
+    with poutine.scale(scale=2.0):
+        return right()
+
+
+def masked_alone() -> dict[str, Tensor]:
+    with poutine.mask(mask=torch.tensor([True, False])):
+        return right()
+
+
+def idle_auxiliary() -> dict[str, Tensor]:
+    pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+    return right()
+
+
+def without_parameters() -> dict[str, Tensor]:
+    rate = pyro.sample("rate", dist.LogNormal(torch.tensor(0.3), torch.tensor(0.5)))
+    with pyro.plate("groups", 2, dim=-1):
+        return {"rate": rate, "z": pyro.sample("z", dist.Normal(torch.zeros(2), 0.7))}
+
+
+def deaf_to_parameters() -> dict[str, Tensor]:
+    loc()
+    return without_parameters()
+
+
 GUIDES: list[tuple[Callable, str]] = [
     (wider, r"E_q\[h\(z\) / q\(z\)\]"),
     (without_jacobian, r"E_q\[h\(z\) / q\(z\)\]"),
@@ -305,6 +332,11 @@ GUIDES: list[tuple[Callable, str]] = [
     (outside_the_support, "site 'rate': the guide draws"),
     (counts_plates_from_the_left, "cannot be vectorized"),
     (idle_parameter, "parameter 'idle' gets no gradient"),
+    (scaled_alone, "site 'rate': scale 1 in the model, 2 in the guide"),
+    (masked_alone, "mask none in the model, 1 of 2 in the guide"),
+    (idle_auxiliary, "site 'u': an auxiliary guide site"),
+    (without_parameters, "no parameter that requires a gradient"),
+    (deaf_to_parameters, r"none of the guide's parameters \['.*'\] gets a gradient"),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,13 +11,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import infer
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from torch import nn
 
 import pyro_emvae as emvae
 from pyro_emvae import problems
 from pyro_emvae._registry import Traits
-from pyro_emvae.engine import gradient
+from pyro_emvae.compare import _chunks
+from pyro_emvae.engine import Replicator, gradient, record
 from pyro_emvae.estimators import LeaveOneOut, Score
 from pyro_emvae.particles import hold_batch
 
@@ -213,6 +216,67 @@ def test_chunks_do_not_change_what_is_estimated():
     assert float(small.variance_mean[0, 0]) == pytest.approx(float(large.variance_mean[0, 0]), rel=0.15)
 
 
+def test_chunks_are_few_and_even():
+    assert _chunks(1000, 528) == [500, 500]
+    assert _chunks(10, 4) == [3, 3, 4]
+    assert _chunks(3, 0) == [1, 1, 1]
+
+
+@pytest.mark.parametrize("particles", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_replicates_without_randomness_are_the_eager_gradient(particles, weighted):
+    """Not even rounding differs: what is left out, folded and rewritten for the replicates changes no number."""
+    problem = problems.logistic_regression()
+
+    def guide(x, y):
+        pyro.sample("w", dist.Delta(pyro.param("w_map", x[0].clone()), event_dim=1))
+
+    def model(x, y):
+        with pyro.poutine.scale(scale=0.5 if weighted else 1.0):
+            problem.model(x, y)
+
+    loss = emvae.MonteCarloELBO(particles, estimator="pathwise")
+    expected = gradient(model, guide, loss, problem.args, {})
+    recording = record(model, guide, loss, expected.leaves, [], problem.args, {})
+    replicates = Replicator(recording, problem.args, {}, {})
+    assert torch.allclose(replicates(3)["w_map"], expected.grads["w_map"].expand(3, -1), rtol=1e-12, atol=0)
+    assert not any("cross_entropy" in str(node.target) for node in replicates.nodes)
+
+
+def test_the_score_of_a_replicate_is_that_of_its_draw():
+    """The value of the objective is used here; with one value that w can take, the gradient is known."""
+    x, y = torch.randn(5, 2, dtype=torch.float64), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    weights = torch.stack([torch.zeros(2), torch.ones(2)]).double()
+
+    def model(x, y):
+        k = pyro.sample("k", dist.Bernoulli(torch.tensor(0.5, dtype=torch.float64)))
+        with pyro.plate("data", 5):
+            pyro.sample("y", dist.Bernoulli(logits=(k[..., None] * weights[1]) @ x.T), obs=y)
+
+    def guide(x, y):
+        pyro.sample("k", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.3, dtype=torch.float64))))
+
+    loss = emvae.MonteCarloELBO(1, estimator="score")
+    expected = gradient(model, guide, loss, (x, y), {})
+    recording = record(model, guide, loss, expected.leaves, [], (x, y), {})
+    got = Replicator(recording, (x, y), {}, {})(50)["logit"]
+    q = torch.sigmoid(pyro.param("logit").detach())
+    log_p = torch.stack([dist.Bernoulli(logits=x @ w).log_prob(y).sum() for w in weights]) + math.log(0.5)
+    log_q = torch.stack([(1 - q).log(), q.log()])
+    outcomes = -(log_p - log_q) * torch.stack([-q, 1 - q])
+    distance = (got[:, None] - outcomes).abs().min(1).values
+    assert float(distance.max()) < 1e-12 and len(got.unique()) == 2
+
+
+def test_views_take_no_memory():
+    problem = problems.logistic_regression()
+    loss = emvae.MonteCarloELBO(2, estimator="pathwise")
+    leaves = gradient(problem.model, problem.guide, loss, problem.args, {}).leaves
+    recording = record(problem.model, problem.guide, loss, leaves, [], problem.args, {})
+    one = 2 * 569 * 8
+    assert one < Replicator(recording, problem.args, {}, {}).bytes_each < 8 * one
+
+
 def test_a_sample_of_the_coordinates():
     problem = problems.logistic_regression()
     data = compare(problem, estimators=["pathwise"], num_replicates=50, max_coordinates=10).dataset
@@ -246,3 +310,93 @@ def test_a_model_without_parameters_is_refused():
 def test_a_name_and_its_instance_are_the_same_row():
     data = compare(problems.bernoulli(), estimators={"a": "score", "b": Score()}, num_replicates=100).dataset
     assert data.variance_mean.values[0].tolist() == data.variance_mean.values[1].tolist()
+
+
+# What a row is ----------------------------------------------------------------------------------------------------
+
+
+def switch(obs: float = 1.0) -> tuple:
+    def model() -> None:
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        pyro.sample("x", dist.Normal(k, 1.0), obs=torch.tensor(obs))
+
+    def guide() -> None:
+        pyro.sample("k", dist.Bernoulli(logits=pyro.param("logit", torch.tensor(0.2))), infer={"baseline": BASELINE})
+
+    return model, guide
+
+
+BASELINE = {"use_decaying_avg_baseline": True}
+
+
+def test_losses_of_pyro_leave_no_trace():
+    """`TraceGraph_ELBO` keeps its averages in the parameter store, and a loss the plate nesting that it guessed."""
+    model, guide = switch()
+    loss = infer.TraceGraph_ELBO()
+    emvae.compare_gradients(model, guide, estimators=["score", loss], num_replicates=10, seed=0)
+    assert set(pyro.get_param_store().keys()) == {"logit"}
+    assert loss.max_plate_nesting == math.inf
+    loss.loss_and_grads(model, guide)
+    average = pyro.param("__baseline_avg_downstream_cost_k").clone()
+    emvae.compare_gradients(model, guide, estimators=["score", loss], num_replicates=10, seed=0)
+    assert torch.equal(pyro.param("__baseline_avg_downstream_cost_k"), average)
+
+
+def test_a_loss_in_use_is_compared_as_its_own_and_stays_as_it_is():
+    loss = emvae.MonteCarloELBO(2)
+    normal = problems.normal_normal()
+    loss.loss_and_grads(normal.model, normal.guide, *normal.args)
+    resolved = loss.resolved
+    table = emvae.compare_gradients(*switch(), estimators=[loss, "score"], num_replicates=10, seed=0)
+    assert not table.looped
+    assert loss.resolved == resolved
+
+
+@pytest.mark.parametrize(
+    ("row", "unbiased"),
+    [
+        (infer.Trace_ELBO(num_particles=2), True),
+        (infer.TraceGraph_ELBO(num_particles=2), True),
+        (infer.TraceTailAdaptive_ELBO(num_particles=2, vectorize_particles=True, max_plate_nesting=1), False),
+        (infer.RenyiELBO(num_particles=2), False),
+    ],
+    ids=lambda row: type(row).__name__,
+)
+def test_what_may_be_the_reference(row, unbiased):
+    normal = problems.normal_normal()
+    table = emvae.compare_gradients(normal.model, normal.guide, *normal.args, estimators=[row], num_replicates=20)
+    assert (table.dataset.attrs["reference"] != "nothing") == unbiased
+
+
+def test_default_rows_have_the_same_number_of_particles():
+    for number, rows in ((1, ["score", "Trace_ELBO"]), (3, ["score", "leave_one_out", "Trace_ELBO"])):
+        table = emvae.compare_gradients(*switch(), num_particles=number, num_replicates=10, seed=0).dataset
+        assert table.estimator.values.tolist() == rows
+        assert set(table.evaluations.values) == {number}
+
+
+REFERENCES = {
+    "missing": ({"theta": torch.tensor(0.0)}, "'phi'"),
+    "number": ({"theta": 0.0, "phi": 0.0, "psi": 1.0}, "'psi'"),
+}
+
+
+@pytest.mark.parametrize("key", REFERENCES)
+def test_references_that_do_not_fit(key):
+    reference, observed = REFERENCES[key]
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(pyro.param("theta", torch.tensor(0.0)), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(pyro.param("phi", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(emvae.EmvaeError, match=observed):
+        emvae.compare_gradients(model, guide, estimators=["pathwise"], num_replicates=5, reference=reference)
+
+
+@pytest.mark.parametrize("estimators", [[], {}, ()])
+def test_no_row_at_all(estimators):
+    with pytest.raises(emvae.EmvaeError, match="a row"):
+        emvae.compare_gradients(*switch(), estimators=estimators)

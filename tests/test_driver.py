@@ -199,10 +199,11 @@ def test_what_cannot_be_iterated_is_refused(key):
 
 @both
 def test_history_has_a_row_per_gradient_step_and_per_iteration(cls):
-    svi, _ = fitter(cls)
+    svi, vae = fitter(cls)
+    initial = vae.decoder[0].bias.detach().numpy().copy()
     fit = run(svi, 4, X, seed=0, track=["decoder$$$0.bias"])
     history, per = fit.history, 1 if cls is SVI else 2
-    assert dict(history.sizes) == {"step": 4 * per, "iteration": 4, "decoder$$$0.bias_dim_0": 2}
+    assert dict(history.sizes) == {"step": 4 * per, "iteration": 4, "iterate": 5, "decoder$$$0.bias_dim_0": 2}
     assert history["phase"].values.tolist() == ([2] if cls is SVI else [0, 1]) * 4
     assert history["step_iteration"].values.tolist() == [i for i in range(4) for _ in range(per)]
     assert history["objective"].values.tolist() == history["elbo"].values[per - 1 :: per].tolist()
@@ -211,7 +212,8 @@ def test_history_has_a_row_per_gradient_step_and_per_iteration(cls):
         assert (np.diff(history[time].values) >= 0).all()
     assert np.isnan(history["validation"].values).all()
     tracked = history["param_decoder$$$0.bias"].values
-    assert tracked.shape == (4, 2) and np.array_equal(tracked[-1], fit.params["decoder$$$0.bias"].numpy())
+    assert np.array_equal(tracked[0], initial) and history["iterate"].values.tolist() == [0, 1, 2, 3, 4]
+    assert tracked.shape == (5, 2) and np.array_equal(tracked[-1], fit.params["decoder$$$0.bias"].numpy())
     assert np.isnan(history["e_gain"].values).all() == (cls is SVI)
 
 

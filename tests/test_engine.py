@@ -30,19 +30,22 @@ from pyro_emvae.particles import quiet
 SMALL = {"digits_vae": functools.partial(problems.digits_vae, num_train=12, num_hidden=6)}
 PROBLEMS = {entry.name: SMALL.get(entry.name, entry.factory) for entry in entries("problem")}
 X = torch.tensor([0.3, 1.7, -0.5, 0.9])
-ADAM = pyro.optim.Adam({"lr": 0.05})
+
+
+def adam() -> pyro.optim.PyroOptim:
+    return pyro.optim.Adam({"lr": 0.05})
 
 
 def values() -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
 
 
-def trajectory(model, guide, args, *, backend: str, cls: type = SVI, optim: Any = ADAM, steps: int = 3, **options):
+def trajectory(model, guide, args, *, backend: str, cls: type = SVI, optim: Any = None, steps: int = 3, **options):
     """Losses, parameters, optimizer state, estimator state and generator after a few steps from a fresh store."""
     pyro.clear_param_store()
     pyro.set_rng_seed(5)
     loss = MonteCarloELBO(**options)
-    svi = cls(model, guide, optim, loss, backend=backend)
+    svi = cls(model, guide, copy.deepcopy(optim) or adam(), loss, backend=backend)
     losses = [svi.step(*args) for _ in range(steps)]
     assert bool(svi.engine._recordings) == (backend == "graph")
     slots = {n: s["state"] for n, s in svi.optim.get_state().items()}
@@ -130,7 +133,7 @@ def classes() -> list:
 
 OPTIMIZERS = {
     "momentum": functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9),
-    "Adam": ADAM,
+    "Adam": adam(),
     "ClippedAdam": pyro.optim.ClippedAdam({"lr": 0.05, "clip_norm": 0.3, "lrd": 0.9}),
     "AdamW": torch.optim.AdamW,
     "RMSprop": pyro.optim.RMSprop({"lr": 0.01}),
@@ -231,7 +234,7 @@ def test_graph_equals_eager_with_autoguides(make):
 
 def test_recording_leaves_generators_buffers_and_parameters_as_they_were():
     model, guide, args = autoencoder()
-    svi = SVI(model, guide, ADAM, backend="graph")
+    svi = SVI(model, guide, adam(), backend="graph")
     svi.step(*args)
     nets = modules_of(model, guide)
     before = copy.deepcopy([net.state_dict() for net in nets]), values(), copy.deepcopy(svi.loss.__self__.state)
@@ -255,13 +258,68 @@ def test_data_of_another_shape_or_dtype_are_recorded_anew_and_the_rest_is_not():
     for backend in ("eager", "graph"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        svi = SVI(problem.model, problem.guide, ADAM, backend=backend)
+        svi = SVI(problem.model, problem.guide, adam(), backend=backend)
         generator = torch.Generator().manual_seed(1)
         results.append([svi.step(torch.randn(n, generator=generator)) for n in sizes])
     assert results[0] == results[1]
+    assert recordings(svi) == 2  # the first step on data of a new shape is eager
+    for n in (4, 5):
+        svi.step(torch.randn(n))
     assert recordings(svi) == 3
-    svi.step(torch.randn(5))
-    assert recordings(svi) == 3
+
+
+class Lazy:
+    """A model that makes something at the first call with data of a new shape, and keeps it."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, Tensor] = {}
+
+    def model(self, x: Tensor) -> None:
+        if len(x) not in self.made:
+            self.made[len(x)] = torch.ones(len(x)).cumsum(0)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z * self.made[len(x)], 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
+
+
+def test_what_is_made_at_the_first_call_with_a_new_shape_is_no_obstacle():
+    lazy = Lazy()
+    svi = SVI(lazy.model, lazy.guide, adam(), backend="graph")
+    for n in (4, 4, 4, 2, 4, 2, 2):
+        svi.step(torch.randn(n))
+    assert recordings(svi) == 2
+
+
+def test_an_attribute_that_is_annealed_from_outside_is_seen():
+    """Not by the recording, in which the model does not change it, but when it is made again and compared."""
+    annealed = Outside()
+    svi = SVI(annealed.model, annealed.guide, adam(), backend="graph")
+    with pytest.raises(RecordingError, match="changed since"):
+        for beta in (0.1, 0.2, 0.3, 0.4):
+            annealed.beta = beta
+            svi.step(X)
+    pyro.clear_param_store()
+    annealed.beta = 0.1
+    svi = SVI(annealed.model, annealed.guide, adam(), backend="graph")
+    with pytest.raises(RecordingError, match="changed since"):
+        svi.run(20, X, callbacks=lambda progress: setattr(annealed, "beta", 0.1 + progress.iteration))
+
+
+class Outside:
+    beta = 0.1
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.scale(scale=self.beta):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)), poutine.scale(scale=self.beta):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.1)), 1.0))
 
 
 @pytest.mark.parametrize("norm", [True, False])
@@ -271,7 +329,7 @@ def test_a_switch_between_train_and_eval_is_seen(norm):
         pyro.clear_param_store()
         model, guide, args = autoencoder(norm)
         pyro.set_rng_seed(0)
-        svi, losses = SVI(model, guide, ADAM, backend=backend), []
+        svi, losses = SVI(model, guide, adam(), backend=backend), []
         for training in (True, True, True, False, False, True):
             for net in modules_of(model, guide):
                 net.train(training)
@@ -286,7 +344,7 @@ def test_buffers_that_were_exchanged_are_seen():
         pyro.clear_param_store()
         model, guide, args = autoencoder()
         pyro.set_rng_seed(0)
-        svi = SVI(model, guide, ADAM, backend=backend)
+        svi = SVI(model, guide, adam(), backend=backend)
         for step in range(6):
             svi.step(*args)
             if step == 3:
@@ -302,7 +360,7 @@ def test_a_parameter_store_that_was_loaded_or_cleared_is_seen():
         problem = problems.normal_normal()
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        svi = SVI(problem.model, problem.guide, ADAM, backend=backend)
+        svi = SVI(problem.model, problem.guide, adam(), backend=backend)
         losses = [svi.step(*problem.args) for _ in range(3)]
         state = pyro.get_param_store().get_state()
         losses += [svi.step(*problem.args) for _ in range(2)]
@@ -326,7 +384,7 @@ def test_python_arguments_are_part_of_what_is_recorded():
     for backend in ("eager", "graph"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        svi = SVI(model, guide, ADAM, backend=backend)
+        svi = SVI(model, guide, adam(), backend=backend)
         results.append([svi.step(X, scale=scale) for scale in (1.0, 1.0, 2.0, 1.0, 2.0)])
     assert results[0] == results[1]
     assert recordings(svi) == 2
@@ -352,7 +410,7 @@ def test_a_tensor_that_is_changed_in_place_is_seen(fold):
     for backend in ("eager", "graph"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        svi, losses = SVI(model, guide, ADAM, backend=backend), []
+        svi, losses = SVI(model, guide, adam(), backend=backend), []
         for step in range(6):
             weight.fill_(0.1 * (step + 1))
             losses.append(svi.step(X))
@@ -379,7 +437,7 @@ def both_backends(run: Any) -> list:
     for backend in ("eager", "graph"):
         pyro.clear_param_store()
         pyro.set_rng_seed(0)
-        results.append(run(functools.partial(SVI, optim=ADAM, backend=backend)))
+        results.append(run(functools.partial(SVI, optim=adam(), backend=backend)))
     return results
 
 
@@ -430,11 +488,10 @@ def test_data_that_a_recording_cannot_take_as_tensors_are_refused(key):
         z = pyro.sample("z", dist.Normal(pyro.param("theta", torch.tensor(0.1)), 1.0))
         pyro.sample("x", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=unwrap(batch))
 
-    svi = SVI(model, Annealed().guide, ADAM, backend="graph")
-    svi.step(wrap(X))
+    svi = SVI(model, Annealed().guide, adam(), backend="graph")
     with pytest.raises(RecordingError, match=f"{observed}.*tensors"):
-        svi.step(wrap(2 * X))
-    assert SVI(model, Annealed().guide, ADAM).run(3, wrap(X)).status == "MAX_ITER"
+        svi.step(wrap(X))
+    assert SVI(model, Annealed().guide, adam()).run(3, wrap(X)).status == "MAX_ITER"
 
 
 PLAIN = [
@@ -618,7 +675,7 @@ def test_what_python_changes_from_call_to_call_is_refused_with_its_line(cls, nam
         pyro.factor("penalty", -(pyro.param("theta", torch.tensor(0.0)) ** 2))
         getattr(user, name)(x)
 
-    svi = cls(model, user.guide, ADAM, backend="graph")
+    svi = cls(model, user.guide, adam(), backend="graph")
     svi.step(X)
     before, generator = values(), torch.get_rng_state()
     with pytest.raises(RecordingError, match=re.escape(line_of(getattr(Annealed, name), f"# {name}"))):
@@ -629,7 +686,7 @@ def test_what_python_changes_from_call_to_call_is_refused_with_its_line(cls, nam
 
 def test_an_attribute_changed_between_runs_is_refused_until_recompile():
     user = Annealed()
-    svi = SVI(user.steady, user.guide, ADAM, backend="graph")
+    svi = SVI(user.steady, user.guide, adam(), backend="graph")
     svi.run(3, X)
     svi.run(2, X)
     user.beta = 0.7
@@ -646,7 +703,7 @@ def test_an_attribute_changed_between_runs_is_refused_until_recompile():
 
 def test_other_losses_cannot_be_recorded():
     problem = problems.normal_normal()
-    svi = SVI(problem.model, problem.guide, ADAM, pyro.infer.Trace_ELBO(), backend="graph")
+    svi = SVI(problem.model, problem.guide, adam(), pyro.infer.Trace_ELBO(), backend="graph")
     svi.step(*problem.args)
     with pytest.raises(RecordingError, match="Trace_ELBO"):
         svi.step(*problem.args)
@@ -671,7 +728,7 @@ def test_a_buffer_that_is_replaced_in_place_of_being_written_is_refused():
         z = pyro.sample("z", dist.Normal(pyro.param("theta", torch.tensor(0.0)), 1.0))
         pyro.sample("x", dist.Normal(z, 1.0).expand([4]).to_event(1), obs=net(x))
 
-    svi = SVI(model, Annealed().guide, ADAM, backend="graph")
+    svi = SVI(model, Annealed().guide, adam(), backend="graph")
     svi.step(X)
     tensor, before = net.mean, net.mean.clone()
     with pytest.raises(RecordingError, match=r"Replaced\.mean.*self\.mean\.copy_"):
@@ -682,7 +739,7 @@ def test_a_buffer_that_is_replaced_in_place_of_being_written_is_refused():
 @pytest.mark.parametrize("backend", ["eager", "graph"])
 def test_an_error_of_the_model_is_the_users_and_changes_nothing(backend):
     model, guide, args = autoencoder()
-    svi = SVI(model, guide, ADAM, backend=backend)
+    svi = SVI(model, guide, adam(), backend=backend)
     for _ in range(3):
         svi.step(*args)
     before = copy.deepcopy([net.state_dict() for net in modules_of(model, guide)])
@@ -723,7 +780,7 @@ def test_gradients_are_reduced_before_the_update():
 
 def test_the_state_is_all_that_a_run_changes():
     model, guide, args = autoencoder()
-    svi = SVI(model, guide, ADAM)
+    svi = SVI(model, guide, adam())
     with pytest.raises(StepError, match="no step yet"):
         _ = svi.engine.state
     for _ in range(2):
@@ -748,7 +805,7 @@ def test_buffers_of_a_network_that_both_call_are_moved_once_per_iteration(affine
         norm(x.unsqueeze(-1))
         pyro.sample("z", dist.Normal(pyro.param("phi", torch.tensor(0.0)), 1.0))
 
-    em = EM(model, guide, ADAM)
+    em = EM(model, guide, adam())
     for _ in range(3):
         em.step(X)
     assert int(norm.num_batches_tracked) == 2 * 3  # twice per E-step: in the guide and in the model
@@ -757,7 +814,7 @@ def test_buffers_of_a_network_that_both_call_are_moved_once_per_iteration(affine
 def test_a_recording_is_a_function_of_the_estimators_state():
     problem = problems.bernoulli()
     loss = MonteCarloELBO(estimator="decaying_average")
-    svi = SVI(problem.model, problem.guide, ADAM, loss)
+    svi = SVI(problem.model, problem.guide, adam(), loss)
     for _ in range(3):
         svi.step(*problem.args)
     recording = record(problem.model, problem.guide, loss, svi.blocks.leaves(), [], problem.args, {})

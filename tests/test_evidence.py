@@ -19,7 +19,7 @@ from pyro.infer.autoguide.initialization import init_to_sample
 from torch import nn
 
 from pyro_emvae import evidence, problems
-from pyro_emvae._checks import EmvaeError, ModelError, NonFiniteError
+from pyro_emvae._checks import DataError, EmvaeError, ModelError, NonFiniteError
 from pyro_emvae._registry import entries
 from pyro_emvae.evidence import Estimate, EvidenceMethod, Importance, elbo, elbo_gap, log_evidence
 from pyro_emvae.evidence.moments import Moments
@@ -550,6 +550,134 @@ def test_auxiliary_sites_count_in_log_q():
     assert found.standard_error < 1e-6 and found.given == ()
 
 
+# What is no bound -----------------------------------------------------------------------------------------------------
+
+
+def one_latent(x):
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def with_guide(u=None, scale=1.0, mask=True):
+    """Return a guide that holds the posterior, with something wrong around it."""
+
+    def guide(x):
+        if u is not None:
+            pyro.sample("u", u, infer={"is_auxiliary": True})
+        with pyro.plate("data", len(x), dim=-1), poutine.scale(scale=scale), poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(0.5 * x, 0.5**0.5))
+
+    return guide
+
+
+def masked_data(x):
+    """Pyro's ``obs_mask``: what is missing is a latent, masked in the model and not in AutoNormal."""
+    with pyro.plate("data", len(x), dim=-1):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x, obs_mask=x > 0)
+
+
+UNSOUND = {
+    "auxiliary": (one_latent, with_guide(u=dist.Normal(0.0, 0.1)), "'u': got an auxiliary guide site"),
+    "discrete auxiliary": (one_latent, with_guide(u=dist.Bernoulli(0.5)), "'u': got an auxiliary guide site"),
+    "scale": (one_latent, with_guide(scale=2.0), "'z': got scale 1 in the model, 2 in the guide"),
+    "mask": (one_latent, with_guide(mask=X > 0), "'z': got mask none in the model, 4 of 6 in the guide"),
+    "obs_mask": (masked_data, autoguide.AutoNormal(masked_data), "'x_unobserved': got mask 2 of 6 in the model, none"),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_what_is_no_bound_is_refused_or_says_so(name):
+    model, guide, match = UNSOUND[name]
+    guide(X)
+    found = elbo(model, guide, X, num_particles=20, seed=0)
+    assert found.kind == "none" and "no bound of log p(x)" in repr(found)
+    assert found.note.startswith("site " + match.split(":")[0]) and found.note in repr(found)
+    for function in (log_evidence, elbo_gap):
+        with pytest.raises(ModelError, match=match):
+            function(model, guide, X, num_particles=20, seed=0)
+
+
+def test_auxiliaries_that_are_accounted_for():
+    """A gradient that is cut, a discrete site and a factor that corrects for what is drawn."""
+
+    def model(x):
+        pyro.sample("k", dist.Bernoulli(torch.tensor(0.3, dtype=DOUBLE)))
+        one_latent(x)
+
+    def guide(x):
+        k = pyro.sample("j", dist.Bernoulli(torch.tensor(0.3, dtype=DOUBLE)), infer={"is_auxiliary": True})
+        pyro.sample("k", dist.Delta(1 - k if len(x) > 9 else k))
+        with pyro.plate("data", len(x), dim=-1):
+            u = pyro.sample("u", dist.Normal(0.5 * x, 0.5**0.5), infer={"is_auxiliary": True})
+            pyro.sample("z", dist.Delta(u.detach()))
+
+    exact = float(dist.Normal(0.0, 2**0.5).log_prob(X).sum())
+    assert log_evidence(model, guide, X, num_particles=5).value == pytest.approx(exact, abs=1e-6)
+
+    def corrected(x):
+        v = pyro.sample("v", dist.Normal(x.new_zeros(()), 1.0), infer={"is_auxiliary": True})
+        pyro.factor("v_given_z", -dist.Normal(x.new_zeros(()), 1.0).log_prob(v), has_rsample=True)
+        with_guide()(x)
+
+    found = log_evidence(one_latent, corrected, X, num_particles=5)
+    assert found.kind == "lower" and found.value == pytest.approx(exact, abs=1e-6)
+
+
+def test_a_point_mass_has_no_density_to_scale():
+    def model(x):
+        with poutine.scale(scale=0.5):
+            pyro.sample("mean", dist.Normal(x.new_zeros(()), 1.0))
+        one_latent(x)
+
+    def guide(x):
+        pyro.sample("mean", dist.Delta(x.new_tensor(0.3)))
+        with_guide()(x)
+
+    assert elbo(model, guide, X, num_particles=3).kind == "lower"
+
+
+def crossed(mix):
+    def model(x, index=None):
+        index = torch.arange(len(x)) if index is None else index
+        with pyro.plate("data", len(x), subsample=index, dim=-1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(mix(z), 1.0), obs=x[index])
+
+    def guide(x, index=None):
+        index = torch.arange(len(x)) if index is None else index
+        with pyro.plate("data", len(x), subsample=index, dim=-1):
+            pyro.sample("z", dist.Normal(0.3 * x[index], 0.7))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("mix", [lambda z: z.cumsum(-1), lambda z: z + z.flip(-1)], ids=["cumsum", "flip"])
+def test_data_that_depend_on_each_other_share_a_weight(mix):
+    model, guide = crossed(mix)
+    found = log_evidence(model, guide, X, num_particles=20_000, seed=0)
+    matrix = mix(torch.eye(6, dtype=DOUBLE)).T
+    exact = dist.MultivariateNormal(X.new_zeros(6), torch.eye(6, dtype=DOUBLE) + matrix @ matrix.T).log_prob(X)
+    assert found.per_datum is None and "site 'x' of one datum depends on another's" in repr(found)
+    assert abs(found.value - float(exact)) < 5 * found.standard_error or found.khat > 0.7
+    assert elbo(model, guide, X, num_particles=20, seed=0).per_datum is None
+    with pytest.raises(EmvaeError, match="minibatch: got a subsampled plate 'data' while site 'x' of one datum"):
+        log_evidence(model, guide, X, torch.tensor([0, 3]), num_particles=30)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 64])
+def test_every_pair_of_data_is_told_apart(size):
+    """Two data that swap latents, wherever they are, among as many as there are masks for."""
+    x = torch.zeros(size, dtype=DOUBLE)
+    for i, j in itertools.islice(itertools.combinations(range(size), 2), 0, None, max(1, size)):
+        order = torch.arange(size)
+        order[i], order[j] = j, i
+        model, guide = crossed(lambda z, order=order: z[..., order])
+        assert elbo(model, guide, x, num_particles=1, seed=i).per_datum is None, (i, j)
+    assert elbo(*crossed(lambda z: 2 * z), x, num_particles=1).per_datum is not None
+
+
 # Standard errors ------------------------------------------------------------------------------------------------------
 
 
@@ -705,6 +833,50 @@ def test_numbers_that_are_none(function, name, value):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_empty_data(function):
+    local = Local()
+    with pytest.raises(DataError, match=rf"`{function}` cannot use empty data: got a tensor of shape \(0,\)"):
+        FUNCTIONS[function](local.model, local.guide, X[:0])
+    with pytest.raises(DataError, match=r"shape \(0, 3\)"):
+        FUNCTIONS[function](local.model, local.guide, batch={"x": [torch.zeros(0, 3)]})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_batch_dims_of_no_plate(function):
+    def program(x):
+        pyro.sample("w", dist.Normal(x.new_zeros(2, 4), 1.0))
+        with pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x, 1.0))
+
+    with pytest.raises(
+        ModelError,
+        match=rf"`{function}` cannot lay out site 'w': got batch shape \(2, 4\), of which no plate declares dim -2",
+    ):
+        FUNCTIONS[function](program, program, X, num_particles=3)
+
+
+def test_batch_dims_of_size_one_need_no_plate():
+    def program(x, obs=None):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0))
+        if obs is not None:
+            pyro.sample("x", dist.Normal(z, 1.0), obs=obs)
+
+    found = log_evidence(lambda x: program(x, x[:1]), program, X, num_particles=2000, seed=0)
+    exact = float(dist.Normal(0.0, 2**0.5).log_prob(X[0]))
+    assert abs(found.value - exact) < 4 * found.standard_error < 0.1
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("num_particles", [1, 3, 6, 8])
+def test_too_few_plate_dims(function, num_particles):
+    local = Local()
+    with pytest.raises(EmvaeError, match=f"`{function}` cannot use max_plate_nesting=0: got plates of 1 dims"):
+        FUNCTIONS[function](local.model, local.guide, X, num_particles=num_particles, max_plate_nesting=0)
+    with pytest.raises(EmvaeError, match="use max_plate_nesting: got -1"):
+        FUNCTIONS[function](local.model, local.guide, X, max_plate_nesting=-1)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_sites_that_do_not_match(function):
     local = Local()
     with pytest.raises(ModelError, match="draw site 'z': got no such site in the guide"):
@@ -810,3 +982,18 @@ def test_what_it_looks_like():
     assert repr(gap).startswith("Gap(") and "elbo=Estimate(" in repr(gap)
     assert "PerDatum(data: 2; mean" in repr(gap.per_datum) and "each counted 3 times" in repr(gap.per_datum)
     assert evidence.__all__ == sorted(evidence.__all__)
+
+
+@pytest.mark.parametrize(
+    ("khat", "ess", "says"),
+    [
+        (0.3, 50.0, "khat = 0.30 +- 0.05,"),
+        (0.71, 50.0, "khat = 0.71 +- 0.05: unreliable"),
+        (math.inf, 2.0, "khat = inf +- 0.05: unreliable"),
+        (-math.inf, 100.0, "equal weights"),
+        (-math.inf, 50.0, "equal largest weights"),
+    ],
+)
+def test_khat_in_words(khat, ess, says):
+    text = repr(Estimate(-1.0, 0.1, "lower", 100, ess=ess, khat=khat, khat_se=0.05, note="end"))
+    assert says in text and "inf +- 0.00" not in text and ("unreliable" in text) == (khat > 0.7)

@@ -297,6 +297,56 @@ def spoilt(x):
     return torch.where(x > 1, math.nan, x)
 
 
+def idle_auxiliary(x):
+    guide(x)
+    pyro.sample("u", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+
+
+def too_many_auxiliaries(x):
+    us = [pyro.sample(name, dist.Normal(param("loc"), 0.6), infer={"is_auxiliary": True}) for name in ("u", "v")]
+    pyro.sample("mu", dist.Delta(us[0] + us[1]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
+
+
+def scaled_auxiliary(x):
+    with poutine.scale(scale=3.0):
+        u = pyro.sample("u", dist.Normal(param("loc"), 0.6), infer={"is_auxiliary": True})
+    pyro.sample("mu", dist.Delta(u))
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
+
+
+def reverse(z):
+    return z + z.flip(-1)
+
+
+def mixing(mix):
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(param("theta", 0.3), 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(mix(z), 0.5), obs=x)
+
+    return model
+
+
+def narrow_guide(make):
+    def guide(x):
+        pyro.sample("mu", dist.Normal(param("loc"), 0.6))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", make((x + param("shift")).exp()))
+
+    return guide
+
+
+def other_plate(x):
+    pyro.sample("mu", dist.Normal(param("loc"), 0.6))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
+
+
+AUTO_CUMSUM = AutoDiagonalNormal(mixing(lambda z: z.cumsum(-1)))
 BASELINE = {"mu": {"baseline": {"use_decaying_avg_baseline": True}}}
 ANNOTATED = {"mu": {"estimator": "score"}}
 
@@ -313,6 +363,7 @@ class Defect:
     guide: object = guide
     loss: object = None
     x: torch.Tensor = X
+    also: tuple[str, ...] = ()
 
 
 DEFECTS = {
@@ -334,10 +385,30 @@ DEFECTS = {
     "other mask": Defect(
         "scale", "z", "mask 3 of 4, of other elements in the guide", "poutine.mask", masked, masked_elsewhere
     ),
+    "idle auxiliary": Defect(
+        "auxiliary", "u", "no Delta site is computed", "Add it to the model", guide=idle_auxiliary
+    ),
+    "two for one": Defect("auxiliary", "u", "2 auxiliary coordinates, but 1", "as many", guide=too_many_auxiliaries),
+    "scaled auxiliary": Defect(
+        "scale", "u", "scale 3 in the guide, 1 of 'mu'", "poutine.scale", guide=scaled_auxiliary
+    ),
+    "a sum over data": Defect("entangled", "x", "plate 'data'", ".to_event(1)", mixing(lambda z: z.cumsum(-1))),
+    "a sum over data, drawn at once": Defect(
+        "entangled", "x", "plate 'data'", ".to_event(1)", mixing(lambda z: z.cumsum(-1)), guide=AUTO_CUMSUM
+    ),
+    "data in pairs": Defect("entangled", "x", "plate 'data'", ".to_event(1)", mixing(reverse)),
+    "half the support": Defect(
+        "support", "z", "the guide never draws values such as -", "LogNormal", guide=narrow_guide(dist.HalfCauchy)
+    ),
+    "positive": Defect("support", "z", "Real() in the model", "dist.Normal", guide=narrow_guide(dist.Exponential)),
+    "renamed plate": Defect(
+        "plate_name", "z", "'data' in the model, 'rows' in the guide", 'plate("data"', guide=other_plate
+    ),
+    "NaN in an encoder": Defect("non_finite", "z", "argument 'x' holds NaN", "x.nan_to_num()", x=spoilt(X)),
     "batch dims": Defect(
         "batch_dims", "w", "batch shape (3,), of which plates declare 0", ".to_event(1)", loose, loose_guide
     ),
-    "mixes particles": Defect("vectorize", "x", "site 'x' differs", "z.mean(-1)", centred),
+    "mixes particles": Defect("vectorize", "x", "site 'x' differs", "z.mean(-1)", centred, also=("entangled",)),
     "branches": Defect("vectorize", "model or guide", "RuntimeError", "vectorize_particles=False", branching),
     "baseline": Defect("annotation", "mu", "MonteCarloELBO ignores", "rsample", guide=lambda x: guide(x, **BASELINE)),
     "baseline in Trace_ELBO": Defect(
@@ -386,10 +457,63 @@ def test_planted_defect_is_flagged(name):
     defect = DEFECTS[name]
     result = explain(defect.model, defect.guide, defect.x, loss=defect.loss, seed=0)
     flags = {flag.where: flag for flag in result.flags if flag.kind == defect.kind}
-    assert set(kinds(result)) == {defect.kind}, str(result)
+    assert set(kinds(result)) == {defect.kind, *defect.also}, str(result)
     flag = flags[defect.where]
     assert defect.says in flag.message and defect.mends in flag.fix, str(flag)
     assert str(flag) in str(result)
+
+
+def mixture(x):
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(param("theta", 0.3) + k, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def mixture_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
+
+
+def test_what_is_enumerated_needs_no_guide():
+    loss = TraceEnum_ELBO(max_plate_nesting=1)
+    assert explain(mixture, mixture_guide, X, loss=loss, seed=0).flags == ()
+
+
+@pytest.mark.parametrize("loss", [MonteCarloELBO(), Trace_ELBO()])
+def test_what_is_not_enumerated_is_said(loss):
+    (flag,) = explain(mixture, mixture_guide, X, loss=loss, seed=0).flags
+    assert (flag.kind, flag.where) == ("unmatched_site", "k")
+    assert f"{type(loss).__name__} does not sum out" in flag.message and "TraceEnum_ELBO()" in flag.fix
+
+
+def test_an_enumerated_guide_site_is_drawn():
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
+            pyro.sample("k", dist.Bernoulli(0.5 + 0 * x), infer={"enumerate": "parallel"})
+
+    flags = explain(mixture, guide, X, seed=0).flags
+    assert [(flag.kind, flag.where) for flag in flags] == [("annotation", "k")]
+
+
+def test_empty_data():
+    (flag,) = explain(model, guide, X[:0], seed=0).flags
+    assert flag.kind == "run" and "shape (0,)" in flag.message and "at least one" in flag.fix
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_what_crosses_plates_by_right_is_no_flag(nested):
+    """A group's latent is shared by its items, and a site outside a plate may read all of it."""
+
+    def model(x):
+        with pyro.plate("groups", 2, dim=-1):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("items", 3, dim=-2) if nested else poutine.block(hide=[]):
+                pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(a.sum(-1, keepdim=True), 1.0), obs=x.sum())
+
+    assert explain(model, AutoNormal(model), X, seed=0).flags == ()
 
 
 def batch_model(x, num_data=None, index=None, epochs=1000):

@@ -26,7 +26,7 @@ from pyro.nn import PyroModule
 from torch import nn
 from torch.distributions import constraints
 
-from pyro_emvae._checks import EmvaeError, ModelError
+from pyro_emvae._checks import DataError, EmvaeError, ModelError
 from pyro_emvae.families import Normal
 from pyro_emvae.guides import AutoAmortized
 from pyro_emvae.loss import MonteCarloELBO
@@ -784,3 +784,20 @@ def test_no_constraint_is_changed():
 
     assert AutoAmortized(under(Unit(0.0, 1.0)), encoder(2))(DATA)["z"].shape == (5,)
     assert Unit.support.lower_bound.shape == (5,)
+
+
+@pytest.mark.parametrize("call", ["forward", "median"])
+@pytest.mark.parametrize("used", [False, True])
+def test_empty_data_are_refused(call, used):
+    guide = AutoAmortized(model, encoder(4))
+    if used:
+        guide(DATA)
+    with pytest.raises(DataError, match=rf"`AutoAmortized` cannot use empty data: got .* \(0, {DATA.shape[1]}\)"):
+        getattr(guide, call)(DATA[:0])
+    assert guide(DATA)["z"].shape[0] == len(DATA)
+
+
+def test_empty_data_are_refused_through_an_encoder_input():
+    guide = AutoAmortized(model, encoder(4), encoder_input=lambda x: x)
+    with pytest.raises(DataError, match="empty data"):
+        guide(DATA[:0])

@@ -98,9 +98,9 @@ def differences(before, after):
     return found
 
 before, modules_before, known = settings(), dictionaries(), set(sys.modules)
-start = time.perf_counter()
+start = time.process_time()
 ACTION
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 after = settings()
 print(json.dumps({
     "seconds": seconds,

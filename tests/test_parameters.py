@@ -859,3 +859,15 @@ def test_recorded_steps_equal_eager_ones_on_the_zoo(pair):
         results.append((losses, kept(svi.blocks, GUIDE) | kept(svi.blocks, MODEL)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(v, results[1][1][n]) for n, v in results[0][1].items())
+
+
+@pytest.mark.parametrize("blocks", [{".*scale": "model", ".*": "guide"}, {".*": "guide", "scale": "model"}])
+def test_a_name_goes_before_a_pattern_and_the_first_pattern_before_the_rest(blocks):
+    def model(x: Tensor) -> None:
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(pyro.param("theta", torch.tensor(0.0)), 1.0)), 1.0))
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), pyro.param("scale", torch.tensor(1.0))))
+
+    found = discover(poutine.condition(model, {"x": X.sum()}), guide, (X,), blocks=blocks)
+    assert {row.name: row.block for row in found.rows} == {"loc": GUIDE, "scale": MODEL, "theta": GUIDE}

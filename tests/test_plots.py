@@ -77,14 +77,31 @@ def test_elbo_with_evidence():
 def test_elbo_smoothed_over_what_is_there():
     elbo = np.array([1.0, 2.0, np.nan, 4.0, 5.0])
     ax = plot_elbo(history(elbo=elbo), smooth=3)
-    np.testing.assert_allclose(ax.lines[1].get_ydata(), [1.0, 1.5, 1.5, 3.0, 4.5])
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), [1.5, 1.5, 3.0, 4.5, 4.5])
     assert labels(ax) == ["ELBO, mean of 3 steps"]
+    line = np.arange(40.0)
+    for smooth in (2, 4, 5):
+        middle = plot_elbo(history(elbo=line), smooth=smooth).lines[1].get_ydata()[5:-5]
+        np.testing.assert_allclose(middle, line[5:-5] - (0.5 if smooth % 2 == 0 else 0.0))
+
+
+def test_first_steps_do_not_flatten_the_rest():
+    elbo = np.concatenate([[-1e5, -5e4, -2e3], np.linspace(-120.0, -100.0, 97)])
+    low, high = plot_elbo(history(elbo=elbo)).get_ylim()
+    assert -120 < low < -115 and -100 < high < -95
+    low, high = plot_elbo(history(elbo=elbo), log_evidence=-90.0).get_ylim()
+    assert -125 < low < -110 and -90 < high < -85
+    low, high = plot_elbo(history(elbo=np.linspace(-120.0, -100.0, 100))).get_ylim()
+    assert low < -120 and high > -100
+    drawn(plot_elbo(history(elbo=np.full(50, np.nan))))
+    drawn(plot_elbo(history(elbo=np.array([-1e9] + [1.0] * 49))))
 
 
 def test_phases_too_thin_to_see_are_named():
     phase = [0, 1] * 400
     ax = plot_elbo(history(phase, np.zeros(800)))
-    assert not ax.collections and labels(ax) == ["ELBO", "phases: E, M, E, M, ..."]
+    assert not ax.collections and labels(ax) == ["ELBO"]
+    assert ax.get_xlabel() == "gradient step (phases: E, M, E, M, ...)"
 
 
 def test_elbo_from_fit_container_and_chains():
@@ -122,6 +139,23 @@ def test_ladder(stages, block, rungs, wrap):
     ends = [segment[-1][0] for segment in ax.collections[0].get_segments()]
     np.testing.assert_allclose(ends, 3 * first)
     drawn(ax)
+
+
+def outside(ax) -> bool:
+    """Whether the legend lies right of the axes and inside the figure."""
+    ax.figure.draw_without_rendering()
+    legend, axes = ax.get_legend().get_window_extent(), ax.get_window_extent()
+    return legend.x0 >= axes.x1 and legend.x1 <= ax.figure.bbox.x1
+
+
+def test_legends_cover_no_data():
+    assert outside(plot_variance_ladder(ladder(2)))
+    assert outside(plot_latent(np.random.default_rng(0).normal(size=(30, 2)), np.arange(30) % 10))
+
+
+def test_ladder_says_what_the_line_is():
+    assert "line: up to the largest" in plot_variance_ladder(ladder()).get_xlabel()
+    assert "largest" not in plot_variance_ladder(ladder().drop_vars("variance_max")).get_xlabel()
 
 
 def test_ladder_with_zero_and_missing_variance():

@@ -7,6 +7,7 @@ import inspect
 import pytest
 
 import pyro_emvae as emvae
+from pyro_emvae import _registry
 from pyro_emvae._registry import KINDS, Entry, create, entries, lookup, register
 
 ALIASES = {
@@ -72,6 +73,30 @@ def test_names_that_people_type(alias, name):
 def test_unknown_names_get_the_nearest_known_one(kind, name, observed):
     with pytest.raises(emvae.EmvaeError, match=observed):
         lookup(kind, name)
+
+
+@pytest.mark.parametrize("factory", [3, None, "pathwise"])
+def test_a_factory_that_cannot_be_called_is_refused(factory):
+    before = entries("estimator")
+    with pytest.raises(emvae.EmvaeError, match=rf"add estimator 'odd': got the factory {factory!r}"):
+        register("estimator", "odd", factory)
+    assert entries("estimator") == before
+
+
+@pytest.mark.parametrize("kind", ["estimator", "step", "family"])
+@pytest.mark.parametrize("traits", [None, {"unbiased": True}])
+def test_a_part_without_traits_is_refused(kind, traits):
+    with pytest.raises(emvae.EmvaeError, match=rf"add {kind} 'odd': got traits {traits!r}"):
+        register(kind, "odd", lambda: None, traits)
+
+
+@pytest.mark.parametrize(("kind", "missing"), [("estimator", "'surrogate'"), ("step", "'expect'"), ("family", "'dist")])
+def test_what_a_factory_makes_is_looked_at_on_first_use(monkeypatch, kind, missing):
+    for names in ("_ENTRIES", "_NAMES"):
+        monkeypatch.setitem(getattr(_registry, names), kind, dict(getattr(_registry, names)[kind]))
+    register(kind, "odd", lambda: 3, emvae.Traits(auto=None))
+    with pytest.raises(emvae.EmvaeError, match=f"be 'odd': got 3 without .*{missing}"):
+        create(kind, "odd")
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_is_added():

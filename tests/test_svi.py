@@ -355,3 +355,20 @@ def test_run_equals_steps(cls):
     assert result.history["objective"].values.tolist() == [-loss for loss in stepped[0]]
     assert all(torch.equal(result.params[n], stepped[1][n]) for n in problem.params)
     assert result.status == "MAX_ITER" and result.num_iterations == 6
+
+
+def test_a_leaf_of_two_names_is_trained_like_any_other():
+    """`AutoIAFNormal` registers one tensor twice: the first step meets one name, later steps the other."""
+    x, y = torch.randn(8, 3), torch.ones(8)
+
+    def model(x, y):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        pyro.sample("y", dist.Bernoulli(logits=(x * w).sum(-1)).to_event(1), obs=y)
+
+    losses = []
+    for make in (lambda *a: infer.SVI(*a, infer.Trace_ELBO()), SVI):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = make(model, autoguide.AutoIAFNormal(model, hidden_dim=[20]), pyro.optim.Adam({"lr": 0.05}))
+        losses.append([svi.step(x, y) for _ in range(6)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

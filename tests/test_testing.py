@@ -18,8 +18,10 @@ from pyro.infer.autoguide import (
 )
 from torch.distributions import constraints
 
-from pyro_emvae import problems, steps
+from pyro_emvae import Traits, problems, steps
+from pyro_emvae._checks import ModelError, StepError
 from pyro_emvae.estimators import LeaveOneOut
+from pyro_emvae.parameters import assign
 from pyro_emvae.problems import exact_gradients
 from pyro_emvae.testing import (
     Replay,
@@ -252,6 +254,66 @@ def test_a_guide_of_finite_sites_passes():
 def test_gradient_steps_pass(slot, optim):
     optim = optim and pyro.optim.SGD({"lr": 1e-3, "momentum": 0.9})
     check_step(steps.Gradient(num_steps=2), slot, optim=optim, num_steps=30)
+
+
+@pytest.mark.parametrize("slot", ["e", "joint", 1, None])
+def test_check_step_knows_two_slots(slot):
+    with pytest.raises(StepError, match=rf"got {slot!r}\. .* Known: 'E', 'M'"):
+        check_step("gradient", slot)
+
+
+class PosteriorMean(steps.HalfStep):
+    """A closed form for one kind of model: theta, the mean of the prior, becomes the guide's location."""
+
+    traits = Traits(slots=("M",))
+
+    def __init__(self, theta: str, shift: float = 0.0, also: float = 0.0) -> None:
+        self.theta, self.shift, self.also = theta, shift, also
+
+    def maximise(self, problem, state, posterior, *args, **kwargs):
+        loc = problem.parameters.constrained()["loc"]
+        assign(problem.parameters, {self.theta: loc + self.shift, "loc": loc + self.also})
+        return state, steps.Info()
+
+
+def prior_mean_model(x: torch.Tensor) -> None:
+    z = pyro.sample("z", dist.Normal(pyro.param("theta", torch.tensor(-0.7)), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def prior_mean_guide(x: torch.Tensor) -> None:
+    pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.4)), 0.5))
+
+
+@pytest.mark.parametrize("given", ["problem", "tuple"])
+def test_check_step_on_a_problem_of_one_s_own(given):
+    own = (prior_mean_model, prior_mean_guide, torch.tensor([0.2, 1.0, 0.7]))
+    theta, problem = ("prior_mean", problems.normal_normal()) if given == "problem" else ("theta", own)
+    check_step(PosteriorMean(theta), "M", problem, num_steps=2)
+    name = "exact ELBO of normal_normal" if given == "problem" else "ELBO of prior_mean_model"
+    with pytest.raises(AssertionError, match=f"took the {name} from -.* expected a rise"):
+        check_step(PosteriorMean(theta, shift=9.0), "M", problem, num_steps=2)
+    with pytest.raises(AssertionError, match=r"M-step .* moved 'loc' of the guide"):
+        check_step(PosteriorMean(theta, also=0.1), "M", problem, num_steps=2)
+    if given == "tuple":
+        kept = {name: round(float(value.detach()), 3) for name, value in pyro.get_param_store().items()}
+        assert kept == {"theta": -0.7, "loc": 0.4}
+    else:
+        assert not list(pyro.get_param_store().keys())
+
+
+def test_check_step_estimates_an_elbo_that_is_not_known():
+    problem = dataclasses.replace(problems.normal_normal(), elbo=None)
+    check_step(PosteriorMean("prior_mean"), "M", problem, num_steps=1)
+    with pytest.raises(AssertionError, match="took the ELBO of _Substituted"):
+        check_step(PosteriorMean("prior_mean", shift=9.0), "M", problem, num_steps=1)
+
+
+@pytest.mark.parametrize("problem", ["normal_normal", (prior_mean_model,), (prior_mean_model, 3), problems.digits_vae])
+def test_check_step_refuses_what_is_no_problem(problem):
+    with pytest.raises(ModelError, match="`check_step` cannot take steps on this problem: got "):
+        check_step("gradient", "M", problem)
 
 
 def test_checks_leave_store_and_generator_alone():

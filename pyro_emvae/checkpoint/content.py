@@ -2,6 +2,7 @@ r"""What a checkpoint has: the state of the engine and what has to agree with it
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import re
 import sys
@@ -24,7 +25,7 @@ from .generators import generators as current_generators
 from .generators import restore_generators
 from .plain import decoded, plain, refuse
 
-__all__ = ["load", "pack", "restore", "restore_history", "restore_waiting", "save"]
+__all__ = ["check_history", "load", "pack", "restore", "restore_history", "restore_waiting", "save"]
 
 
 def pack(
@@ -52,7 +53,8 @@ def pack(
         "count": state.count,
         "skipped": engine.skipped,
         "before": engine.before,
-        "device": str(_device(parameters)),
+        "data": (parameters.num_data, parameters.subsampled),
+        "device": str(device_of(parameters)),
     }
     return {
         "format": FORMAT,
@@ -89,7 +91,12 @@ def fingerprint(engine: Engine) -> dict[str, str]:
     for name, tensor in _constants(engine.parameters).items():
         found[name] = f"shape {list(tensor.shape)}, {tensor.dtype}"
     found["loss"] = type(engine.loss).__name__
-    return found | {f"{slot}-step": type(step).__name__ for slot, step in engine.half_steps.items()}
+    return found | {f"{slot}-step": _kind(step) for slot, step in engine.half_steps.items()}
+
+
+def _kind(step: Any) -> str:
+    sampler = getattr(step, "sampler", None)
+    return type(step).__name__ + ("" if sampler is None else f" by {type(sampler).__name__}")
 
 
 def _constants(parameters: Parameters) -> dict[str, Tensor]:
@@ -124,7 +131,7 @@ def _losses_in(name: str, part: Any) -> Iterator[tuple[str, MonteCarloELBO]]:
             yield from _losses_in(f"{name}.{key}", inner)
 
 
-def _device(parameters: Parameters) -> torch.device:
+def device_of(parameters: Parameters) -> torch.device:
     return next((row.leaf.device for row in parameters.rows), torch.device("cpu"))
 
 
@@ -135,7 +142,7 @@ def _optimizer_names(engine: Engine) -> dict[str, str]:
             type(part).__name__ for part in (e.carrier, e.scheduler) if part is not None
         )
         for block, optimizer in engine.optimizers.items()
-        for e in optimizer.objects.values()
+        for e in optimizer.entries
     }
 
 
@@ -153,7 +160,7 @@ def _packed_optimizer(optimizer: BlockOptimizer, parameters: Parameters) -> dict
             "options": {k: v for k, v in e.options.items() if k not in ("params", "param_names")},
             "scheduler": None if e.scheduler is None else e.scheduler.state_dict(),
         }
-        for e in optimizer.objects.values()
+        for e in optimizer.entries
     }
 
 
@@ -180,6 +187,7 @@ def restore(
     """
     engine.refresh()
     known, before = engine.parameters, current_generators()
+    on_setup, engine.on_setup = engine.on_setup, None
     try:
         engine.setup(args, kwargs or {})
         optimizers = {f for f in content["fingerprint"] if f.startswith("optimizer of ")}
@@ -189,13 +197,16 @@ def restore(
         _meet_optimizers(engine, state["optim"])
         _compare({key: content["fingerprint"][key] for key in optimizers}, _optimizer_names(engine))
         _check_slots(engine, state["optim"])
-        state = _on_device(state, _device(engine.parameters))
+        state = _on_device(state, device_of(engine.parameters))
     except BaseException:
         engine.parameters = known
         raise
     finally:
         restore_generators(before)
+        engine.on_setup = on_setup
     _write_state(engine, state)
+    if on_setup is not None:
+        on_setup()
     if generators:
         restore_generators(content["rng"])
 
@@ -229,7 +240,7 @@ def _compare(saved: Mapping[str, str], live: Mapping[str, str]) -> None:
             refuse(
                 "be read into this model",
                 f"{key}: {there} in the file, {here} here",
-                "a checkpoint belongs to one model, guide, loss and optimizer",
+                "a checkpoint belongs to one model, guide, loss, optimizer and way to iterate",
                 "Read it into those that it was written by, or write resume=False or another path.",
             )
 
@@ -244,7 +255,7 @@ def _meet_optimizers(engine: Engine, saved: Mapping[str, Mapping[str, Any]]) -> 
 
 def _check_slots(engine: Engine, saved: Mapping[str, Mapping[str, Any]]) -> None:
     for block, optimizer in engine.optimizers.items():
-        for e in optimizer.objects.values():
+        for e in optimizer.entries:
             own = saved[str(block)][e.name]
             e.check(own["slots"], own["options"])
 
@@ -257,7 +268,8 @@ def _write_state(engine: Engine, state: Mapping[str, Any]) -> None:
         for live, saved in zip(_constants(parameters).values(), state["buffers"], strict=True):
             live.copy_(saved)
     for block, optimizer in engine.optimizers.items():
-        for e in optimizer.objects.values():
+        optimizer.drop_waiting()
+        for e in optimizer.entries:
             own = state["optim"][str(block)][e.name]
             e.load(own["slots"], own["options"])
             e.count = own["count"]
@@ -267,15 +279,21 @@ def _write_state(engine: Engine, state: Mapping[str, Any]) -> None:
         loss.state = state["estimator"].get(name, {})
     engine.steps, engine.count, engine.skipped = state["steps"], state["count"], state["skipped"]
     engine.before = state["before"]
+    num_data, subsampled = state["data"]
+    engine.parameters = dataclasses.replace(parameters, num_data=num_data, subsampled=subsampled)
     engine.failure = engine.waiting = None
 
 
 def _on_device(state: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Decode the state; what lay on the device of that run's parameters goes to the device of this run's."""
-    state = decoded(state, device)
-    if state["device"] == "cpu" and device.type != "cpu":
-        state |= {key: _moved(state[key], device) for key in ("estimator", "steps")}
-    return state
+    found = decoded(state, device)
+    return found | {key: _placed(state[key], state["device"], device) for key in ("estimator", "steps")}
+
+
+def _placed(x: Any, source: str, device: torch.device) -> Any:
+    """Decode what was written by a run on the device `source`; see `_on_device`."""
+    found = decoded(x, device)
+    return _moved(found, device) if source == "cpu" and device.type != "cpu" else found
 
 
 def _moved(x: Any, device: torch.device) -> Any:
@@ -291,21 +309,44 @@ def _moved(x: Any, device: torch.device) -> Any:
 
 def packed_history(history: Any) -> dict[str, Any]:
     """Return what a history has: plain values as they are, of an object what its ``state_dict`` gives."""
-    records = {name: value for name, value in vars(history).items() if name != "start"}
-    objects = {name: value.state_dict() for name, value in records.items() if hasattr(value, "state_dict")}
-    values = {name: value for name, value in records.items() if name not in objects}
+    parts = _parts(history)
+    records = {name: value for name, value in vars(history).items() if name not in parts and name != "start"}
+    objects = {name: value.state_dict() for name, value in parts.items()}
     return {
         "elapsed": time.perf_counter() - history.start,
-        "records": plain(values, "the history"),
+        "records": plain(records, "the history"),
         "objects": plain(objects, "the history"),
+        "kinds": _kinds(history),
     }
 
 
-def restore_history(history: Any, saved: Mapping[str, Any] | None) -> None:
-    """Fill in what was recorded; objects load their own; the clock goes on from where it stood."""
+def _parts(history: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(history).items() if hasattr(value, "state_dict")}
+
+
+def _kinds(history: Any) -> dict[str, str]:
+    return {f"history.{name}": type(value).__name__ for name, value in _parts(history).items()}
+
+
+def check_history(history: Any, content: Mapping[str, Any]) -> None:
+    """Raise if a history has other objects than the checkpoint's, such as those of an acceleration."""
+    if content["history"] is not None:
+        _compare(content["history"]["kinds"], _kinds(history))
+
+
+def restore_history(history: Any, content: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Fill in what was recorded; objects load their own; the clock goes on from where it stood.
+
+    Args:
+        history: Has the objects of the one that was stored.
+        content: The checkpoint.
+        device: Where this run's parameters are, the CPU by default.
+    """
+    saved = content["history"]
     if saved is None:
         return
     vars(history).update(decoded(saved["records"]))
-    for name, state in decoded(saved["objects"]).items():
+    objects = _placed(saved["objects"], content["state"]["device"], device or torch.device("cpu"))
+    for name, state in objects.items():
         getattr(history, name).load_state_dict(state)
     history.start = time.perf_counter() - saved["elapsed"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engine import Engine
 from ..particles import quiet
-from .content import pack, restore, restore_history
+from .content import check_history, device_of, pack, restore, restore_history
 from .file import read, writable, write
 from .generators import kind_of_data, loader_state, restore_loader
 from .plain import plain, refuse
@@ -96,11 +96,12 @@ class Checkpoints:
             )
         if content["iteration"]:
             self._check_loader(content["rng"].get("loader"))
+        check_history(history, content)
         engine = self.engine
         engine.refresh()
         restore(engine, content, *(((), {}) if engine.parameters is not None else self._peek(first)))
         restore_loader(self.data, content["rng"].get("loader"))
-        restore_history(history, content["history"])
+        restore_history(history, content, device_of(engine.parameters))
         self.skipped = content["skipped"]
         self.seed = content["seed"]
         source = f"iteration {content['iteration']} of {self.path}"

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import ModelError, fail, positive_int
+from .._checks import ModelError, fail, positive_int, require_data
+from ..evidence.soundness import own_masks
 from ..parameters import materialize
-from ..particles import Particles, Site, check_match, draw, quiet, subsample_values, vectorizable
+from ..particles import Particles, Site, check_match, check_plates, draw, quiet, subsample_values, vectorizable
 from .container import Array, attributes, dataset, finalize, fit_stats, name_dims, unknown
 
-__all__ = ["own_masks", "to_arviz"]
+__all__ = ["to_arviz"]
 
 ELEMENTS = 2**22  # numbers in all sites of one vectorized run; more draws than that are drawn in turns
 STATS = {
@@ -64,7 +65,7 @@ def to_arviz(
 
     Raises:
         ModelError: Sites of model and guide do not match, there is no latent, or a site has dims that are no plate's.
-        DataError: `coords`, `dims` or `fit` do not fit.
+        DataError: The data are empty; `coords`, `dims` or `fit` do not fit.
 
     Source: the groups of ArviZ's InferenceData schema; ``fit_stats`` as in pymc-extras.
 
@@ -77,6 +78,7 @@ def to_arviz(
         {'chain': 1, 'draw': 50, 'data': 6}
     """
     positive_int("to_arviz", "num_samples", num_samples)
+    require_data("to_arviz", args, kwargs)
     draws = _sample(model, guide, args, kwargs, num_samples, seed)
     arrays = {"posterior": draws.values, "sample_stats": draws.stats, "observed_data": _observed(draws.single)}
     named, renamed = name_dims(arrays, dims or {})
@@ -218,16 +220,7 @@ def _check(single: Particles) -> None:
             because="the group holds the guide's draws",
             fix='Add pyro.sample("z", ...) to model and guide.',
         )
-    for site in single.model.values():
-        if len(site.fn.batch_shape) > single.max_plate_nesting and not site.is_deterministic:
-            fail(
-                ModelError,
-                "to_arviz",
-                f"lay out site {site.name!r}",
-                got=f"batch shape {tuple(site.fn.batch_shape)} in {single.max_plate_nesting} plates",
-                because="every batch dim belongs to a plate",
-                fix="Write .to_event(1), or put the site into a pyro.plate.",
-            )
+    check_plates(single, "to_arviz")
 
 
 def _layout(site: Site) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
@@ -275,15 +268,6 @@ def _masked(values: np.ndarray, site: Site) -> np.ndarray:
         if not keep.all():
             values = np.where(keep, values, np.asarray(np.nan, np.result_type(values.dtype, np.float32)))
     return values
-
-
-def own_masks(fn: Any) -> list[Any]:
-    """Return the masks inside a distribution (``dist.Normal(0, 1).mask(...)``)."""
-    found = []
-    while fn is not None:
-        found.append(getattr(fn, "_mask", None))
-        fn = getattr(fn, "base_dist", None)
-    return found
 
 
 # Naming -------------------------------------------------------------------------------------------------------------

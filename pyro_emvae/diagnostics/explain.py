@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import EmvaeError, fail
+from .._checks import EmvaeError, fail, require_data
 from ..engine import gradient
 from ..estimators import POLICIES
+from ..evidence.soundness import entangled_site, mask_of, scale_of, unpaired_auxiliaries
 from ..loss import MonteCarloELBO
 from ..parameters import Row, discover
-from ..particles import ModuleWatch, Particles, Site, draw, quiet, vectorizable
+from ..particles import ModuleWatch, Particles, Site, draw, hold_batch, quiet, vectorizable
 from .flags import (
     CHECKS,
     REPLICATES,
@@ -27,12 +28,10 @@ from .flags import (
     Flag,
     attempt,
     lenient,
-    mask_of,
     named_arguments,
     plate_of,
     refused,
     run_flag,
-    scale_of,
 )
 
 __all__ = ["Explanation", "Flag", "ParameterRow", "SiteRow", "explain"]
@@ -100,13 +99,17 @@ def explain(
         over 20 replicates, and signal-to-noise $\|\bar g\|/\sqrt{\sum_i\mathrm{var}\,g_i}$ of one gradient, the noise
         of $\bar g$ subtracted, 0 if nothing is left) and ``.flags``:
 
-        * ``run``: model or guide raises an error;
+        * ``run``: model or guide raises an error, or the data are empty;
         * ``unmatched_site``: a latent in one of model and guide only, or not the same value in both;
         * ``non_finite``: the first site, or a gradient, that is NaN or infinite;
         * ``plate_size``: a plate with data has the size of the batch and no scale while the data are larger, that is:
           the size is the first dim of a tensor argument, and another tensor argument has a larger first dim, or an
           integer argument with a name such as ``num_data`` is larger;
         * ``scale``: scale or mask of a latent differ between model and guide;
+        * ``auxiliary``: an auxiliary guide site from which no latent is computed;
+        * ``entangled``: a site's density at one element of a plate moves with another element's latents;
+        * ``support``: the guide cannot draw values that the prior draws;
+        * ``plate_name``: a latent's plate has another name in the guide;
         * ``batch_dims``: a site has batch dims that belong to no plate;
         * ``vectorize``: particles cannot be vectorized, and the site that shows it;
         * ``annotation``: a baseline or estimator annotation that the loss ignores;
@@ -128,6 +131,9 @@ def explain(
         ([('loc', 'guide'), ('scale', 'guide'), ('prior_mean', 'model')], ())
     """
     loss = _scratch(MonteCarloELBO() if loss is None else loss)
+    _, empty = attempt(lambda: require_data("explain", args, kwargs))
+    if empty is not None:
+        return Explanation((), (), (run_flag(empty),))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows, discovery = lenient(lambda: discover(model, guide, args, kwargs).rows)
@@ -138,6 +144,8 @@ def explain(
                 return Explanation((), (), (run_flag(error),))
             vectorizes, _ = attempt(lambda: vectorizable(model, guide, args, kwargs))
             moments, refusal = attempt(lambda: _replicates(model, guide, loss, args, kwargs, rows or ()))
+            unpaired, _ = attempt(lambda: list(unpaired_auxiliaries(model, guide, args, kwargs)))
+            entangled = _entangled(model, guide, args, kwargs, particles)
             drawn = [site for site in particles.guide.values() if not site.is_observed]
             choices = {site.name: attempt(lambda site=site: _choose(loss, site)) for site in drawn}
     case = Case(
@@ -151,6 +159,8 @@ def explain(
         called=tuple(watch.saved),
         error=error,
         refusals=tuple(e for e in (*(e for _, e in choices.values()), refusal, discovery) if e is not None),
+        unpaired=unpaired or (),
+        entangled=entangled,
     )
     flags = [flag for check in CHECKS for flag in check(case)]
     flags += refused(case, {flag.kind for flag in flags})
@@ -184,6 +194,14 @@ def _choose(loss: Any, site: Site) -> tuple[Any, str]:
         return estimator, next(row.why for row in loss.table if row.site == site.name)
     estimator, why = POLICIES["pyro"](site.fn, getattr(loss, "num_particles", 1))
     return estimator, f"{type(loss).__name__}: {why}"
+
+
+def _entangled(model, guide, args, kwargs, particles: Particles) -> dict[str, str]:
+    """Return the plates of latents whose elements depend on each other, with the site that shows it."""
+    frames = {frame.name: frame for site in particles.latents.values() for frame in site.frames}
+    with hold_batch(particles.subsample):
+        found = {n: entangled_site(model, guide, args, kwargs, (f,)) for n, f in frames.items() if int(f.size) != 1}
+    return {name: site for name, site in found.items() if site is not None}
 
 
 def _replicates(model, guide, loss, args, kwargs, rows: Sequence[Row]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -3,24 +3,26 @@ r"""What can be wrong with a model before it is fitted: one function each; `CHEC
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from pyro.infer import TraceGraph_ELBO
+from pyro.infer import TraceEnum_ELBO, TraceGraph_ELBO
 from torch import Tensor, nn
 
-from .._checks import EmvaeError, NonFiniteError, nearest
+from .._checks import EmvaeError, NonFiniteError, nearest, tensors_in
+from ..estimators.base import is_point_mass
+from ..evidence.soundness import Unsound, unequal_handlers
 from ..loss import MonteCarloELBO
 from ..parameters import Row
 from ..particles import Particles, Site, quiet
-from .arviz import own_masks
 
 __all__ = ["CHECKS", "Case", "Flag"]
 
 REPLICATES = 20
+PRIOR_VALUES = 2000  # numbers drawn from a prior, to see whether the guide's support holds them
 DATA_SIZE = re.compile(
     r"n|size|total|(n|num)_?(data|obs|observations|total|samples|train|rows|examples|points|items|documents|cells)"
     r"|(data|dataset|full|total|train|population)_?(size|len|length)",
@@ -55,6 +57,8 @@ class Case:
     called: Sequence[nn.Module] = field(repr=False)
     error: Exception | None
     refusals: Sequence[Exception]
+    unpaired: Sequence[Unsound] = ()
+    entangled: Mapping[str, str] = field(default_factory=dict)
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -101,25 +105,6 @@ def _full(frame: Any) -> int:
     return int(frame.size if frame.full_size is None else frame.full_size)
 
 
-def scale_of(site: Site) -> str:
-    scale = site.scale
-    if isinstance(scale, Tensor) and scale.numel() != 1:
-        return f"{float(scale.min()):.4g} to {float(scale.max()):.4g}"
-    return f"{float(scale):.4g}"
-
-
-def mask_of(site: Site) -> str:
-    kept = _kept(site)
-    return "" if bool(kept.all()) or site.is_deterministic else f"{int(kept.sum())} of {kept.numel()}"
-
-
-def _kept(site: Site) -> Tensor:
-    """Return which elements neither a handler nor the distribution masks."""
-    masks = [torch.as_tensor(m).bool() for m in (site.mask, *own_masks(site.fn)) if m is not None]
-    ones = torch.ones(site.fn.batch_shape, dtype=torch.bool, device=masks[0].device if masks else None)
-    return torch.stack(torch.broadcast_tensors(ones, *masks)).all(0)
-
-
 def run_flag(error: Exception) -> Flag:
     refused, fix = _parts(error)
     return Flag("run", "model or guide", refused, fix or "Run guide(*args), then model(*args), alone.")
@@ -142,7 +127,8 @@ def unmatched_sites(case: Case) -> Iterator[Flag]:
     for name, site in drawn.items():
         if name not in model:
             near = nearest(name, case.particles.latents)
-            fix = f"Rename it ({near}), add it to the model, or write infer={{'is_auxiliary': True}}."
+            fix = f"Rename it ({near}), or add it to the model; infer={{'is_auxiliary': True}} is for a site that a "
+            fix += "Delta site of a latent is computed from."
             yield Flag("unmatched_site", name, "the guide draws it, the model has no such site", fix)
         elif model[name].is_observed:
             yield Flag("unmatched_site", name, "the guide draws it, the model observes it", "Delete it from the guide.")
@@ -150,9 +136,15 @@ def unmatched_sites(case: Case) -> Iterator[Flag]:
             got = f"event_dim is {site.fn.event_dim} in the guide and {model[name].fn.event_dim} in the model"
             yield Flag("unmatched_site", name, got, "Write the same .to_event(...) in both.")
     for name in case.particles.latents:
-        if name not in guide:
-            fix = f"Add pyro.sample({name!r}, ...) to the guide, or obs= to the model."
-            yield Flag("unmatched_site", name, "a latent of the model that the guide does not draw", fix)
+        if name in guide:
+            continue
+        message = "a latent of the model that the guide does not draw"
+        fix = f"Add pyro.sample({name!r}, ...) to the guide"
+        if "enumerate" not in case.particles.model[name].infer:
+            yield Flag("unmatched_site", name, message, f"{fix}, or obs= to the model.")
+        elif not isinstance(case.loss, TraceEnum_ELBO):
+            message += f', and {type(case.loss).__name__} does not sum out infer={{"enumerate": ...}}'
+            yield Flag("unmatched_site", name, message, f"Write loss=TraceEnum_ELBO(). Or: {fix}.")
 
 
 def non_finite(case: Case) -> Iterator[Flag]:
@@ -166,8 +158,12 @@ def non_finite(case: Case) -> Iterator[Flag]:
                 return
         return
     name = where.split("site ")[-1].strip("'")
+    spoilt = [n for n, a in case.arguments.items() if not all(bool(t.isfinite().all()) for t in tensors_in(a))]
     if "value at the model" in where:
         fix = "Mask what is missing: dist.mask(x.isfinite()), obs=x.nan_to_num()."
+    elif "at the guide" in where and spoilt:
+        where += f", and argument {spoilt[0]!r} holds NaN or infinity"
+        fix = f"Give the guide {spoilt[0]}.nan_to_num(), and mask what is missing in the model: dist.mask(...)."
     elif "value" in where:
         fix = "Start its parameters at finite values inside their constraints: pyro.param(..., constraint=...)."
     else:
@@ -195,22 +191,61 @@ def plate_sizes(case: Case) -> Iterator[Flag]:
 
 def scales(case: Case) -> Iterator[Flag]:
     """A latent whose scale or mask is not the same in model and guide."""
-    for name, site in case.particles.latents.items():
-        other = case.particles.guide.get(name)
-        if other is None:
-            continue
-        pairs = {"scale": (scale_of, lambda s: torch.as_tensor(s.scale)), "mask": (mask_of, _kept)}
-        for kind, (text, tensor) in pairs.items():
-            if not _same(tensor(site), tensor(other)):
-                one, two = (text(s) or "none" for s in (site, other))
-                message = f"{kind} {one} in the model, {two} in the guide: log p - log q is no bound"
-                message = message if one != two else f"{kind} {one}, of other elements in the guide than in the model"
-                yield Flag("scale", name, message, f"Enter pyro.poutine.{kind}({kind}=...) around it in both.")
+    for site, message, fix in unequal_handlers(case.particles):
+        yield Flag("scale", site, message, fix)
 
 
-def _same(one: Tensor, two: Tensor) -> bool:
-    equal, _ = attempt(lambda: bool(torch.isclose(one.double(), two.double()).all()))
-    return bool(equal)
+def auxiliaries(case: Case) -> Iterator[Flag]:
+    """An auxiliary guide site that no latent is computed from."""
+    for site, message, fix in case.unpaired:
+        yield Flag("auxiliary", site, message, fix)
+
+
+def entangled(case: Case) -> Iterator[Flag]:
+    """A plate whose elements depend on each other's latents."""
+    for plate, site in case.entangled.items() if not list(unmatched_sites(case)) else ():
+        message = f"its density at one element of plate {plate!r} moves with another's latents: importance weights "
+        message += "per datum and estimators that keep plates apart are wrong"
+        fix = f"Make what interacts one event, .to_event(1) in place of plate {plate!r}, in model and guide."
+        yield Flag("entangled", site, message, fix)
+
+
+def supports(case: Case) -> Iterator[Flag]:
+    """A guide site that cannot draw what the model's prior draws."""
+    for name, site, other in _both(case):
+        outside, _ = attempt(lambda site=site, other=other: _outside(site, other))
+        if outside is not None and outside.numel():
+            supports = f"{other.fn.support} in the guide and {site.fn.support} in the model"
+            message = f"the support is {supports}: the guide never draws values such as {float(outside[0]):.3g}"
+            fix = "Draw it on the model's support, from dist.Normal, or dist.LogNormal for positive values."
+            yield Flag("support", name, message, fix)
+
+
+def _outside(site: Site, other: Site) -> Tensor:
+    """Return values of the prior that lie outside of the guide's support."""
+    with quiet():
+        values = site.fn.sample((max(1, PRIOR_VALUES // max(1, math.prod(site.fn.shape()))),))
+    inside = other.fn.support.check(values)
+    outside = values[~inside].flatten()
+    return outside[outside.isfinite()]
+
+
+def plate_names(case: Case) -> Iterator[Flag]:
+    """A latent that lies in plates of other names in the guide than in the model."""
+    for name, site, other in _both(case):
+        guide = {frame.dim: frame.name for frame in other.frames}
+        for frame in site.frames:
+            if guide.get(frame.dim, frame.name) != frame.name:
+                message = f"plate {frame.name!r} in the model, {guide[frame.dim]!r} in the guide"
+                message += ": costs cannot be kept apart by plates, and the score function's variance grows"
+                yield Flag("plate_name", name, message, f'Write pyro.plate("{frame.name}", ...) in the guide too.')
+
+
+def _both(case: Case) -> list[tuple[str, Site, Site]]:
+    """Return latents with their sites in model and guide, without point masses, of one event dim."""
+    guide = case.particles.guide
+    pairs = [(name, site, guide[name]) for name, site in case.particles.latents.items() if name in guide]
+    return [(n, s, o) for n, s, o in pairs if not is_point_mass(o.fn) and s.fn.event_dim == o.fn.event_dim]
 
 
 def batch_dims(case: Case) -> Iterator[Flag]:
@@ -244,6 +279,9 @@ def annotations(case: Case) -> Iterator[Flag]:
             else:
                 fix = f'Write loss=MonteCarloELBO(estimator={{"{name}": "decaying_average"}}), or TraceGraph_ELBO().'
             yield Flag("annotation", name, f'{kind} ignores infer={{"baseline": ...}} here', fix)
+        if ours and "enumerate" in site.infer:
+            fix = "Write loss=TraceEnum_ELBO(), or delete it: the site is drawn."
+            yield Flag("annotation", name, f'{kind} ignores infer={{"enumerate": ...}}', fix)
         if "estimator" in site.infer and not (ours and case.loss.annotations):
             fix = f'Write loss=MonteCarloELBO(estimator={{"{name}": ...}}).'
             yield Flag("annotation", name, f'{kind} ignores infer={{"estimator": ...}}', fix)
@@ -276,11 +314,24 @@ def refused(case: Case, kinds: set[str]) -> list[Flag]:
     """What Pyro's validation or the loss refused and no check explains."""
     if case.error is not None and "non_finite" not in kinds:
         return [run_flag(case.error)]
-    if kinds & {"unmatched_site", "non_finite", "annotation"}:
+    if kinds & {"unmatched_site", "non_finite", "annotation", "batch_dims"}:
         return []
     ours = dict.fromkeys(_parts(error) for error in case.refusals if isinstance(error, EmvaeError))
     flags = [Flag("loss", type(case.loss).__name__, refused, fix) for refused, fix in ours]
     return flags or [run_flag(error) for error in case.refusals[:1]]
 
 
-CHECKS = (unmatched_sites, non_finite, plate_sizes, scales, batch_dims, vectorization, annotations, gradients)
+CHECKS = (
+    unmatched_sites,
+    non_finite,
+    plate_sizes,
+    scales,
+    auxiliaries,
+    entangled,
+    supports,
+    plate_names,
+    batch_dims,
+    vectorization,
+    annotations,
+    gradients,
+)

@@ -14,36 +14,26 @@ from torch.utils import _pytree as pytree
 
 from .._checks import DataError, EmvaeError, RecordingError, fail
 
-__all__ = ["check_data", "fitting_data", "signature", "tensors_of"]
+__all__ = ["fitting_data", "signature", "tensors_of"]
 
 
-def check_data(args: tuple, kwargs: Mapping[str, Any]) -> None:
-    for tensor in tensors_of(args, kwargs):
-        if tensor.numel() == 0 and tensor.dim():
-            fail(
-                DataError,
-                "step",
-                "use empty data",
-                got=f"a tensor of shape {tuple(tensor.shape)}",
-                because="an objective over no data says nothing",
-                fix="Pass at least one datum.",
-            )
+MISFITS = ("inside plate", "must match the size of tensor")
 
 
 @contextlib.contextmanager
 def fitting_data(args: tuple, kwargs: Mapping[str, Any]) -> Iterator[None]:
-    """Add the data's shapes to Pyro's error for a plate of another size."""
+    """Add the data's shapes to an error about sizes that do not fit."""
     try:
         yield
-    except ValueError as cause:
-        if isinstance(cause, EmvaeError) or "inside plate" not in str(cause):
+    except (ValueError, RuntimeError, IndexError) as cause:
+        if isinstance(cause, EmvaeError) or not any(words in str(cause) for words in MISFITS):
             raise
         fail(
             DataError,
             "step",
             "use these data",
             got=f"{cause}; data of shapes {[tuple(t.shape) for t in tensors_of(args, kwargs)]}",
-            because="what is drawn in a plate has the plate's size at its dim",
+            because="data, plates and parameters have to fit in size",
             fix='Write pyro.plate("data", len(x)); for minibatches pyro.plate("data", N, subsample=index).',
             cause=cause,
         )

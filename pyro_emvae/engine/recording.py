@@ -47,6 +47,7 @@ class Recording:
     state_spec: Any = field(repr=False)
     raw: Traced = field(repr=False)
     unverified: bool = False
+    uses: int = 0
 
     @functools.cached_property
     def module(self) -> fx.GraphModule:
@@ -126,7 +127,7 @@ def record(
 
 
 def verify(recording: Recording, again: Recording) -> None:
-    """Raise unless two recordings of the same step agree (an attribute that was changed between runs)."""
+    """Raise unless two recordings of the same step agree (an attribute that was changed meanwhile)."""
     difference = _difference(recording.raw, again.raw)
     if difference:
         fail(
@@ -134,8 +135,10 @@ def verify(recording: Recording, again: Recording) -> None:
             "SVI",
             "go on with the recorded step",
             got=difference,
-            because="the model has changed since it was recorded",
-            fix="Call .recompile().",
+            because="the model has changed since it was recorded, as by an annealing attribute, and the recorded step "
+            "cannot see that",
+            fix='Pass what changes as a tensor argument, or write backend="eager"; after a single change, call '
+            ".recompile().",
         )
 
 

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest
-from ..loss import MonteCarloELBO, States, remember
+from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest, require_data
+from ..loss import MonteCarloELBO, States, raise_non_finite, remember
 from ..optimizers import BlockOptimizer
 from ..parameters import GUIDE, MODEL, SHARED, Buffer, Parameters, discover, is_wrapped
 from ..particles import ModuleWatch, quiet
-from .data import check_data, fitting_data, signature
+from .data import fitting_data, signature
 from .gradients import Gradient, gradient
 from .recording import Recording, record, verify
 
 __all__ = ["Engine", "State", "choose"]
 
 BACKENDS = ("eager", "graph")
+LOOKS = (2, *(8**k for k in range(1, 9)))  # uses after which a recording is made again and compared
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class Engine:
         self.steps: dict[str, dict[str, Any]] = {}
         self.failure: NonFiniteError | None = None
         self.reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+        self.on_setup: Callable[[], Any] | None = None
         self._recordings: dict[Any, Recording] = {}
         self._warm: set[Any] = set()
         self._before: tuple | None = None
@@ -101,10 +103,15 @@ class Engine:
         self._on_nonfinite = choose("on_nonfinite", policy, ("raise", "skip", "revert"))
 
     def setup(self, args: tuple, kwargs: Mapping[str, Any]) -> Parameters:
-        """Find blocks and buffers, if that has not been done; generator and buffers stay as they are."""
+        """Find blocks and buffers, if that has not been done; generator and buffers stay as they are.
+
+        ``on_setup`` is called when they have been found, before an update.
+        """
         if self.parameters is None:
             with fitting_data(args, kwargs):
                 self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks)
+            if self.on_setup is not None:
+                self.on_setup()
         return self.parameters
 
     def refresh(self) -> None:
@@ -125,7 +132,7 @@ class Engine:
             StepError: An earlier step failed so; `recover` allows further ones.
         """
         self._refuse_after_failure()
-        check_data(args, kwargs)
+        require_data("step", args, kwargs)
         self.refresh()
         if block is not None:
             self.setup(args, kwargs)
@@ -152,7 +159,7 @@ class Engine:
     def _gradient(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Gradient:
         only = None if block is None else self.parameters.leaves(block)
         own = self.loss_and_grads if loss is self.loss else None
-        if self.backend == "eager" or not self._is_warm(block, loss) or _in_context():
+        if self.backend == "eager" or not self._is_warm(block, args, kwargs, loss) or _in_context():
             return self._eager(loss, args, kwargs, only, own)
         recording = self._recording(block, args, kwargs, loss)
         generator = torch.get_rng_state()
@@ -171,11 +178,23 @@ class Engine:
         )
 
     def _eager(self, loss: Any, args: tuple, kwargs: Mapping[str, Any], only: Any, own: Callable | None) -> Gradient:
-        return gradient(self.model, self.guide, loss, args, kwargs, only=only, loss_and_grads=own)
+        try:
+            return gradient(self.model, self.guide, loss, args, kwargs, only=only, loss_and_grads=own)
+        except ValueError as cause:
+            if isinstance(loss, MonteCarloELBO) and not isinstance(cause, EmvaeError):
+                self._blame_non_finite(loss, args, kwargs, cause)
+            raise
 
-    def _is_warm(self, block: str | None, loss: Any) -> bool:
-        """Whether a step was made eagerly, so that parameters and estimators' states exist."""
-        key = (block, id(loss))
+    def _blame_non_finite(self, loss: MonteCarloELBO, args: tuple, kwargs: Mapping[str, Any], cause: Exception) -> None:
+        """Say so if Pyro's validation stumbled over something that is not finite."""
+        with quiet(validate=False), torch.no_grad():
+            particles = loss.particles(self.model, self.guide, args, kwargs)
+        if particles.first_non_finite() is not None:
+            raise_non_finite("SVI", math.nan, particles, cause)
+
+    def _is_warm(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> bool:
+        """Whether a step was made eagerly on such data, so that parameters, plates and estimators' states exist."""
+        key = (block, id(loss), signature(args, kwargs))
         stateful = [row.site for row in getattr(loss, "table", ()) if row.estimator.traits.stateful]
         warm = key in self._warm and self.parameters is not None and all(site in loss.state for site in stateful)
         self._warm.add(key)
@@ -202,7 +221,8 @@ class Engine:
             self._recordings.pop(key, None)
             recording = self._record(block, args, kwargs, loss)
             remember(self._recordings, key, recording)
-        elif recording.unverified:
+        recording.uses += 1
+        if recording.unverified or recording.uses in LOOKS:
             verify(recording, self._record(block, args, kwargs, loss))
             recording.unverified = False
         return recording
@@ -222,17 +242,18 @@ class Engine:
         for key, optimizer in chosen.items():
             leaves = found.leaves
             if key is not None and block is None:
-                mine = self.parameters.leaves(*((MODEL, SHARED) if key == MODEL else (key,)))
-                leaves = {n: p for n, p in leaves.items() if n in mine}
+                mine = self.parameters.leaves(*((MODEL, SHARED) if key == MODEL else (key,))).values()
+                ids = {id(p) for p in mine}
+                leaves = {n: p for n, p in leaves.items() if id(p) in ids}
             if {id(p) for p in leaves.values()} - {id(p) for p in optimizer.params}:
                 optimizer.add(leaves)
         return list(chosen.values())
 
     def _update(self, optimizers: list[BlockOptimizer], found: Gradient, loss: Any) -> None:
         grads = found.grads if self.reduce is None else self.reduce(found.grads)
-        of_leaf = {id(found.leaves[name]): g for name, g in grads.items()}  # a name may change, as a flow's first does
+        by_leaf = {id(found.leaves[name]): g for name, g in grads.items()}  # a leaf may have several names
         for optimizer in optimizers:
-            optimizer.step([of_leaf.get(id(param)) for param in optimizer.params])
+            optimizer.step([by_leaf.get(id(leaf)) for leaf in optimizer.params])
         if found.state is not None:
             loss.state = found.state
         self.count += 1

@@ -2,12 +2,14 @@ r"""Fewer operations for the same numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, fx
 
 from .trace import Traced
 
-__all__ = ["is_random", "mutates", "simplified"]
+__all__ = ["is_random", "mutates", "needed_for", "simplified"]
 
 
 def is_random(node: fx.Node) -> bool:
@@ -25,7 +27,7 @@ def simplified(traced: Traced) -> Traced:
     Only constants that the run itself made (``torch.tensor(2.0)``) are folded: a tensor that was there before may be
     changed in place later, as parameters of the other block and annealing factors are.
     """
-    graph, root, _ = traced
+    graph, root = traced
     touched: set[fx.Node] = set()
     for node in reversed(graph.nodes):
         if node.op == "call_function" and (mutates(node) or node in touched):
@@ -51,6 +53,16 @@ def simplified(traced: Traced) -> Traced:
         if node.op == "get_attr" or not (mutates(node) or is_random(node)):
             graph.erase_node(node)
     return traced
+
+
+def needed_for(nodes: list[fx.Node], outputs: Iterable[fx.Node]) -> list[fx.Node]:
+    """Return the nodes that `outputs` are made from, all inputs, and all that write in place, in their order."""
+    needed = set(outputs)
+    for node in reversed(nodes):
+        if node in needed or node.op == "placeholder" or mutates(node):
+            needed.add(node)
+            needed.update(node.all_input_nodes)
+    return [node for node in nodes if node in needed]
 
 
 def _is_lift(node: fx.Node) -> bool:

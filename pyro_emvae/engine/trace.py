@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["Traced", "trace"]
 
+aten = torch.ops.aten
+
 
 class Traced(NamedTuple):
-    """A graph, the module that holds its constants, and the bytes of all tensors that the run made."""
+    """A graph and the module that holds its constants; ``node.meta["bytes"]`` is the memory that an operation took."""
 
     graph: fx.Graph
     constants: nn.Module
-    bytes: int
 
 
 def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Traced:
@@ -35,7 +36,7 @@ def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -
     with _Tracer(inputs) as tracer:
         out = step(*inputs)
     tracer.graph.output(tuple(map(tracer.node_of, out)))
-    return Traced(tracer.graph, tracer.constants, tracer.bytes)
+    return Traced(tracer.graph, tracer.constants)
 
 
 class _Tracer(TorchDispatchMode):
@@ -43,37 +44,43 @@ class _Tracer(TorchDispatchMode):
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.graph, self.constants, self.bytes = fx.Graph(), nn.Module(), 0
+        self.graph, self.constants = fx.Graph(), nn.Module()
         self.kept = list(inputs)
         self.nodes = {id(x): self.graph.placeholder(f"input_{i}") for i, x in enumerate(inputs)}
         self.derived = set(map(_storage, inputs))
+        self.storages = set(self.derived)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.lift_fresh.default:  # its result is written in place, which no constant may be
-            func = torch.ops.aten.lift_fresh_copy.default
+        func, args, kwargs = _reading_less(func, args, kwargs or {})
         used: list[Tensor] = []
-        nodes = _map((args, kwargs), lambda x: used.append(x) or self.node_of(x))
+        arguments = _map(args, used, self.node_of), _map(kwargs, used, self.node_of)
         out = func(*args, **kwargs)
+        parts = out if isinstance(out, tuple | list) else [out]
+        made = [x for x in parts if isinstance(x, Tensor)]
         derived = torch.Tag.nondeterministic_seeded in func.tags or any(_storage(x) in self.derived for x in used)
-        made: list[Tensor] = []
-        _map(out, made.append)
         if not made and out is not None:
             if derived:
                 raise RuntimeError(f"{func} takes a number from a tracing tensor")
             return out
-        node = self.graph.call_function(func, *nodes)
-        parts = [(out, node)] if isinstance(out, Tensor) else list(self._parts(out, node))
-        for x, part in parts:
-            self._keep(x, part)
+        node = self._node(func, *arguments, made)
+        if isinstance(out, Tensor):
+            self._keep(out, node)
+        else:
+            for i, x in enumerate(parts):
+                if isinstance(x, Tensor):
+                    self._keep(x, self.graph.call_function(operator.getitem, (node, i)))
         if derived:
             self.derived.update(map(_storage, made + used if func._schema.is_mutable else made))
         return out
 
-    def _parts(self, out: Any, node: fx.Node):
-        for i, x in enumerate(out or ()):
-            if isinstance(x, Tensor):
-                yield x, self.graph.call_function(operator.getitem, (node, i))
+    def _node(self, func: Callable, args: tuple, kwargs: dict, made: list[Tensor]) -> fx.Node:
+        """Write down an operation; arguments that are set afterwards, fx does not search for symbolic numbers."""
+        node = self.graph.call_function(func, name=func.overloadpacket.__name__)
+        node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        node.meta["bytes"] = sum(map(self._memory, made))
+        return node
 
     def node_of(self, x: Tensor) -> fx.Node:
         """Return the node that stands for a tensor: a constant, if neither given nor made here."""
@@ -83,20 +90,42 @@ class _Tracer(TorchDispatchMode):
             self._keep(x, self.graph.get_attr(name))
         return self.nodes[id(x)]
 
+    def _memory(self, x: Tensor) -> int:
+        """Return the bytes of a tensor; none if it is a view of one that was counted."""
+        storage = _storage(x)
+        if storage in self.storages:
+            return 0
+        self.storages.add(storage)
+        return x.numel() * x.element_size()
+
     def _keep(self, x: Tensor, node: fx.Node) -> None:
-        self.bytes += x.numel() * x.element_size()
         self.kept.append(x)
         self.nodes[id(x)] = node
+
+
+def _reading_less(func: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
+    """Exchange two operations for equal ones that suit a graph better.
+
+    The result of ``lift_fresh`` is written in place, which no constant may be. The one that backward starts from
+    (``ones_like`` of the loss) is made without the loss.
+    """
+    if func is aten.lift_fresh.default:
+        return aten.lift_fresh_copy.default, args, kwargs
+    if func is aten.ones_like.default and args[0].dim() == 0:
+        like = {"dtype": args[0].dtype, "layout": args[0].layout, "device": args[0].device}
+        return aten.ones.default, ([],), {**like, **{k: v for k, v in kwargs.items() if k != "memory_format"}}
+    return func, args, kwargs
 
 
 def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
-def _map(x: Any, fn: Callable[[Tensor], Any]) -> Any:
-    """Apply `fn` to the tensors in an operation's arguments or results."""
+def _map(x: Any, used: list[Tensor], fn: Callable[[Tensor], Any]) -> Any:
+    """Apply `fn` to the tensors in an operation's arguments, and add them to `used`."""
     if isinstance(x, Tensor):
+        used.append(x)
         return fn(x)
     if isinstance(x, tuple | list):
-        return type(x)([_map(part, fn) for part in x])
-    return {k: _map(part, fn) for k, part in x.items()} if isinstance(x, dict) else x
+        return type(x)([_map(part, used, fn) for part in x])
+    return {k: _map(part, used, fn) for k, part in x.items()} if isinstance(x, dict) else x

@@ -48,11 +48,16 @@ def elbo(
     makes its parameters when it is called first makes them here.
 
     Returns:
-        An `Estimate`, with ``per_datum`` where all latent sites share a plate.
+        An `Estimate`, with ``per_datum`` where all latent sites share a plate and the data in it are independent given
+        the rest. Its ``kind`` is ``"none"`` and its ``note`` says why where log p - log q is no bound, though it may be
+        what was trained: a scale or mask differs between model and guide, as with ``obs_mask=`` and `AutoNormal`, or
+        no latent is computed from an auxiliary guide site.
 
     Raises:
-        EmvaeError: A number of particles below one.
-        ModelError: Sites of model and guide do not match; particles cannot be vectorized with True.
+        EmvaeError: A number of particles below one; ``max_plate_nesting`` below the number of plate dims.
+        DataError: The data are empty.
+        ModelError: Sites of model and guide do not match, or have batch dims that no plate declares; particles cannot
+            be vectorized with True.
         NonFiniteError: log p - log q is not finite; names the first site.
 
     Example:
@@ -83,7 +88,8 @@ def log_evidence(
     r"""Estimate the log evidence log p(x), the parameters held fixed.
 
     Each datum gets weights of its own where every latent site lies in a plate; a plate's subsampling scale is then
-    applied after the logarithm. With a latent outside, one weight covers everything, and a minibatch is refused.
+    applied after the logarithm. With a latent outside, or where one datum's density moves with another's latents (two
+    draws are mixed to see that), one weight covers everything, and a minibatch is refused.
 
     Args:
         model, guide: As in Pyro; ``*args, **kwargs`` are the data. All guide sites count in log q, auxiliary ones too.
@@ -99,8 +105,9 @@ def log_evidence(
         ``given``.
 
     Raises:
-        EmvaeError: Unknown method; a minibatch under one joint weight; nothing but point masses.
-        ModelError: As for `elbo`.
+        EmvaeError: Unknown method; a minibatch under one joint weight; nothing but point masses; as for `elbo`.
+        DataError: The data are empty.
+        ModelError: As for `elbo`; also where log p - log q is no bound.
         NonFiniteError: A log weight is NaN or +inf, or all weights of a datum are zero.
 
     Example:
@@ -172,7 +179,7 @@ def elbo_gap(
 
 
 def _elbo_estimate(request: Request, weights: Weights) -> Estimate:
-    joint, own = weights.joint, weights.per_datum
+    joint, own, unsound = weights.joint, weights.per_datum, weights.unsound
     value = float(joint.mean)
     if not math.isfinite(value):
         fail(
@@ -186,10 +193,11 @@ def _elbo_estimate(request: Request, weights: Weights) -> Estimate:
     return Estimate(
         value=value,
         standard_error=math.sqrt(float(joint.mean_variance)),
-        kind="exact" if weights.layout.shared is None else "lower",
+        kind="none" if unsound else "exact" if weights.layout.shared is None else "lower",
         num_particles=weights.num_particles,
         per_datum=per_datum(weights, own.mean, own.mean_variance) if own is not None else None,
         given=weights.layout.given,
+        note=f"site {unsound.site!r}: {unsound.message}" if unsound else weights.together,
     )
 
 

@@ -9,6 +9,8 @@ from torch import Tensor
 
 __all__ = ["Estimate", "Gap", "PerDatum"]
 
+UNRELIABLE = 0.7  # the k-hat above which averages over weights say little (Vehtari et al. 2024)
+
 
 @dataclass(frozen=True, eq=False)
 class PerDatum:
@@ -55,17 +57,20 @@ class Estimate:
     Args:
         value: The estimate.
         standard_error: Of the particles, for the minibatch at hand; NaN from a single particle.
-        kind: What the value's *expectation* is to log p(x): ``"lower"``, ``"upper"``, ``"exact"``.
+        kind: What the value's *expectation* is to log p(x): ``"lower"``, ``"upper"``, ``"exact"``, or ``"none"``: no
+            bound, for the reason in ``note``.
         num_particles: K, the draws of the guide.
         ess: Effective sample size of the weights, the smallest over the data; None for an ELBO.
         khat: Pareto tail index of the weights, the largest over the data; above 0.7 neither the value nor its standard
-            error can be trusted. None for an ELBO, or where there are too many data for it.
+            error can be trusted, and it prints as unreliable; -inf for equal weights. None for an ELBO, or where there
+            are too many data for it.
         khat_se: Its standard error.
         bias: How far the value's expectation lies from log p(x), to first order in 1/K: minus half the relative
             variance of the weights over K, summed over the data. Below the standard error for one datum, it grows with
             their number and the standard error only with its root. None for an ELBO, whose bias is the gap.
         per_datum: The same per datum, where every latent site lies in a plate.
         given: Sites at which the guide is a point mass: theirs is the log joint density, they are not integrated over.
+        note: Why it is no bound, or why the data of a plate have one weight together.
     """
 
     value: float
@@ -78,6 +83,7 @@ class Estimate:
     bias: float | None = None
     per_datum: PerDatum | None = field(default=None, repr=False)
     given: tuple[str, ...] = ()
+    note: str = ""
 
     def __float__(self) -> float:
         return self.value
@@ -88,14 +94,24 @@ class Estimate:
         if self.ess is not None:
             parts.append(f"ess {'>=' if many else '='} {self.ess:.1f}")
         if self.khat is not None:
-            parts.append(f"khat {'<=' if many else '='} {self.khat:.2f} +- {self.khat_se:.2f}")
+            parts.append(self._tail("<=" if many else "="))
         if many:
             parts.append(f"{len(self.per_datum)} data")
+        if self.note:
+            parts.append(self.note)
         return f"Estimate({', '.join(parts)})"
 
     def _bound(self) -> str:
         target = f"log p({', '.join(('x', *self.given))})"
+        if self.kind == "none":
+            return f"no bound of {target}"
         return target if self.kind == "exact" else f"{self.kind} bound of {target}"
+
+    def _tail(self, relation: str) -> str:
+        if math.isinf(self.khat) and self.khat < 0:
+            return "equal weights" if self.ess > (1 - 1e-6) * self.num_particles else "equal largest weights"
+        doubt = ": unreliable" if self.khat > UNRELIABLE else ""
+        return f"khat {relation} {self.khat:.2f} +- {self.khat_se:.2f}{doubt}"
 
 
 @dataclass(frozen=True, eq=False)

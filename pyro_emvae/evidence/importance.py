@@ -87,6 +87,7 @@ def importance_estimate(request: Request, weights: Weights) -> Estimate:
         bias=-0.5 * scale * float(variance.sum()),
         per_datum=per_datum(weights, moments.log_mean_exp, variance, moments.ess, tail.khat if tail else None),
         given=layout.given,
+        note=weights.together,
     )
 
 

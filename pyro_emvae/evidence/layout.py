@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import positive_int
+from .._checks import positive_int, require_data
 from ..estimators.base import is_point_mass
 from ..particles import Recorder, hold_batch, is_subsample
 
@@ -46,6 +46,14 @@ class Request:
         positive_int(self.obj, "num_particles", self.num_particles)
         if self.chunk_size is not None:
             positive_int(self.obj, "chunk_size", self.chunk_size)
+        if self.max_plate_nesting is not None:
+            positive_int(self.obj, "max_plate_nesting", self.max_plate_nesting, minimum=0)
+        require_data(self.obj, self.args, self.kwargs)
+
+    @property
+    def program(self) -> tuple[Callable, Callable, tuple, Mapping[str, Any]]:
+        """Model and guide with their arguments."""
+        return self.model, self.guide, self.args, self.kwargs
 
 
 @dataclass(frozen=True)

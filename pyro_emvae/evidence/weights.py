@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, ModelError, NonFiniteError, fail
-from ..particles import Particles, Site, check_match, choose_vectorize, draw, hold_batch, quiet
+from ..particles import Particles, Site, check_match, check_plates, choose_vectorize, draw, hold_batch, quiet
 from .layout import Layout, Request, look
 from .moments import Moments
+from .soundness import Unsound, entangled_site, unequal_handlers, unpaired_auxiliaries
 
 __all__ = ["Weights", "collect", "require_bound"]
 
@@ -30,6 +31,9 @@ class Weights:
         constant: Sum of the terms that belong to no datum, with all scales.
         entangled: A site without the shared plates whose log density differs between draws, or None. There is
             then one weight for everything.
+        crossed: A site in the shared plates whose log density at one datum moves with another datum's latents, or
+            None. The same holds.
+        unsound: What makes log p - log q no bound, or None.
     """
 
     num_particles: int
@@ -38,11 +42,22 @@ class Weights:
     per_datum: Moments | None
     constant: float = 0.0
     entangled: str | None = None
+    crossed: str | None = None
+    unsound: Unsound | None = None
 
     @property
     def by_datum(self) -> bool:
         """Whether the data have weights of their own."""
-        return self.per_datum is not None and self.entangled is None
+        return self.per_datum is not None and self.entangled is None and self.crossed is None
+
+    @property
+    def together(self) -> str:
+        """Why the data of shared plates have one weight together, or nothing."""
+        if self.per_datum is None or self.by_datum:
+            return ""
+        if self.crossed is not None:
+            return f"site {self.crossed!r} of one datum depends on another's latent sites"
+        return f"site {self.entangled!r} outside the data's plates depends on their latent sites"
 
 
 def collect(request: Request) -> Weights:
@@ -51,14 +66,16 @@ def collect(request: Request) -> Weights:
     Every chunk sees the same minibatch. Generators, modes and buffers are as before when it ends.
 
     Raises:
-        ModelError: Sites of model and guide do not match.
+        ModelError: Sites of model and guide do not match, or have batch dims that no plate declares.
         NonFiniteError: A log weight is NaN or +inf; names the first site.
     """
     with quiet(seed=request.seed, train=False), torch.no_grad():
         layout = look(request)
         weights, reference = _empty(request.num_particles, layout), {}
         with hold_batch(layout.indices):
-            _check_one(request)
+            weights.unsound = _check_one(request, layout)
+            if any(int(frame.size) != 1 for frame in layout.shared or ()):
+                weights.crossed = entangled_site(*request.program, layout.shared)
             for particles in _chunks(request, layout.floats):
                 _take(weights, reference, particles, request.obj)
     if weights.per_datum is not None:
@@ -66,9 +83,9 @@ def collect(request: Request) -> Weights:
     return weights
 
 
-def _check_one(request: Request) -> None:
-    """Say what is wrong with the model before anything is made of it."""
-    particles = draw(request.model, request.guide, request.args, request.kwargs)
+def _check_one(request: Request, layout: Layout) -> Unsound | None:
+    """Say what is wrong with the model before anything is made of it; return what makes log p - log q no bound."""
+    particles = draw(*request.program)
     if not particles.model:
         fail(
             ModelError,
@@ -79,7 +96,24 @@ def _check_one(request: Request) -> None:
             fix="Write pyro.sample(..., obs=data) in the model.",
         )
     check_match(particles)
+    check_plates(particles, request.obj)
+    _check_nesting(request, particles)
     _check_finite(sum(_joint(term) for _, _, term in _terms(particles)), particles, request.obj)
+    unequal = unequal_handlers(particles, skip=layout.given)
+    return next(unequal, None) or next(unpaired_auxiliaries(*request.program), None)
+
+
+def _check_nesting(request: Request, particles: Particles) -> None:
+    needed, given = particles.max_plate_nesting, request.max_plate_nesting
+    if given is not None and given < needed:
+        fail(
+            EmvaeError,
+            request.obj,
+            f"use max_plate_nesting={given}",
+            got=f"plates of {needed} dims",
+            because="particles lie to the left of all plates",
+            fix=f"Write max_plate_nesting={needed}, or leave it out.",
+        )
 
 
 # Chunks of particles ---------------------------------------------------------------------------------------------
@@ -91,16 +125,13 @@ def _chunks(request: Request, floats: int) -> Iterator[Particles]:
         request.vectorize_particles,
         request.num_particles,
         request.max_plate_nesting,
-        (request.model, request.guide, request.args, request.kwargs),
+        request.program,
         stacklevel=6,
     )
     size = request.chunk_size or max(1, CHUNK_FLOATS // floats)
     for start in range(0, request.num_particles, size):
         yield draw(
-            request.model,
-            request.guide,
-            request.args,
-            request.kwargs,
+            *request.program,
             num_particles=min(size, request.num_particles - start),
             vectorize=vectorize,
             max_plate_nesting=nesting,
@@ -124,7 +155,7 @@ def _take(weights: Weights, reference: dict[str, Tensor], particles: Particles, 
         eps = max(eps, torch.finfo(term.dtype).eps)
         if by_datum and set(shared) <= set(site.frames):
             local = local + _per_datum(particles, term, weights.layout)
-        elif by_datum and not _same(reference.setdefault(key, term[:1]), term):
+        elif by_datum and weights.crossed is None and not _same(reference.setdefault(key, term[:1]), term):
             weights.entangled = site.name
     _check_finite(joint, particles, obj)
     weights.joint.update(joint, eps=eps)
@@ -178,9 +209,20 @@ def require_bound(request: Request, weights: Weights) -> None:
     r"""Raise if the weights' mean is not an estimate of p(x).
 
     Raises:
+        ModelError: log p - log q is no bound.
         EmvaeError: One weight covers a minibatch of a subsampled plate, or the guide has nothing but point masses.
     """
     layout = weights.layout
+    if weights.unsound is not None:
+        site, message, fix = weights.unsound
+        fail(
+            ModelError,
+            request.obj,
+            f"weigh draws of site {site!r}",
+            got=message,
+            because="the mean of p / q is p(x) only for one measure, scale and mask on both sides",
+            fix=fix,
+        )
     if layout.shared is None and layout.given:
         fail(
             EmvaeError,
@@ -194,8 +236,8 @@ def require_bound(request: Request, weights: Weights) -> None:
     plates = layout.subsampled if weights.by_datum or layout.shared is None else layout.all_subsampled
     if not plates:
         return
-    if weights.entangled is not None:
-        why = f"site {weights.entangled!r} outside the data's plates depends on their latent sites"
+    if weights.together:
+        why = weights.together
     elif layout.shared:
         why = f"not all latent sites have the plate {plates[0]!r}"
     else:

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from .._checks import EmvaeError, ModelError, fail
+from .._checks import EmvaeError, ModelError, fail, require_data
 from .._pyro import Messenger
 from .._registry import create
 from ..families import Family
@@ -66,6 +66,7 @@ class AutoAmortized(AutoGuide):
 
     Raises:
         EmvaeError: The encoder is no module; the family is none.
+        DataError: At any call: the data are empty.
         ModelError: At the first call: no local latent, several plates, a latent elsewhere, a discrete one, a support
             that differs between data, or a param store that holds another module under the encoder's name. At any
             call: an encoder output of the wrong shape.
@@ -107,6 +108,12 @@ class AutoAmortized(AutoGuide):
         self._first: DataPlate | None = None
 
     # Set-up ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self, args: tuple, kwargs: dict) -> None:
+        """Refuse empty data, with which the model itself could not open its plate, and look at the model once."""
+        require_data("AutoAmortized", args[:1] if self.encoder_input is None else (args, kwargs))
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         try:
@@ -204,8 +211,7 @@ class AutoAmortized(AutoGuide):
         Returns:
             Values by site name.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+        self._prepare(args, kwargs)
         plate = self._create_plates(*args, **kwargs)[self._first.name]
         contexts = self._contexts(_take(self._inputs(args, kwargs), plate), plate.subsample_size)
         result = {}
@@ -231,8 +237,7 @@ class AutoAmortized(AutoGuide):
         Returns:
             By site name, ``(Q, *plates, *event)``: those of the unconstrained value, mapped to the site's support.
         """
-        if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+        self._prepare(args, kwargs)
         contexts = self._contexts(self._inputs(args, kwargs), None)
         result = {}
         for site in self._sites:

@@ -4,7 +4,8 @@ A `Rule` updates lists of tensors; a `BlockOptimizer` runs what the user gave as
 `OptimView` is ``svi.optim``.
 """
 
-from .block import BlockOptimizer, Group
+from .block import BlockOptimizer
+from .entry import Group
 from .rules import SGD, Adagrad, Adam, AdamW, ClippedAdam, RMSprop, Rule
 from .view import OptimView
 

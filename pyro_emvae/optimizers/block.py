@@ -3,58 +3,18 @@ r"""One optimizer per block of parameters: what the user gave, run as few groups
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pyro.optim import PyroOptim
 from torch import Tensor
 
 from .._pyro import waiting_state
-from .entry import Entry, checked, copies, make_entries, refuse
-from .rules import Rule, Scalar, clip
-from .view import OptimView
+from .entry import Entry, Group, advance, copies, make_groups, refuse, update
+from .given import checked, make_entries
+from .view import OptimView, Scheduled, face
 
-__all__ = ["BlockOptimizer", "Group"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Parameters of one block that are updated alike: same rule, clipping, number of updates, dtype and device.
-
-    Args:
-        rule: The rule, with the learning rate that is set now.
-        indices: The places of the parameters in the block.
-        count: The number of the coming update.
-        clip_norm, clip_value: Per tensor, as in Pyro's `clip_args`.
-    """
-
-    rule: Rule
-    indices: tuple[int, ...]
-    count: int
-    clip_norm: float | None = None
-    clip_value: float | None = None
-
-    @property
-    def signature(self) -> tuple:
-        """What a recorded update depends on: everything but the scalars."""
-        return (replace(self.rule, lr=0.0), self.indices, self.clip_norm, self.clip_value)
-
-    def lr(self, ahead: int = 0) -> float:
-        """Return the learning rate of the coming update, or of the one `ahead` further: a product, as under Pyro."""
-        lr = self.rule.lr
-        for _ in range(ahead + 1 if self.rule.decay != 1 else 0):
-            lr *= self.rule.decay
-        return lr
-
-    def scalars(self, ahead: int = 0) -> dict[str, float]:
-        """Return the rule's scalars for the coming update, or for the one `ahead` further."""
-        return self.rule.scalars(self.count + ahead, self.lr(ahead))
-
-    def update(self, params, grads, slots: Sequence[dict[str, Tensor]], scalars: Mapping[str, Scalar]) -> None:
-        """Clip, then update in place this group's part of a block's parameters and slots (lists over the block)."""
-        mine = {name: [slots[i][name] for i in self.indices] for name in self.rule.names}
-        clipped = clip([grads[i] for i in self.indices], self.clip_norm, self.clip_value)
-        self.rule.update([params[i] for i in self.indices], clipped, mine, scalars)
+__all__ = ["BlockOptimizer"]
 
 
 class BlockOptimizer:
@@ -86,14 +46,14 @@ class BlockOptimizer:
     """
 
     def __init__(self, optim: Any) -> None:
-        is_view = isinstance(optim, OptimView)
-        self.user = checked(optim.user if is_view else optim)
-        self._waiting: dict[str, Any] = optim.get_state() if is_view else waiting_state(optim)
+        self._given = optim
+        self.user = checked(optim.user if isinstance(optim, OptimView) else optim)
+        self._waiting = waiting_state(self.user)
         self._entries: dict[str, Entry] = {}
 
     @classmethod
     def from_user(cls, optim: Any, named_params: Mapping[str, Tensor]) -> BlockOptimizer:
-        """Make the block's optimizer from what the user gave, which stays as it was."""
+        """Make the block's optimizer from what the user gave; a `pyro.optim` wrapper is linked to it."""
         block = cls(optim)
         block.add(named_params)
         return block
@@ -103,23 +63,26 @@ class BlockOptimizer:
 
         Known ones are passed over; a new tensor under a known name takes its place and starts afresh, as under Pyro.
         """
-        named = {n: p for n, p in named_params.items() if n not in self._entries or self._entries[n].param is not p}
-        family = 1 + max((e.family for e in self._entries.values()), default=-1)
-        made = make_entries(self.user, named, family) if named else []
+        new = {n: p for n, p in named_params.items() if n not in self._entries or self._entries[n].param is not p}
+        used = {p: obj for given in (self._given, self.user) for p, obj in getattr(given, "optim_objs", {}).items()}
+        entries = {n: e for n, p in new.items() if (e := _live(used.get(p))) is not None and e.name == n}
+        family = 1 + max((e.family for e in (self._entries | entries).values()), default=-1)
+        made = make_entries(self.user, {n: p for n, p in new.items() if n not in entries}, family)
         for e in made:
-            state = self._waiting[e.name] if e.name in self._waiting else self._used(e.param)
+            state = self._waiting[e.name] if e.name in self._waiting else _state_of(used.get(e.param))
             if state is not None:
                 e.set_state(state)
         for e in made:
             self._waiting.pop(e.name, None)
-            self._entries[e.name] = e
+            self._link(e)
+        entries |= {e.name: e for e in made}
+        self._entries |= {n: entries[n] for n in new}
 
-    def _used(self, param: Tensor) -> dict[str, Any] | None:
-        """The state that the user's own optimizer has for a parameter, if it has stepped that before."""
-        used = getattr(self.user, "optim_objs", {}).get(param)
-        if used is None:
-            return None
-        return {"scheduler": used.state_dict(), "optimizer": getattr(used, "optimizer", used).state_dict()}
+    def _link(self, entry: Entry) -> None:
+        """Put a parameter's entry where the user's own `pyro.optim` object looks for it."""
+        if isinstance(self.user, PyroOptim):
+            self.user.optim_objs[entry.param] = face(entry)
+            self.user.grad_clip[entry.param] = None
 
     @property
     def names(self) -> list[str]:
@@ -130,14 +93,19 @@ class BlockOptimizer:
         return [e.param for e in self._entries.values()]
 
     @property
+    def entries(self) -> list[Entry]:
+        """The parameters' shares of the optimizer, in parameter order."""
+        return list(self._entries.values())
+
+    @property
     def slots(self) -> list[dict[str, Tensor]]:
         """The live slots, in parameter order."""
         return [e.slots for e in self._entries.values()]
 
     @property
-    def objects(self) -> dict[Tensor, Entry]:
+    def objects(self) -> dict[Tensor, Entry | Scheduled]:
         """What each parameter has in ``svi.optim.optim_objs``."""
-        return {e.param: e for e in self._entries.values()}
+        return {e.param: face(e) for e in self._entries.values()}
 
     @property
     def recordable(self) -> bool:
@@ -149,17 +117,7 @@ class BlockOptimizer:
 
     def groups(self, active: Iterable[int] | None = None) -> list[Group]:
         """Partition the parameters at the places `active` (default: all), less those that step themselves."""
-        entries = list(self._entries.values())
-        cells: dict[tuple, list[int]] = {}
-        for i in range(len(entries)) if active is None else active:
-            if entries[i].rule_class:
-                cells.setdefault(entries[i].key(), []).append(i)
-        groups = [Group(entries[at[0]].rule(), tuple(at), 1 + count, *clip) for (count, clip, *_), at in cells.items()]
-        for group in groups:
-            names = set(group.rule.names)
-            for e in (entries[i] for i in group.indices if not names <= entries[i].slots.keys()):
-                e.fill_slots(group.rule)
-        return groups
+        return make_groups(list(self._entries.values()), range(len(self._entries)) if active is None else active)
 
     def step(self, grads: Sequence[Tensor | None]) -> None:
         """Do one update from `grads`, in parameter order. Where one is None, parameter, slots and count stay."""
@@ -170,36 +128,23 @@ class BlockOptimizer:
                 "there has to be one for each, or None",
                 "Pass [param.grad for param in block.params].",
             )
-        groups, params, slots = self.groups([i for i, g in enumerate(grads) if g is not None]), self.params, self.slots
-        dense = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
-        for group in groups:
-            group.update(params, dense, slots, group.scalars())
-        self._step_carriers(grads)
-        self.advance(groups)
+        if self._waiting:
+            self._take_waiting()
+        update(list(self._entries.values()), grads)
 
-    def _step_carriers(self, grads: Sequence[Tensor | None]) -> None:
-        """Let torch optimizers without a rule step themselves, on copies of the gradients."""
-        own = [(e, g) for e, g in zip(self._entries.values(), grads, strict=True) if e.rule_class is None]
-        before = [(e.param, e.param.grad) for e, _ in own]
-        active = [e for e, g in own if g is not None]
-        try:
-            for e, g in own:
-                e.param.grad = None if g is None else clip([g.detach().clone()], *e.clip)[0]
-            for carrier in dict.fromkeys(e.carrier for e in active):
-                carrier.step()
-            for e in active:
-                e.count, e.noted = e.count + 1, True
-        finally:
-            for param, grad in before:
-                param.grad = grad
+    def _take_waiting(self) -> None:
+        """Set the state that the user has loaded into their own object since the last step."""
+        loaded = {n: self._waiting[n] for n in self._entries.keys() & self._waiting.keys()}
+        self.set_state(loaded)
+
+    def drop_waiting(self) -> None:
+        """Forget the state that the user has loaded for known parameters and that no step has met yet."""
+        for name in self._entries.keys() & self._waiting.keys():
+            del self._waiting[name]
 
     def advance(self, groups: Iterable[Group], num_steps: int = 1) -> None:
         """Count `num_steps` updates of `groups`, as `step` does it, after a recorded step has made them."""
-        entries = list(self._entries.values())
-        for group in groups:
-            lr = group.lr(num_steps - 1) if group.rule.decay != 1 else None
-            for i in group.indices:
-                entries[i].advance(num_steps, lr)
+        advance(list(self._entries.values()), groups, num_steps)
 
     def scheduler_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the schedulers, if there are any, with the arguments that theirs takes (ReduceLROnPlateau: a loss)."""
@@ -292,4 +237,18 @@ class BlockOptimizer:
             e.parts(state[name])
         for name, e in known.items():
             e.set_state(state[name])
-        self._waiting |= {n: s for n, s in state.items() if n not in self._entries}
+            self._waiting.pop(name, None)
+        self._waiting.update({n: s for n, s in state.items() if n not in self._entries})
+
+
+def _live(used: Any) -> Entry | None:
+    """Return the entry behind what ``optim_objs`` has for a parameter, if that is one of ours."""
+    entry = getattr(used, "optimizer", used)
+    return entry if isinstance(entry, Entry) else None
+
+
+def _state_of(used: Any) -> dict[str, Any] | None:
+    """Return the state of what Pyro has in ``optim_objs`` for a parameter that it has stepped before."""
+    if used is None:
+        return None
+    return {"scheduler": used.state_dict(), "optimizer": getattr(used, "optimizer", used).state_dict()}

@@ -1,26 +1,22 @@
-r"""One parameter's share of an optimizer, and how it is made from what the user gave."""
+r"""One parameter's share of an optimizer, and the update of many in as few groups as there are."""
 
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from operator import itemgetter
 from typing import Any, NoReturn
 
 import torch
-from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.params import module_from_param_with_module_name, user_param_name
 from torch import Tensor
 
 from .._checks import OptimizerError, fail
-from .rules import RULES, Adam, AdamW, Rule
+from .rules import Rule, Scalar, clip
 
-__all__ = ["Entry", "checked", "copies", "make_entries", "refuse"]
+__all__ = ["Entry", "Group", "advance", "copies", "make_groups", "refuse", "update"]
 
-FIX = 'Write optim=pyro.optim.Adam({"lr": 1e-3}), torch.optim.Adam, or functools.partial(torch.optim.Adam, lr=1e-3).'
 Clip = tuple[float | None, float | None]
 
 
@@ -54,7 +50,8 @@ class Entry:
     """One parameter's hyperparameters, slots and count; what ``svi.optim.optim_objs[param]`` gives.
 
     ``carrier`` is a torch optimizer. It checks and holds the live hyperparameters; schedulers write to it; it steps
-    itself only if there is no rule for its class. With a scheduler this object answers for that too, as Pyro's does.
+    itself only if there is no rule for its class. Blocks that share a user's `pyro.optim` object share the entries of
+    the parameters that both have, as under Pyro.
 
     Args:
         place: The number of this parameter's group in the carrier.
@@ -78,12 +75,6 @@ class Entry:
     def __post_init__(self) -> None:
         self.options = self.carrier.param_groups[self.place]
 
-    def __getattr__(self, name: str) -> Any:
-        scheduler = None if name.startswith("__") else self.__dict__.get("scheduler")
-        if scheduler is None:
-            raise AttributeError(name)
-        return self if name == "optimizer" else getattr(scheduler, name)
-
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """One live dictionary of hyperparameters: what is set here counts from the next step on."""
@@ -96,6 +87,16 @@ class Entry:
     def state_dict(self) -> dict[str, Any]:
         state = copies(self.saved())
         return {"state": {0: state} if state else {}, "param_groups": [dict(self.options, params=[0])]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over the state dict of a torch optimizer of this parameter."""
+        self.load(*self.parts(state_dict))
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameter from its ``.grad``, as Pyro does with its own; without gradient nothing happens."""
+        loss = None if closure is None else closure()
+        update([self], [self.param.grad])
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         if set_to_none:
@@ -201,108 +202,95 @@ class Entry:
         return {"scheduler": copy.deepcopy(self.scheduler.state_dict()), "optimizer": self.state_dict()}
 
 
-# From what the user gave ----------------------------------------------------------------------------------------
+# Updates -------------------------------------------------------------------------------------------------------
 
 
-def checked(optim: Any) -> Any:
-    """Return `optim` if it can be the optimizer of a block, else raise."""
-    got, because, fix = None, "it has to be an optimizer that SVI can step", FIX
-    if isinstance(optim, torch.optim.Optimizer):
-        got = f"an instance of {type(optim).__name__}"
-        because = "an instance is bound to its parameters, and a block's parameters come up later"
-        fix = f"Pass the class, or functools.partial(torch.optim.{type(optim).__name__}, lr=...)."
-    elif isinstance(optim, PyroOptim):
-        if type(optim).__call__ not in (PyroOptim.__call__, PyroLRScheduler.__call__):
-            got, because = type(optim).__name__, "its own __call__ would be passed over"
-            fix = "Pass the pyro.optim wrapper that it is built on."
-    elif isinstance(optim, type) and issubclass(optim, Rule):
-        return optim()
-    elif isinstance(optim, type) and not issubclass(optim, torch.optim.Optimizer):
-        got = f"the class {optim.__name__}"
-    elif not isinstance(optim, Rule) and not callable(optim):
-        got = f"{optim!r} of type {type(optim).__name__}"
-    if got:
-        refuse("update a block of parameters", got, because, fix)
-    return optim
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one block that are updated alike: same rule, clipping, number of updates, dtype and device.
+
+    Args:
+        rule: The rule, with the learning rate that is set now.
+        indices: The places of the parameters in the block.
+        count: The number of the coming update.
+        clip_norm, clip_value: Per tensor, as in Pyro's `clip_args`.
+    """
+
+    rule: Rule
+    indices: tuple[int, ...]
+    count: int
+    clip_norm: float | None = None
+    clip_value: float | None = None
+
+    @property
+    def signature(self) -> tuple:
+        """What a recorded update depends on: everything but the scalars."""
+        return (replace(self.rule, lr=0.0), self.indices, self.clip_norm, self.clip_value)
+
+    def lr(self, ahead: int = 0) -> float:
+        """Return the learning rate of the coming update, or of the one `ahead` further: a product, as under Pyro."""
+        lr = self.rule.lr
+        for _ in range(ahead + 1 if self.rule.decay != 1 else 0):
+            lr *= self.rule.decay
+        return lr
+
+    def scalars(self, ahead: int = 0) -> dict[str, float]:
+        """Return the rule's scalars for the coming update, or for the one `ahead` further."""
+        return self.rule.scalars(self.count + ahead, self.lr(ahead))
+
+    def update(self, params, grads, slots: Sequence[dict[str, Tensor]], scalars: Mapping[str, Scalar]) -> None:
+        """Clip, then update in place this group's part of a block's parameters and slots (lists over the block)."""
+        mine = {name: [slots[i][name] for i in self.indices] for name in self.rule.names}
+        clipped = clip([grads[i] for i in self.indices], self.clip_norm, self.clip_value)
+        self.rule.update([params[i] for i in self.indices], clipped, mine, scalars)
 
 
-def make_entries(optim: Any, named: Mapping[str, Tensor], family: int) -> list[Entry]:
-    """Set up parameters that have come up, each with its rule if there is one for its optimizer's class."""
-    make = optim.carrier if isinstance(optim, Rule) else optim
+def make_groups(entries: Sequence[Entry], active: Iterable[int]) -> list[Group]:
+    """Partition the entries at the places `active`, less those that step themselves, and fill their slots."""
+    cells: dict[tuple, list[int]] = {}
+    for i in active:
+        if entries[i].rule_class:
+            cells.setdefault(entries[i].key(), []).append(i)
+    groups = [Group(entries[at[0]].rule(), tuple(at), 1 + count, *clip) for (count, clip, *_), at in cells.items()]
+    for group in groups:
+        names = set(group.rule.names)
+        for e in (entries[i] for i in group.indices if not names <= entries[i].slots.keys()):
+            e.fill_slots(group.rule)
+    return groups
+
+
+def update(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> None:
+    """Update the parameters of `entries` from `grads`. Where one is None, parameter, slots and count stay."""
+    groups = make_groups(entries, [i for i, g in enumerate(grads) if g is not None])
+    params, slots = [e.param for e in entries], [e.slots for e in entries]
+    dense = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
+    for group in groups:
+        group.update(params, dense, slots, group.scalars())
+    _step_carriers([(e, g) for e, g in zip(entries, grads, strict=True) if e.rule_class is None and g is not None])
+    advance(entries, groups)
+
+
+def _step_carriers(active: Sequence[tuple[Entry, Tensor]]) -> None:
+    """Let torch optimizers without a rule step themselves, on copies of the gradients, these parameters only."""
+    carriers = list(dict.fromkeys(e.carrier for e, _ in active))
+    before = [(p, p.grad) for c in carriers for held in c.param_groups for p in held["params"]]
     try:
-        made = _from_pyro(optim, named) if isinstance(optim, PyroOptim) else _from_torch(make, named, family)
-    except OptimizerError:
-        raise
-    except Exception as cause:
-        refuse("be constructed", f"{type(cause).__name__}: {cause}", "its class refuses these arguments", FIX, cause)
-    for entry in made:
-        _check_closure(type(entry.carrier))
-        entry.rule_class = type(optim) if isinstance(optim, Rule) else _rule_class(entry)
-        if entry.rule_class:
-            entry.fill_slots(entry.rule())
-    return made
+        for param, _ in before:
+            param.grad = None
+        for e, g in active:
+            e.param.grad = clip([g.detach().clone()], *e.clip)[0]
+        for carrier in carriers:
+            carrier.step()
+        for e, _ in active:
+            e.count, e.noted = e.count + 1, True
+    finally:
+        for param, grad in before:
+            param.grad = grad
 
 
-def _from_pyro(optim: PyroOptim, named: Mapping[str, Tensor]) -> list[Entry]:
-    """Make one carrier per parameter, with its own arguments, clipping and scheduler."""
-    made = []
-    for name, param in named.items():
-        args = _pyro_args(optim.pt_optim_args, name, getattr(optim, "pt_optim_args_argc", 1) == 1)
-        carrier = optim.pt_optim_constructor([param], **args)
-        entry = Entry(name, param, carrier, clip=_limits(**_pyro_args(optim.pt_clip_args, name, False)))
-        if isinstance(optim, PyroLRScheduler):
-            entry.scheduler = optim.pt_scheduler_constructor(carrier, **optim.kwargs)
-        made.append(entry)
-    return made
-
-
-def _pyro_args(args: Any, name: str, one_argument: bool) -> dict[str, Any]:
-    """Return the arguments of one parameter, which Pyro takes as a dictionary or a function of its name."""
-    if not callable(args):
-        return dict(args)
-    parts = (module_from_param_with_module_name(name), user_param_name(name))
-    args = args(name.replace("$$$", ".")) if one_argument else args(*parts)
-    if not isinstance(args, dict):
-        refuse(
-            f"set up parameter {name!r}",
-            f"{args!r} from its arguments function",
-            "the function has to return a dictionary for every parameter",
-            'Return for instance {"lr": 1e-3}.',
-        )
-    return dict(args)
-
-
-def _limits(clip_norm: float | None = None, clip_value: float | None = None) -> Clip:
-    return clip_norm, clip_value
-
-
-def _from_torch(make: Callable, named: Mapping[str, Tensor], family: int) -> list[Entry]:
-    """Make one carrier for all, its groups split so that each parameter has its own live options, as under Pyro."""
-    carrier = make(list(named.values()))
-    if not isinstance(carrier, torch.optim.Optimizer):
-        because = "it has to return a torch.optim.Optimizer"
-        refuse("update a block of parameters", f"{carrier!r} from {make!r}", because, FIX)
-    name_of = {id(p): n for n, p in named.items()}
-    held = [(name_of.get(id(p)), k) for k, group in enumerate(carrier.param_groups) for p in group["params"]]
-    if {n for n, _ in held} != set(named):
-        refuse(
-            "update a block of parameters",
-            f"an optimizer of {[n for n, _ in held]} for the parameters {list(named)}",
-            "it has to update the parameters that it is given, all of them and no others",
-            "Freeze a parameter with param.requires_grad_(False) instead of leaving it out.",
-        )
-    carrier.param_groups = [dict(carrier.param_groups[k], params=[named[n]]) for n, k in held]
-    made = {n: Entry(n, named[n], carrier, place, family + k) for place, (n, k) in enumerate(held)}
-    return [made[n] for n in named]
-
-
-def _check_closure(optimizer: type[torch.optim.Optimizer]) -> None:
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        because = "its step needs a closure: it is no first-order optimizer that SVI can step"
-        refuse("take a step of SVI", optimizer.__name__, because, FIX)
-
-
-def _rule_class(entry: Entry) -> type[Rule] | None:
-    rule = None if entry.param.is_complex() else RULES.get(type(entry.carrier))
-    return AdamW if rule is Adam and entry.options.get("decoupled_weight_decay") else rule
+def advance(entries: Sequence[Entry], groups: Iterable[Group], num_steps: int = 1) -> None:
+    """Count `num_steps` updates of `groups`."""
+    for group in groups:
+        lr = group.lr(num_steps - 1) if group.rule.decay != 1 else None
+        for i in group.indices:
+            entries[i].advance(num_steps, lr)

@@ -1,4 +1,4 @@
-r"""What ``svi.optim`` is."""
+r"""What ``svi.optim`` is, and what stands in ``optim_objs``, the user's own too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,40 @@ from torch import Tensor
 
 from .entry import Entry, refuse
 
-__all__ = ["OptimView"]
+__all__ = ["OptimView", "Scheduled", "face"]
+
+
+class Scheduled:
+    """A parameter's scheduler as ``optim_objs`` has it: the scheduler itself, but its ``optimizer`` is the live entry.
+
+    It passes for an instance of the scheduler's class, because `PyroOptim` steps those by their ``optimizer``.
+
+    Args:
+        entry: The parameter's share of the optimizer, with a scheduler.
+    """
+
+    optimizer: Entry
+
+    def __init__(self, entry: Entry) -> None:
+        object.__setattr__(self, "optimizer", entry)
+
+    @property
+    def __class__(self) -> type:
+        return type(self.optimizer.scheduler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer.scheduler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.optimizer.scheduler, name, value)
+
+    def __reduce__(self) -> tuple:
+        return Scheduled, (self.optimizer,)
+
+
+def face(entry: Entry) -> Entry | Scheduled:
+    """Return what ``optim_objs`` has for a parameter: its entry, or that entry's scheduler."""
+    return entry if entry.scheduler is None else Scheduled(entry)
 
 
 class OptimView(PyroOptim):
@@ -42,8 +75,8 @@ class OptimView(PyroOptim):
             setattr(self, name, getattr(self.user, name, {}))
 
     @property
-    def optim_objs(self) -> dict[Tensor, Entry]:
-        """For each parameter its live ``param_groups``, ``state``, ``state_dict()``, ``zero_grad()``."""
+    def optim_objs(self) -> dict[Tensor, Entry | Scheduled]:
+        """For each parameter its live ``param_groups``, ``state``, ``state_dict()``, ``step()``, or its scheduler."""
         return {param: entry for block in self.blocks.values() for param, entry in block.objects.items()}
 
     def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
@@ -67,5 +100,7 @@ class OptimView(PyroOptim):
 
     def set_state(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a state at once; what belongs to no parameter yet waits."""
-        for block in self.blocks.values():
-            block.set_state(state_dict)
+        names = [set(block.names) for block in self.blocks.values()]
+        unknown = state_dict.keys() - set().union(*names)
+        for block, mine in zip(self.blocks.values(), names, strict=True):
+            block.set_state({n: s for n, s in state_dict.items() if n in mine or n in unknown})

@@ -1,8 +1,8 @@
 r"""Run the guide, replay the model: values, log p and log q per site."""
 
-from .checks import check_match, choose_vectorize, subsample_values, vectorizable
+from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
-from .quiet import ModuleWatch, keep_buffers, quiet
+from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .run import draw, replay
 from .sites import Particles, Site, reduce_to
 
@@ -12,9 +12,11 @@ __all__ = [
     "Recorder",
     "Site",
     "check_match",
+    "check_plates",
     "choose_vectorize",
     "config_estimators",
     "draw",
+    "generators",
     "hold_batch",
     "is_subsample",
     "keep_buffers",

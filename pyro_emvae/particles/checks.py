@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.distributions import biject_to
 
 from .._checks import ModelError, fail, nearest
 from .handlers import Recorder, is_subsample
@@ -39,6 +41,10 @@ def vectorizable(
         nesting = first.max_plate_nesting
         indices = subsample_values(model, guide, args, kwargs)
         loops = [run_pair(model, guide, args, kwargs, 1, nesting, None, indices) for _ in range(2)]
+        moved = _apart(*loops)
+        if moved:  # two equal draws would not show that particles are mixed
+            again = {n: (s.value, None) for n, s in loops[1].guide.items() if not s.is_observed}
+            loops[1] = run_pair(model, guide, args, kwargs, 1, nesting, None, indices | again | moved)
         looped = stack_runs(loops)
         given = {n: (s.value, None) for n, s in looped.guide.items() if not s.is_observed} | indices
         try:
@@ -53,6 +59,33 @@ def vectorizable(
                 if other is None or not _same(site, other, looped, rtol):
                     return False, nesting, f"log density of the {side}'s site {name!r}"
     return True, nesting, ""
+
+
+def _apart(one: Particles, two: Particles) -> dict[str, tuple[Tensor, None]]:
+    """Return other values for the second particle, at latents where the two are equal or nearly so anywhere."""
+    moved = {}
+    for name, site in two.guide.items():
+        if site.is_observed:
+            continue
+        first, second = one.guide[name].value, site.value
+        near = (first - second).abs() < 0.1 * (1 + first.abs()) if first.is_floating_point() else first == second
+        if bool(near.any()):
+            moved[name] = (torch.where(near, _other(site.fn, first), second), None)
+    return moved
+
+
+def _other(fn: Any, value: Tensor) -> Tensor:
+    """Return a value of the support that differs from `value` everywhere."""
+    if getattr(fn, "has_enumerate_support", False) and fn.event_dim == 0:
+        outcomes = fn.enumerate_support(expand=False).flatten()
+        return outcomes[((value.unsqueeze(-1) == outcomes).long().argmax(-1) + 1) % len(outcomes)].to(value)
+    if not value.is_floating_point():
+        return value + 1
+    try:
+        transform = biject_to(fn.support)
+        return transform(transform.inv(value) + 1.0)
+    except NotImplementedError:
+        return value + 1.0 + value.abs()
 
 
 def choose_vectorize(
@@ -138,7 +171,8 @@ def check_match(particles: Particles) -> None:
                 f"draw site {name!r}",
                 got=where,
                 because="every guide site is a latent of the model, or auxiliary",
-                fix=f"Rename it ({nearest(name, latents)}), or mark it infer={{'is_auxiliary': True}}.",
+                fix=f"Rename it ({nearest(name, latents)}), or add it to the model. infer={{'is_auxiliary': True}} is "
+                "for a site from which a Delta site of a latent is computed.",
             )
     for name, site in latents.items():
         if name not in particles.guide and name not in enumerated:
@@ -161,6 +195,31 @@ def check_match(particles: Particles) -> None:
             )
         if name in guide:
             _check_shapes(name, guide[name], site)
+
+
+def check_plates(particles: Particles, obj: str = "MonteCarloELBO") -> None:
+    r"""Raise unless every batch dim of every site belongs to a plate.
+
+    Elements of a batch dim without a plate may depend on each other, and would yet be told apart: by the learning
+    signal, or as if they were particles.
+
+    Raises:
+        ModelError: Naming the first site with such a dim.
+    """
+    for site in (*particles.guide.values(), *particles.model.values()):
+        shape, dims = site.log_prob.shape, {frame.dim for frame in site.frames}
+        if particles.num_particles > 1:
+            dims.add(-1 - particles.max_plate_nesting)
+        stray = [dim for dim in range(-len(shape), 0) if shape[dim] != 1 and dim not in dims]
+        if stray and not site.is_deterministic:
+            fail(
+                ModelError,
+                obj,
+                f"lay out site {site.name!r}",
+                got=f"batch shape {tuple(shape)}, of which no plate declares dim {stray[0]}",
+                because="only what lies in a plate is independent",
+                fix="Write .to_event(1) at its distribution, or put it into a pyro.plate.",
+            )
 
 
 def _check_shapes(name: str, guide: Site, model: Site) -> None:

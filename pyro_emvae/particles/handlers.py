@@ -13,7 +13,7 @@ from typing import Any
 from pyro import poutine
 from torch import Tensor
 
-from .._checks import ModelError, fail
+from .._checks import EstimatorError, ModelError, fail
 from .._pyro import Messenger
 
 __all__ = ["PARTICLE_PLATE", "Recorder", "config_estimators", "hold_batch", "is_subsample"]
@@ -122,6 +122,16 @@ def config_estimators(guide: Callable, config: Callable[[Mapping[str, Any]], Any
         >>> poutine.trace(guide).get_trace().nodes["k"]["infer"]["estimator"]
         'leave_one_out'
     """
+
+    if not (isinstance(config, Mapping) or callable(config)):
+        fail(
+            EstimatorError,
+            "config_estimators",
+            "annotate the guide",
+            got=repr(config),
+            because="config says which site gets which estimator",
+            fix=f'Write {{"z": {config!r}}}, or lambda msg: {config!r} for all sites.',
+        )
 
     def annotate(msg: Mapping[str, Any]) -> dict[str, Any]:
         chosen = config.get(msg["name"]) if isinstance(config, Mapping) else config(msg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import pyro
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["ModuleWatch", "keep_buffers", "quiet"]
+__all__ = ["ModuleWatch", "generators", "keep_buffers", "quiet"]
 
 
 @contextlib.contextmanager
@@ -51,6 +51,21 @@ def keep_buffers() -> Iterator[None]:
             yield
         finally:
             watch.restore()
+
+
+def generators() -> Callable[[], None]:
+    """Return a function that takes torch's, numpy's and Python's generators back to where they are now."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+    def rewind() -> None:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return rewind
 
 
 class ModuleWatch:

@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from .._checks import ModelError, fail
+from .._checks import ModelError, NonFiniteError, fail
 from .._pyro import Messenger
 from .handlers import PARTICLE_PLATE, Recorder, is_subsample
 from .sites import Particles, Site
@@ -160,6 +160,16 @@ def _site(msg: dict) -> Site:
     try:
         log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
     except ValueError as cause:
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            fail(
+                NonFiniteError,
+                "SVI",
+                f"score site {msg['name']!r}",
+                got=f"a value that is not finite, such as {value[~torch.isfinite(value)].flatten()[0].item()}",
+                because="its log density is then no number",
+                fix="Leave such data out, with poutine.mask or obs_mask=.",
+                cause=cause,
+            )
         shape = tuple(getattr(value, "shape", ()))
         fail(
             ModelError,

@@ -3,6 +3,7 @@ r"""The plates of the model, opened again around draws from a posterior."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,19 +12,42 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..particles import quiet
+from .._pyro import Messenger
+from ..particles import is_subsample, quiet
 
-__all__ = ["in_plates", "plate_nesting"]
+__all__ = ["Batch", "in_plates", "plate_nesting"]
 
 
 @contextlib.contextmanager
-def in_plates(frames: Iterable, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Open the plates of a site's frames, with the batch that the model's run had, by plate."""
+def in_plates(frames: Iterable, batch: Mapping[str, Tensor], made: dict[str, Any]) -> Iterator[None]:
+    """Open the plates of a site's frames, with the batch that the model's run had, by plate.
+
+    ``made`` holds the plates of one run by name, for a plate is stated once and opened around each of its sites.
+    """
     with contextlib.ExitStack() as stack:
         for frame in sorted(frames, key=lambda frame: frame.dim):
-            size = frame.full_size or frame.size
-            stack.enter_context(pyro.plate(frame.name, size, dim=frame.dim, subsample=batch.get(frame.name)))
+            if frame.name not in made:
+                size = frame.full_size or frame.size
+                made[frame.name] = pyro.plate(frame.name, size, dim=frame.dim, subsample=batch.get(frame.name))
+            stack.enter_context(made[frame.name])
         yield
+
+
+class Batch(Messenger):
+    """Note the indices of every plate that is smaller than its data, and which plates drew theirs at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.indices: dict[str, Tensor] = {}
+        self.drawn: list[str] = []
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if is_subsample(msg) and msg["value"] is None and (msg["fn"].subsample_size or math.inf) < msg["fn"].size:
+            self.drawn.append(msg["name"])
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if is_subsample(msg) and len(msg["value"]) < msg["fn"].size:
+            self.indices[msg["name"]] = msg["value"]
 
 
 def plate_nesting(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> int:

@@ -13,9 +13,25 @@ from torch import Tensor
 
 from ..particles import Particles, replay
 
-__all__ = ["Posterior", "Support", "expected_log_joint"]
+__all__ = ["Outer", "Posterior", "Support", "expected_log_joint"]
 
 Values = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outer:
+    r"""The statistic $a_nb_n^\top$ per datum, for sums over many data: `Support.total` forms no product per datum.
+
+    Args:
+        left, right: ``(S, *plates, a)`` and ``(S, *plates, b)``, or broadcastable to it.
+    """
+
+    left: Tensor = field(repr=False)
+    right: Tensor = field(repr=False)
+
+    @property
+    def product(self) -> Tensor:
+        return self.left[..., :, None] * self.right[..., None, :]
 
 
 @dataclass(frozen=True)
@@ -29,6 +45,7 @@ class Support:
         log_weights: ``(S, *plates)`` or broadcastable to it; their exponentials sum to one over S for each datum.
         num_plates: Number of plate dims.
         scale, mask: What the model multiplies by and keeps, for the latents: numbers, or tensors over the plates.
+        drawn: Plates of the model that drew their batch at random, so that nobody outside knows which data it holds.
     """
 
     values: Values = field(repr=False)
@@ -36,22 +53,42 @@ class Support:
     num_plates: int
     scale: Any = 1.0
     mask: Any = None
+    drawn: tuple[str, ...] = ()
 
     def expect(self, function: Callable[[Values], Any]) -> Any:
-        """Return the expectation per datum of a tensor, or of each tensor in a dict: ``(*plates, ...)``."""
-        return _each(function(self.values), self._average)
+        """Return the expectation per datum of a tensor or `Outer`, or of each in a dict: ``(*plates, ...)``."""
+        return _each(function(self.values), lambda x: self._average(x.product if isinstance(x, Outer) else x))
 
     def total(self, function: Callable[[Values], Any]) -> Any:
         """Return the expectation summed over the plates, times scale, where the mask is true."""
-        return _each(function(self.values), lambda x: self._sum(self._average(x)))
+        return _each(function(self.values), self._total)
+
+    def _total(self, x: Tensor | Outer) -> Tensor:
+        if not isinstance(x, Outer):
+            return self._sum(self._average(x))
+        left, right, weights = x.left, x.right, self.log_weights.exp()
+        if len(left) == 1:
+            right, weights = self._average(right)[None], weights.new_ones(1)
+        elif weights.numel() > len(weights):
+            left, weights = left * weights[..., None], weights.new_ones(len(left))
+        if isinstance(self.scale, Tensor) or self.scale != 1.0 or self.mask is not None:
+            left = torch.stack([self.weigh(row) for row in left])
+        shape = torch.broadcast_shapes(left.shape[:-1], right.shape[:-1])
+        left, right = (y.expand(*shape, -1).reshape(shape[0], -1, y.shape[-1]) for y in (left, right))
+        return torch.tensordot(weights.flatten(), left.mT @ right, 1)
 
     def _average(self, x: Tensor) -> Tensor:
+        if len(x) == 1:  # the weights sum to one
+            return x[0]
         rest = x.dim() - 1 - self.num_plates
         weights = self.log_weights.exp()
+        if weights.numel() == len(x):
+            return torch.tensordot(weights.flatten(), x, 1)
         return (weights.reshape(weights.shape + (1,) * rest) * x).sum(0)
 
-    def _sum(self, x: Tensor) -> Tensor:
-        dims, rest = tuple(range(self.num_plates)), (1,) * (x.dim() - self.num_plates)
+    def weigh(self, x: Tensor) -> Tensor:
+        """Return values per datum ``(*plates, ...)`` times scale, and zero where the mask is false."""
+        rest = (1,) * (x.dim() - self.num_plates)
         for factor in (self.scale, self.mask):
             if isinstance(factor, Tensor):
                 factor = factor.reshape((1,) * (self.num_plates - factor.dim()) + factor.shape + rest)
@@ -59,6 +96,10 @@ class Support:
                 x = torch.where(factor, x, 0.0) if factor.dtype == torch.bool else x * factor
             elif factor is not None:
                 x = x * factor
+        return x
+
+    def _sum(self, x: Tensor) -> Tensor:
+        x, dims = self.weigh(x), tuple(range(self.num_plates))
         return x.sum(dims) if dims else x
 
 
@@ -67,7 +108,12 @@ def _each(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
 
 
 def expected_log_joint(
-    model: Callable, args: tuple, kwargs: Mapping[str, Any], support: Support, vectorize: bool = True
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    support: Support,
+    vectorize: bool = True,
+    lacking: Mapping[str, int] | None = None,
 ) -> Tensor:
     r"""Return $\sum_s w_{sn}\log p_\theta(x_n,z_{sn})$ over all data, to be differentiated by theta.
 
@@ -75,12 +121,15 @@ def expected_log_joint(
         model, args, kwargs: What is replayed on the support's values.
         support: Values and weights.
         vectorize: Whether all values are replayed in one run.
+        lacking: How many of the outermost plate dims a latent lacks; runs one by one get values without them.
     """
     count, nesting = support.log_weights.shape[0], support.num_plates
     if vectorize or count == 1:
         runs = [(support.values, count)]
     else:
-        runs = [({n: v[s] for n, v in support.values.items()}, 1) for s in range(count)]
+        lacking = lacking or {}
+        each = {n: v.reshape(len(v), *v.shape[1 + lacking.get(n, 0) :]) for n, v in support.values.items()}
+        runs = [({n: v[s] for n, v in each.items()}, 1) for s in range(count)]
     total: Any = 0.0
     weights = support.log_weights.exp()
     for place, (values, rows) in enumerate(runs):

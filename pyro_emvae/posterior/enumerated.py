@@ -2,6 +2,7 @@ r"""The exact posterior of discrete latents, by Pyro's enumeration."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .._checks import StepError, fail, nearest
 from ..particles import hold_batch, is_subsample
-from ._plates import in_plates
+from ._plates import Batch, in_plates
 from .base import Posterior, Support
 
 __all__ = ["EnumeratedPosterior"]
@@ -107,7 +108,7 @@ class EnumeratedPosterior(Posterior):
         return tree
 
     def expected_log_joint(self, num_particles: int = 1) -> Tensor:
-        with hold_batch(self.batch):
+        with hold_batch(self.batch.indices):
             trace, _ = _trace(self.model, self.args, self.kwargs, self.nesting)
         return self._expected(trace)
 
@@ -119,6 +120,8 @@ class EnumeratedPosterior(Posterior):
                 probabilities = self._solved[1][name]
                 # an impossible outcome has probability 0 and log density -inf
                 term = torch.where(probabilities > 0, probabilities * factor, 0.0)
+                term._pyro_dims = factor._pyro_dims
+                term = packed.scale_and_mask(term, mask=trace.nodes[name]["packed"]["mask"])
                 total = total + term.sum() * self._scale
             else:
                 total = total + trace.nodes[name]["log_prob_sum"]
@@ -183,13 +186,15 @@ class EnumeratedPosterior(Posterior):
             values[name] = outcomes.reshape(-1, *(1,) * self.nesting, *event)
         first = next(iter(self.latents.values()))
         mask = first["mask"]
-        return Support(values, table, self.nesting, self._scale, mask if isinstance(mask, Tensor) else None)
+        mask = mask if isinstance(mask, Tensor) else None
+        return Support(values, table, self.nesting, self._scale, mask, tuple(self.batch.drawn))
 
     def _table_plates(self, names: list[str]) -> tuple[int, ...]:
         return tuple(self._table(names).shape[: self.nesting])
 
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
+        plates: dict[str, Any] = {}
         names = list(self.latents)
         for place, name in enumerate(names):
             site = self.latents[name]
@@ -198,7 +203,7 @@ class EnumeratedPosterior(Posterior):
             for other in earlier:
                 logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
             fn = _distribution(site["fn"], _squeeze(logits, self.nesting))
-            with in_plates(_frames(site), self.batch):
+            with in_plates(_frames(site), self.batch.indices, plates):
                 values[name] = pyro.sample(name, fn)
         return values
 
@@ -206,18 +211,16 @@ class EnumeratedPosterior(Posterior):
 # Of a trace ---------------------------------------------------------------------------------------------------------
 
 
-def _trace(
-    model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
-) -> tuple[poutine.Trace, dict[str, Tensor]]:
+def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int) -> tuple[poutine.Trace, Batch]:
     """Return the model's trace with all discrete latents enumerated, densities packed; and the batch that was drawn."""
     enumerated = poutine.enum(config_enumerate(model, "parallel"), first_available_dim=-1 - nesting)
-    trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
-    plates = {n: site for n, site in _sites(trace).items() if is_subsample(site)}
-    for name in plates:
+    with Batch() as batch:
+        trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
+    for name in [name for name, site in _sites(trace).items() if is_subsample(site)]:
         trace.remove_node(name)
     trace.compute_log_prob()
     trace.pack_tensors()
-    return trace, {n: site["value"] for n, site in plates.items() if len(site["value"]) < site["fn"].size}
+    return trace, batch
 
 
 def _sites(trace: poutine.Trace) -> dict[str, dict]:
@@ -255,12 +258,17 @@ def _latents(trace: poutine.Trace) -> dict[str, dict]:
 
 
 def _factors(trace: poutine.Trace, latents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return each site's packed log density, unscaled; masked unless it is a latent, which then sums to one."""
+    """Return each site's packed log density, unscaled, of one dtype; masked unless a latent, which then sums to one."""
     factors = {}
     for name, site in _sites(trace).items():
         parts = site["packed"]
         mask = None if name in latents else parts["mask"]
         factors[name] = packed.scale_and_mask(parts["unscaled_log_prob"], mask=mask)
+    dtype = functools.reduce(torch.promote_types, (f.dtype for f in factors.values()))
+    for name, factor in factors.items():
+        if factor.dtype != dtype:
+            factors[name] = factor.to(dtype)
+            factors[name]._pyro_dims = factor._pyro_dims
     return factors
 
 

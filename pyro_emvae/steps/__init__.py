@@ -3,6 +3,26 @@ r"""Half-steps of EM: one file each."""
 from .base import HalfStep, Info
 from .closed_form import ClosedForm
 from .enumerated import Enumerated
+from .gaussian import Gaussian
 from .gradient import Gradient
+from .laplace import Laplace
+from .monte_carlo import MonteCarlo
+from .ready_linear import linear_gaussian, local_level
+from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 
-__all__ = ["ClosedForm", "Enumerated", "Gradient", "HalfStep", "Info"]
+__all__ = [
+    "ClosedForm",
+    "Enumerated",
+    "Gaussian",
+    "Gradient",
+    "HalfStep",
+    "Info",
+    "Laplace",
+    "MonteCarlo",
+    "bernoulli_mixture",
+    "categorical_mixture",
+    "gaussian_mixture",
+    "linear_gaussian",
+    "local_level",
+    "poisson_mixture",
+]

@@ -6,6 +6,8 @@ from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+from torch import Tensor
+
 from .._checks import StepError, fail
 from .._registry import Traits
 from ..engine import Engine, Gradient, State
@@ -18,11 +20,16 @@ class Info(NamedTuple):
     """What a half-step did: the gradient steps that it took, in order (empty for an exact step).
 
     ``loss`` is minus the objective after E and before M (nats), from a step that knows it without a gradient, as an
-    exact E-step does.
+    exact E-step does; from one that weighs draws, its estimate. Diagnostics of drawn posteriors, per datum: ``ess``,
+    the effective number of draws, ``acceptance``, the chains' mean acceptance probability, and ``khat``, the tail index
+    of importance weights.
     """
 
     gradients: tuple[Gradient, ...] = ()
     loss: float = float("nan")
+    ess: Tensor | float = float("nan")
+    acceptance: Tensor | float = float("nan")
+    khat: Tensor | float = float("nan")
 
     @property
     def first_loss(self) -> float:

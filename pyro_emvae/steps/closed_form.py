@@ -8,14 +8,26 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import StepError, fail, nearest, positive_int
+from .._checks import DegenerateError, StepError, fail, nearest, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..parameters import MODEL, assign
-from ..posterior import Posterior
+from ..posterior import Posterior, Support
 from .base import HalfStep, Info
 
-__all__ = ["ClosedForm"]
+__all__ = ["ClosedForm", "total"]
+
+
+def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Return the posterior expectation of statistics, summed over the data with scale and mask.
+
+    ``statistics.total(support, *args, **kwargs)`` is used where there is one: sums of products of responsibilities and
+    data, for instance, need no statistic per outcome and datum.
+    """
+    direct = getattr(statistics, "total", None)
+    if direct is not None:
+        return direct(support, *args, **kwargs)
+    return support.total(lambda values: statistics(values, *args, **kwargs))
 
 
 class ClosedForm(HalfStep):
@@ -27,16 +39,22 @@ class ClosedForm(HalfStep):
         statistics: ``statistics(values, *args, **kwargs) -> dict[str, Tensor]``, the complete-data sufficient
             statistics per datum. ``values`` holds each latent as ``(S, *plates, *event)``: S outcomes or draws. The
             statistics are ``(S, *plates, ...)``, or broadcast to it; one that does not depend on the latents has size
-            1 at S. Their expectation, and its sum over the plates with scale and mask, is taken for you.
+            1 at S; an outer product of vectors may be a `posterior.Outer`. Their expectation, and its sum over the
+            plates with scale and mask, is taken for you.
         update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
             returns new values in constrained space, of all parameters or of some.
         num_particles: Draws, after an E-step that has to draw.
+        start: ``start(seed, params, *args, **kwargs) -> dict[str, Tensor]``: initial values found from the data, for
+            the starts of ``EM.run(..., n_init=10)``; constrained.
 
     Values are written in place, so optimizers keep their state.
 
     Raises:
         StepError: `update` names a parameter that is none of the model's.
-        ModelError: It returns a value of another shape, outside its constraint, or not finite. Nothing is changed then.
+        ModelError: It returns a value of another shape, outside its constraint, or not finite.
+        DegenerateError: It returns a value at the boundary of its constraint, or meets a singular matrix.
+
+    After an error nothing has changed.
 
     Source: Dempster, Laird and Rubin 1977, eqs. 2.2 and 2.3.
 
@@ -54,8 +72,9 @@ class ClosedForm(HalfStep):
         statistics: Callable[..., Mapping[str, Tensor]],
         update: Callable[[dict[str, Tensor], dict[str, Tensor]], Mapping[str, Tensor]],
         num_particles: int = 100,
+        start: Callable[..., Mapping[str, Tensor]] | None = None,
     ) -> None:
-        self.statistics, self.update = statistics, update
+        self.statistics, self.update, self.start = statistics, update, start
         self.num_particles = positive_int("steps.ClosedForm", "num_particles", num_particles)
 
     def __repr__(self) -> str:
@@ -67,9 +86,18 @@ class ClosedForm(HalfStep):
     ) -> tuple[State, Info]:
         with torch.no_grad():
             support = posterior.support(self.num_particles)
-            totals = support.total(lambda values: self.statistics(values, *args, **kwargs))
+            if support.drawn:
+                fail(
+                    StepError,
+                    "steps.ClosedForm",
+                    "take statistics of a batch that the model draws",
+                    got=f"a plate {support.drawn[0]!r} with subsample_size=",
+                    because="`statistics` has to know which data the batch holds",
+                    fix=f"Pass the batch to the model: pyro.plate({support.drawn[0]!r}, N, subsample=index).",
+                )
+            totals = total(self.statistics, support, *args, **kwargs)
             rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-            new = self.update(totals, {name: row.value.detach() for name, row in rows.items()})
+            new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
         unknown = [name for name in new if name not in rows]
         if unknown:
             fail(
@@ -82,6 +110,20 @@ class ClosedForm(HalfStep):
             )
         assign(problem.parameters, new)
         return state, Info()
+
+    def _updated(self, totals: dict[str, Tensor], params: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        try:
+            return self.update(totals, params)
+        except torch.linalg.LinAlgError as error:
+            fail(
+                DegenerateError,
+                "steps.ClosedForm",
+                "make its update",
+                got=str(error).splitlines()[0],
+                because="a covariance became singular",
+                fix="Start elsewhere, or bound the update.",
+                cause=error,
+            )
 
 
 register(

@@ -2,6 +2,7 @@ r"""A half-step of gradient updates, for either slot."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from .._checks import positive_int
@@ -60,7 +61,7 @@ class Gradient(HalfStep):
 
 
 class _Expected:
-    r"""The loss of an M-step with the posterior held: $-E[\log p_\theta(x,z)]-H(q)$, H as far as it is known."""
+    r"""The loss of an M-step with the posterior held: $-E[\log p_\theta(x,z)]-H(q)$, or without H if it is unknown."""
 
     is_host = True
 
@@ -70,7 +71,8 @@ class _Expected:
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         loss = -self.posterior.expected_log_joint(self.num_particles)
         loss.backward()
-        return float(loss.detach()) - self.posterior.entropy
+        entropy = self.posterior.entropy
+        return float(loss.detach()) - (0.0 if math.isnan(entropy) else entropy)
 
 
 register(

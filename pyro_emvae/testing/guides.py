@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, biject_to
 
 from ..estimators.base import base
+from ..evidence.soundness import unequal_handlers, unpaired_auxiliaries
 from ..loss import MonteCarloELBO
 from ..particles import Particles, check_match, draw, quiet, vectorizable
 from .mean import assert_mean
@@ -36,7 +37,8 @@ def check_guide(
     * `pyro.infer.Predictive` works with it, in a loop and in parallel.
     * Samples and log q agree: $E_q[h(z)/q(z)]=1$ for a normal density h fitted to the samples in unconstrained space,
       narrower than they are (uniform over the values of a finite site).
-    * The ELBO's gradient is finite and reaches every parameter that the guide uses.
+    * Each latent has the model's scale and mask, and a point mass is computed from each auxiliary site.
+    * The ELBO's gradient is finite and reaches every parameter that the guide uses, of which there is one at least.
 
     Args:
         guide_factory: Called with the model; returns a guide.
@@ -66,6 +68,9 @@ def check_guide(
         particles = draw(model, guide, args, kwargs)
         check_match(particles)
     _check_returned(returned, particles)
+    with quiet(seed=seed):
+        unsound = [*unequal_handlers(particles), *unpaired_auxiliaries(model, guide, args, kwargs)]
+    assert not unsound, f"site {unsound[0].site!r}: {unsound[0].message}"
     agrees, nesting, what = vectorizable(model, guide, args, kwargs)
     assert agrees, f"particles cannot be vectorized: {what}"
     _check_predictive(model, guide, args, kwargs, tuple(particles.latents), seed)
@@ -122,6 +127,8 @@ def _check_reach(model, guide, args: tuple, kwargs: Mapping, seed: int) -> None:
     with quiet(seed=seed):
         evaluation = MonteCarloELBO(num_particles=2, vectorize_particles=False).evaluate(model, guide, args, kwargs)
     leaves = {n: t for n, t in evaluation.particles.params["guide"].items() if t.requires_grad}
+    assert leaves, "the guide has no parameter that requires a gradient: a fit cannot change it"
+    assert evaluation.surrogate.requires_grad, f"none of the guide's parameters {sorted(leaves)} gets a gradient"
     grads = torch.autograd.grad(evaluation.surrogate, list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, grads, strict=True):
         assert g is not None, f"the guide's parameter {name!r} gets no gradient"

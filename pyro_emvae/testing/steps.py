@@ -2,7 +2,9 @@ r"""`check_step`: a half-step of EM against its contract."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -11,9 +13,11 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from .._checks import ModelError, StepError, fail, nearest
 from ..em import EM
 from ..engine import State
-from ..parameters import Parameters, Row, substitute
+from ..evidence import elbo
+from ..parameters import GUIDE, MODEL, Parameters, Row, substitute
 from ..particles import quiet
 from ..posterior import GuidePosterior, Posterior
 from ..problems import Problem, linear_gaussian
@@ -25,6 +29,7 @@ __all__ = ["check_step"]
 def check_step(
     step: HalfStep | str,
     slot: str,
+    problem: Problem | Sequence[Any] | None = None,
     *,
     optim: Any = None,
     loss: ELBO | None = None,
@@ -36,30 +41,51 @@ def check_step(
     * Between two networks with batch norm and dropout, after iterations that gave both optimizers momentum, an E-step
       leaves the model's parameters *and* buffers bit-for-bit alone, an M-step the guide's.
     * On probabilistic PCA `num_steps` of them raise the exact ELBO.
+    * With `problem`, both of this is judged there and not on these two: the other block stays, the ELBO rises. That
+      is the way for a step that fits one model only, such as a closed form; start where it can still rise.
     * `init` returns a dict, `expect` the state, a `Posterior` and an `Info`, `maximise` the state and an `Info`.
 
     Args:
         step: An instance or a registered name.
         slot: ``"E"`` or ``"M"``; the other slot gets `steps.Gradient()`.
+        problem: A tuple ``(model, guide, *args)``, whose ELBO is estimated from 1,000 common draws, or a
+            `problems.Problem`, whose exact ELBO is taken if it has one.
         optim: Adam with a learning rate of 0.02 by default.
         loss: `MonteCarloELBO()` by default.
-        num_steps: Half-steps on the second problem.
+        num_steps: Half-steps that have to raise the ELBO.
         seed: Of initial values and draws.
 
-    The param store is not touched.
+    The param store is not touched, but for parameters that the model of such a tuple makes when it runs first. All
+    parameters are as before.
 
     Raises:
-        AssertionError: Naming what moved, or the exact ELBO before and after.
-        StepError: The step does not fit the slot.
+        AssertionError: Naming what moved, or the ELBO before and after.
+        StepError: The step does not fit the slot, or there is no such slot.
+        ModelError: `problem` is neither of the two, or its parameters live in modules.
 
     Example:
         >>> check_step("gradient", "E")
+        >>> check_step("gradient", "M", problem=linear_gaussian(), num_steps=5)
     """
-    optim = pyro.optim.Adam({"lr": 0.02}) if optim is None else optim
+    if slot not in ("E", "M"):
+        fail(
+            StepError,
+            "check_step",
+            f"put a step into slot {slot!r}",
+            got=repr(slot),
+            because="an iteration of EM has an E-step and an M-step",
+            fix=nearest(str(slot).upper(), ("E", "M")),
+        )
+    optim = pyro.optim.Adam({"lr": 0.02}) if optim is None else copy.deepcopy(optim)
     options = {"e_step": step} if slot == "E" else {"m_step": step}
+
+    def make(model: Callable, guide: Callable) -> EM:
+        return EM(model, guide, optim, loss, **options)
+
     with quiet(seed=seed):
-        _check_blocks(slot, lambda model, guide: EM(model, guide, optim, loss, **options))
-        _check_rise(slot, lambda model, guide: EM(model, guide, optim, loss, **options), num_steps)
+        if problem is None:
+            _check_blocks(slot, make)
+        _check_rise(slot, make, num_steps, _case(linear_gaussian() if problem is None else problem, seed))
 
 
 def _check_blocks(slot: str, make: Callable[[nn.Module, nn.Module], EM]) -> None:
@@ -80,18 +106,60 @@ def _check_blocks(slot: str, make: Callable[[nn.Module, nn.Module], EM]) -> None
         )
 
 
-def _check_rise(slot: str, make: Callable[[nn.Module, nn.Module], EM], num_steps: int) -> None:
-    problem = linear_gaussian()
-    leaves = nn.ParameterDict({n: nn.Parameter(t.detach()) for n, t in problem.unconstrained().items()})
-    em = make(_Substituted(problem, "model", leaves), _Substituted(problem, "guide", leaves))
-    em.engine.setup(problem.args, {})
-    before = _exact(problem, leaves)
-    for _ in range(num_steps):
-        _half_step(em, slot, *problem.args)
-    after = _exact(problem, leaves)
+@dataclass(frozen=True)
+class _Case:
+    """A model and guide, their data, and how high the ELBO is, in words and as a function."""
+
+    model: Callable
+    guide: Callable
+    args: tuple
+    name: str
+    value: Callable[[], float]
+
+
+def _case(problem: Problem | Sequence[Any], seed: int) -> _Case:
+    if isinstance(problem, Problem) and not problem.traits.modules:
+        leaves = nn.ParameterDict({n: nn.Parameter(t.detach()) for n, t in problem.unconstrained().items()})
+        pair = (_Substituted(problem, "model", leaves), _Substituted(problem, "guide", leaves))
+        if problem.elbo is not None:
+            return _Case(*pair, problem.args, f"exact ELBO of {problem.name}", lambda: _exact(problem, leaves))
+        problem = (*pair, *problem.args)
+    if not isinstance(problem, tuple | list) or len(problem) < 2 or not all(map(callable, problem[:2])):
+        fail(
+            ModelError,
+            "check_step",
+            "take steps on this problem",
+            got=repr(problem)[:80],
+            because="a problem is a model, a guide and their data, with parameters that can be put back",
+            fix="Write problem=(model, guide, x), or a problems.Problem of pyro.param statements.",
+        )
+    model, guide, *args = problem
+    name = f"ELBO of {getattr(model, '__name__', type(model).__name__)}"
+    return _Case(model, guide, tuple(args), name, lambda: elbo(model, guide, *args, seed=seed).value)
+
+
+def _check_rise(slot: str, make: Callable[[Callable, Callable], EM], num_steps: int, case: _Case) -> None:
+    em = make(case.model, case.guide)
+    rows = em.engine.setup(case.args, {}).rows
+    start = {row.name: row.leaf.detach().clone() for row in rows}
+    own, kind = (GUIDE, "model") if slot == "E" else (MODEL, "guide")
+    try:
+        before = case.value()
+        for _ in range(num_steps):
+            _half_step(em, slot, *case.args)
+        after = case.value()
+        for row in rows:
+            assert row.block == own or torch.equal(row.leaf, start[row.name]), (
+                f"the {slot}-step {_name(em, slot)} moved {row.name!r} of the {kind}: "
+                f"observed {row.leaf.detach()}, expected {start[row.name]}"
+            )
+    finally:
+        with torch.no_grad():
+            for row in rows:
+                row.leaf.copy_(start[row.name])
     assert after > before, (
-        f"{num_steps} {slot}-steps {_name(em, slot)} took the exact ELBO of probabilistic PCA from {before:.6g} to "
-        f"{after:.6g}, expected a rise"
+        f"{num_steps} {slot}-steps {_name(em, slot)} took the {case.name} from {before:.6g} to {after:.6g}, "
+        "expected a rise"
     )
 
 

@@ -1,0 +1,228 @@
+r"""The E-step by draws from the posterior."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._checks import EmvaeError, fail, nearest, positive_int
+from .._registry import Traits, register
+from ..engine import Engine, State
+from ..particles import ModuleWatch, quiet
+from ..posterior import Posterior, SampledSite, SamplesPosterior, Support
+from .base import HalfStep, Info
+from .samplers import SAMPLERS, Draws, Facts, Sampler, Target, check_same_data, fingerprint, gather, look, scatter
+
+__all__ = ["MonteCarlo"]
+
+
+class MonteCarlo(HalfStep):
+    r"""Draws from the posterior at the present theta, $z_{sn}$ with weights $w_{sn}$ per datum.
+
+    $$E[\log p_\theta(x,z)\,|\,x]\approx\sum_n\sum_sw_{sn}\log p_\theta(x_n,z_{sn}).$$
+
+    | sampler | draws | latents | needs |
+    |---|---|---|---|
+    | ``"prior"`` | from the prior, weighted by the likelihood | any | |
+    | ``"importance"`` | from the guide, weighted | any | a guide |
+    | ``"hmc"`` | chains per datum, all data at once | continuous | |
+    | ``"nuts"`` | one chain over all latents | continuous | all data |
+    | ``"gibbs"`` | chains per datum, a site at a time | discrete | |
+
+    Units that have weights and chains of their own are the elements of the plates that all latents share: the data.
+    With a latent outside of them there is one unit.
+
+    The model is run in evaluation mode, its buffers are left alone. Chains are the step's own state, by datum. A
+    minibatch says which data it holds by the plate (``subsample_size=`` or ``subsample=``), or by an argument
+    ``index=`` of step and model, one row number per datum.
+
+    Args:
+        sampler: A name of the table, or an instance such as ``samplers.HMC(num_leapfrog=5)``.
+        num_particles: S, draws per datum: weighted ones, or chains of which each gives one. By default that of the
+            sampler, 100 for independent draws and 10 for chains. It may be raised between iterations.
+        options: The sampler's arguments, such as ``num_leapfrog=5``.
+
+    `infer`, that is `EM.posterior` and the guide of an EM without one, starts fresh chains from a fixed seed: theta and
+    data determine the draws. They are kept until one of both changes.
+
+    Objective: with weights, the lower bound of importance sampling (its estimate is ``-Info.loss``). Chains have none;
+    the ELBO is then NaN.
+
+    Raises:
+        EmvaeError: An unknown sampler or option.
+        StepError: The sampler does not take a latent; a minibatch that cannot be placed; no guide for importance.
+        NonFiniteError: A weight is not finite, or all of a datum's are zero.
+
+    Source: Wei and Tanner 1990 for Monte Carlo EM; Kingma and Welling 2013, appendix D, with HMC.
+
+    Example:
+        >>> MonteCarlo("hmc", num_particles=5, num_leapfrog=10)
+        MonteCarlo(HMC(num_leapfrog=10, num_moves=1, num_warmup=50, target_acceptance=0.8), num_particles=5)
+    """
+
+    traits: ClassVar[Traits] = Traits(slots=("E",), needs_guide=True)
+
+    def __init__(self, sampler: str | Sampler = "importance", num_particles: int | None = None, **options: Any) -> None:
+        self.sampler = _sampler(sampler, options)
+        count = self.sampler.num_particles if num_particles is None else num_particles
+        self.num_particles = positive_int("steps.MonteCarlo", "num_particles", count)
+        self.traits = Traits(slots=("E",), latents=self.sampler.latents, needs_guide=self.sampler.needs_guide)
+        self._known: dict[Callable, Facts] = {}
+        self._memo: tuple[Any, ...] | None = None
+
+    def __repr__(self) -> str:
+        return f"MonteCarlo({self.sampler!r}, num_particles={self.num_particles})"
+
+    def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
+        own = state.steps.get("E", {})
+        with _evaluation():
+            target = self._look(problem.model, args, kwargs, problem.guide)
+            if not self.sampler.persistent:
+                draws, _ = self.sampler.sample(target, None, self.num_particles)
+            else:
+                draws, own = self._continue(target, own)
+                state = state.with_own("E", own)
+        info = Info(loss=-draws.log_evidence, ess=draws.ess, acceptance=draws.acceptance, khat=draws.khat)
+        return state, self._posterior(target, draws), info
+
+    def infer(
+        self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: Callable | None = None
+    ) -> SamplesPosterior:
+        with quiet(train=False) as watch:
+            target = self._look(model, args, kwargs, guide)
+            memo = _Memo.of(self, target, [*target.params.values(), *_tensors(watch)])
+            if self._memo is None or not memo.same(self._memo[0]):
+                torch.manual_seed(0)
+                draws, _ = self.sampler.sample(target, None, self.num_particles)
+                self._memo = (memo, self._posterior(target, draws))
+        return self._memo[1]
+
+    def _look(self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: Callable | None) -> Target:
+        with torch.no_grad():
+            return self.sampler.prepare(look(model, args, kwargs, self._known, guide))
+
+    def _continue(self, target: Target, own: Mapping[str, Tensor]) -> tuple[Draws, dict[str, Tensor]]:
+        """Draw, going on from the chains of the batch's data."""
+        rows = target.rows(target.kwargs.get("index"))
+        print_ = fingerprint(target.args, target.kwargs) if rows is None else None
+        if rows is None:
+            check_same_data(own, print_)
+        chains = gather(own, rows, math.prod(target.sizes))
+        draws, chains = self.sampler.sample(target, chains, self.num_particles)
+        new = scatter(own, rows, chains)
+        return draws, new if print_ is None else new | {"data": print_}
+
+    def _posterior(self, target: Target, draws: Draws) -> SamplesPosterior:
+        first = next(iter(target.latents.values()))
+        mask = first["mask"] if isinstance(first["mask"], Tensor) else None
+        sites = {n: SampledSite(target.frames(n), m["fn"].event_dim) for n, m in target.latents.items()}
+        return SamplesPosterior(
+            target.model,
+            target.args,
+            target.kwargs,
+            Support(draws.values, draws.log_weights, target.nesting, first["scale"], mask),
+            sites,
+            target.units,
+            kind=self.sampler.name,
+            batch=target.batch,
+            vectorize=target.facts.vectorize,
+            log_evidence=draws.log_evidence,
+            entropy=draws.entropy,
+        )
+
+
+@contextlib.contextmanager
+def _evaluation() -> Iterator[None]:
+    """Run modules in evaluation mode; modes and buffers are as before when it ends."""
+    with ModuleWatch(train=False) as watch:
+        try:
+            yield
+        finally:
+            watch.restore()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Memo:
+    """What determines the draws of `infer`: data by identity and version, theta and buffers by value."""
+
+    fixed: list[Any]
+    data: list[tuple[Any, int]]
+    values: list[Tensor]
+
+    @classmethod
+    def of(cls, step: MonteCarlo, target: Target, values: list[Tensor]) -> _Memo:
+        data = [*target.args, *target.kwargs.items()]
+        flat = [x for item in data for x in (item if isinstance(item, tuple) else (item,))]
+        versions = [(x, x._version if isinstance(x, Tensor) else 0) for x in flat]
+        fixed = [target.model, target.guide, step.num_particles, target.batch]
+        return cls(fixed, versions, [value.detach().clone() for value in values])
+
+    def same(self, other: _Memo) -> bool:
+        fixed = self.fixed[:3] == other.fixed[:3] and _equal(list(self.fixed[3].items()), list(other.fixed[3].items()))
+        data = len(self.data) == len(other.data) and all(
+            (a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)) and v == w
+            for (a, v), (b, w) in zip(self.data, other.data, strict=True)
+        )
+        return fixed and data and _equal(list(enumerate(self.values)), list(enumerate(other.values)))
+
+
+def _equal(one: list[tuple[Any, Tensor]], two: list[tuple[Any, Tensor]]) -> bool:
+    return len(one) == len(two) and all(
+        k == m and a.shape == b.shape and torch.equal(a, b) for (k, a), (m, b) in zip(one, two, strict=True)
+    )
+
+
+def _tensors(watch: ModuleWatch) -> list[Tensor]:
+    """Return the parameters and buffers of all modules that were called."""
+    found = [t for module in watch.saved for t in (*module._parameters.values(), *module._buffers.values())]
+    return [t for t in found if t is not None]
+
+
+def _sampler(sampler: str | Sampler, options: Mapping[str, Any]) -> Sampler:
+    if isinstance(sampler, Sampler) and not options:
+        return sampler
+    if not isinstance(sampler, str):
+        fail(
+            EmvaeError,
+            "steps.MonteCarlo",
+            "make its sampler",
+            got=f"{sampler!r} with options {sorted(options)}",
+            because="a sampler is a name with options, or an instance without",
+            fix='Write MonteCarlo("hmc", num_leapfrog=5).',
+        )
+    if sampler not in SAMPLERS:
+        fail(
+            EmvaeError,
+            "steps.MonteCarlo",
+            f"use sampler={sampler!r}",
+            got="an unknown name",
+            because="no sampler has that name",
+            fix=nearest(sampler, SAMPLERS),
+        )
+    known = [field.name for field in dataclasses.fields(SAMPLERS[sampler])]
+    for name in options:
+        if name not in known:
+            fail(
+                EmvaeError,
+                "steps.MonteCarlo",
+                f"give sampler {sampler!r} the option {name!r}",
+                got="an unknown name",
+                because="options are the sampler's arguments",
+                fix=nearest(name, known),
+            )
+    return SAMPLERS[sampler](**options)
+
+
+register(
+    "step",
+    "monte_carlo",
+    MonteCarlo,
+    summary="draws from the posterior: prior, importance, hmc, nuts, gibbs",
+    source="Wei and Tanner 1990; Kingma and Welling 2013, appendix D",
+)

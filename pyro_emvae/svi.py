@@ -104,7 +104,10 @@ class SVI(Inference):
         loss: `MonteCarloELBO()` by default; any `pyro.infer.ELBO` or a callable of ``(model, guide, *args)``.
         loss_and_grads: As in Pyro.
         backend: ``"eager"``, or ``"graph"``: the gradient is recorded once as tensor operations (twice, compared) and
-            run without Pyro's handlers; same generator, same numbers.
+            run without Pyro's handlers; same generator, same numbers. The recorded step does not call the model again,
+            so what Python changes later stays as it was recorded, such as an annealing factor that a callback sets.
+            Each run, and now and then a step, records once more and refuses to go on if that differs; pass what
+            changes as a tensor argument, as in ``svi.step(x, torch.tensor(beta))``.
         blocks: See `EM`; only needed with a mapping of optimizers.
         on_nonfinite: ``"raise"``, ``"skip"`` the update, or ``"revert"`` to the state before the last update.
 
@@ -117,8 +120,8 @@ class SVI(Inference):
     parameters that have not been stepped yet). Objects that share it share the state of common parameters. A class, a
     partial or a rule has no state of its own: use ``svi.optim``.
 
-    `step` returns minus the objective as a float. After an error for a non-finite value nothing has changed, and
-    further steps are refused until `recover` is called.
+    `step` returns minus the objective as a float, the first value of a loss that has several (`ReweightedWakeSleep`).
+    After an error for a non-finite value nothing has changed, and further steps are refused until `recover` is called.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist

@@ -101,7 +101,7 @@ def test_the_latents_of_masked_data_do_not_count():
     mask = torch.arange(7) < 4
     em = EM(mixture, e_step="enumerated", m_step=steps.ClosedForm(statistics, update))
     em.engine.setup((X,), {"mask": mask})
-    state, posterior, _ = em.e_step.expect(em.engine, em.engine.state, X, mask=mask)
+    _, posterior, _ = em.e_step.expect(em.engine, em.engine.state, X, mask=mask)
     totals = posterior.support(1).total(lambda values: statistics(values, X))
     assign(em.blocks, update(totals, {}))
     leaves = unconstrained("weights", "loc", "scale")

@@ -13,7 +13,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,17 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, estimators, optimizers, steps
+from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, convergence, estimators, optimizers, steps
 from pyro_emvae._checks import CheckpointError, NonFiniteError, StepError
 from pyro_emvae._registry import Traits, entries
 from pyro_emvae.monitor import Monitor
 from pyro_emvae.particles import quiet
 from pyro_emvae.posterior import GuidePosterior
+from pyro_emvae.steps.samplers import SAMPLERS
 
 X = torch.tensor([[0.3, -1.2], [1.7, 0.4], [-0.5, 2.2], [0.9, 0.8], [0.1, 0.2], [-1.0, 0.6]])
 Y = X[:, 0]
+WINDOWED = convergence.Windowed(tol=10.0, window=4, patience=1, warm_up=2, change_tol=10.0)
 
 
 # Models -----------------------------------------------------------------------------------------------------------
@@ -75,6 +77,14 @@ def mixture_guide(x: Tensor) -> None:
 def noisy(x: Tensor) -> None:
     """A model that draws by numpy and Python too."""
     chain(x + 0.1 * float(np.random.standard_normal()) + 0.1 * random.gauss(0.0, 1.0))
+
+
+def counts(x: Tensor) -> None:
+    """A posterior that is not Gaussian: the mode is found from where the last E-step ended."""
+    theta = pyro.param("theta", lambda: torch.randn(()))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Poisson(z.exp()), obs=x.abs().round())
 
 
 class Autoencoder:
@@ -192,6 +202,10 @@ def closed_form() -> steps.ClosedForm:
     return steps.ClosedForm(statistics, lambda s, params: {"weights": s["n"] / s["n"].sum(), "means": s["x"] / s["n"]})
 
 
+def textbook() -> EM:
+    return EM(mixture, e_step=steps.Enumerated(), m_step=closed_form())
+
+
 def decaying(**options: Any) -> MonteCarloELBO:
     return MonteCarloELBO(estimator=estimators.DecayingAverage(0.7), **options)
 
@@ -273,7 +287,16 @@ JOBS = {
     "graph_em": Job(simple(adam, EM, backend="graph")),
     "graph_batch_norm": Job(lambda: autoencoder(EM, backend="graph"), lambda: X),
     "graph_decaying": Job(lambda: SVI(mixture, mixture_guide, adam(), decaying(), backend="graph")),
-    "textbook": Job(lambda: EM(mixture, e_step=steps.Enumerated(), m_step=closed_form())),
+    "textbook": Job(textbook),
+    "converging": Job(textbook, total=40),
+    "to_be_accelerated": Job(textbook, total=8, options=lambda em: {"accelerate": "squarem", "track": ["means"]}),
+    "accelerated": Job(textbook, total=4, options=lambda em: {"accelerate": "squarem"}),
+    "full_history": Job(textbook, total=6, options=lambda em: {"history": "full"}),
+    "full_history_of_a_guide": Job(simple(adam, EM), options=lambda em: {"history": "full"}),
+    "windowed": Job(simple(adam), total=11, options=lambda svi: {"stop": WINDOWED}),
+    "windowed_loader": Job(lambda: autoencoder(EM), loader, 12, lambda em: {"stop": WINDOWED}),
+    "counts": Job(lambda: EM(counts, optim=adam(), e_step=steps.Laplace(tol=1e-3))),
+    "sampled_means": Job(lambda: EM(mixture, e_step=steps.MonteCarlo("prior"), m_step=closed_form())),
     "enumerated": Job(lambda: EM(mixture, optim=adam(), e_step=steps.Enumerated())),
     "own_state": Job(lambda: EM(chain, chain_guide, adam(), e_step=Walk())),
     "loader": Job(lambda: autoencoder(EM), loader, 3),
@@ -297,7 +320,18 @@ def registered(slot: str) -> dict[str, Job]:
     return found
 
 
-JOBS |= registered("E") | registered("M")
+def sampled() -> dict[str, Job]:
+    """The Monte Carlo E-step by each sampler."""
+    found = {}
+    for name, cls in SAMPLERS.items():
+        model, guide = (mixture, mixture_guide) if cls.latents == "discrete" else (chain, chain_guide)
+        few = {"num_warmup": 10} if "num_warmup" in {f.name for f in fields(cls)} else {}
+        make = functools.partial(steps.MonteCarlo, name, num_particles=5, **few)
+        found[f"by_{name}"] = Job(lambda m=model, g=guide, make=make: EM(m, g, adam(), e_step=make()))
+    return found
+
+
+JOBS |= registered("E") | registered("M") | sampled()
 
 
 # What is compared -------------------------------------------------------------------------------------------------
@@ -314,7 +348,7 @@ def observed(job: Job, fitter: Any, fit: Any) -> dict[str, Any]:
     rows = {row.name: row.leaf.detach().clone() for row in fitter.blocks.rows}
     modules = {m for m in fitter.engine.parameters.modules if isinstance(m, nn.Module)}
     seen = {
-        "status": (fit.status, fit.num_iterations),
+        "status": (fit.status, fit.num_iterations, fit.objective, *astuple(fit.verdict)),
         "params": fit.params,
         "leaves": rows,
         "modules": sorted((type(m).__name__, pickle.dumps(clones(m.state_dict()))) for m in modules),
@@ -485,7 +519,7 @@ def test_killed_at_every_place(tmp_path, name):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
-STEP_JOBS = ["textbook", "own_state", "own_steps", *registered("E"), *registered("M")]
+STEP_JOBS = ["textbook", "own_state", "own_steps", "counts", *registered("E"), *registered("M"), *sampled()]
 
 
 @in_new_processes
@@ -495,6 +529,17 @@ def test_every_kind_of_half_step_killed_between_and_within_iterations(tmp_path, 
     assert started(name, 5, tmp_path, ("before an iteration", 2)) == -signal.SIGKILL
     assert started(name, 5, tmp_path) == 0
     assert difference(never_killed(name), result_in(tmp_path)) == ""
+
+
+@in_new_processes
+@pytest.mark.parametrize(("name", "status"), [("converging", "CONVERGED"), ("to_be_accelerated", "CONVERGED")])
+def test_what_the_stopping_rule_and_the_acceleration_remember_survives(tmp_path, name, status):
+    total = JOBS[name].total
+    assert started(name, total, tmp_path, ("between E and M", 8)) == -signal.SIGKILL
+    assert started(name, total, tmp_path, ("before an iteration", 6)) == -signal.SIGKILL
+    assert started(name, total, tmp_path) == 0
+    assert difference(never_killed(name), result := result_in(tmp_path)) == ""
+    assert result["status"][0] == status and result["status"][1] < total
 
 
 @in_new_processes
@@ -814,6 +859,67 @@ def test_seed_is_not_drawn_from_again(tmp_path):
     assert difference(whole.params, fit.params) == "" and fit.provenance["seed"] == 4
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "observed_value"),
+    [
+        ("textbook", "accelerated", "history.iterate: none in the file, Squarem here"),
+        ("accelerated", "textbook", "history.iterate: Squarem in the file, none here"),
+        ("accelerated", "full_history", "history.iterate: Squarem in the file, _Full here"),
+        ("by_hmc", "by_nuts", "E-step: MonteCarlo by HMC in the file, MonteCarlo by NUTS here"),
+    ],
+)
+def test_another_way_to_iterate_is_refused(tmp_path, before, after, observed_value):
+    _, path = stored(tmp_path, before)
+    afresh(1)
+    with pytest.raises(CheckpointError, match=observed_value):
+        JOBS[after].run(JOBS[after].make(), checkpoint=path)
+
+
+def test_many_starts_have_no_file(tmp_path):
+    afresh(0)
+    with pytest.raises(CheckpointError, match="n_init=3"):
+        JOBS["textbook"].run(JOBS["textbook"].make(), n_init=3, checkpoint=tmp_path / "run.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_tracked_from_later_on_is_unknown_before(tmp_path):
+    job, path = JOBS["svi"], tmp_path / "run.pt"
+    for total, names in ((3, ["theta", "scale"]), (5, ["theta", "slope"])):
+        afresh(0)
+        fit = job.run(job.make(), total, checkpoint=path, track=names)
+    assert list(np.isnan(fit.history["param_slope"].values)) == [True] * 4 + [False] * 2
+    assert np.isfinite(fit.history["param_theta"].values).all() and "param_scale" not in fit.history
+
+
+def test_the_memory_of_a_users_rule_survives(tmp_path):
+    class Counting:
+        seen = 0
+
+        def judge(self, objectives: list, **numbers: Any) -> convergence.Verdict:
+            self.seen += 1
+            return convergence.Verdict("CONVERGED" if self.seen == 4 else None)
+
+        def state_dict(self) -> dict:
+            return {"seen": self.seen}
+
+        def load_state_dict(self, state: dict) -> None:
+            self.seen = state["seen"]
+
+    job = JOBS["svi"]
+    fits = [job.run(job.make(), total, checkpoint=tmp_path / "run.pt", stop=Counting()) for total in (3, 9, 9)]
+    assert [(fit.status, fit.num_iterations) for fit in fits] == [("MAX_ITER", 3)] + [("CONVERGED", 4)] * 2
+
+
+def test_a_load_that_waits_is_the_first_iterate(tmp_path):
+    svi, _ = stored(tmp_path)
+    svi.save(path := tmp_path / "svi.pt")
+    theta = pyro.param("theta").item()
+    afresh(1)
+    svi = JOBS["svi"].make()
+    svi.load(path)
+    assert float(JOBS["svi"].run(svi, track=["theta"]).history["param_theta"][0]) == theta
+
+
 def test_the_clock_goes_on(tmp_path):
     _, path = stored(tmp_path)
     time.sleep(0.05)
@@ -970,6 +1076,12 @@ def test_a_long_history_is_a_small_file(tmp_path):
     assert path.stat().st_size - size < 12_000 * 8 * 9 + 1000
 
 
+def flat(content: dict) -> list:
+    """The parameters that a windowed rule keeps, each as it is packed."""
+    packed = content["history"]["objects"]["monitor"]["flat"]
+    return packed if isinstance(packed, list) else [{"__array__": packed["__arrays__"]}]
+
+
 # Each of these, left out, is noticed by the test of a run in parts.
 DEFECTS = {
     "params": ("svi", lambda c: c["state"]["params"]["theta"].add_(1e-6)),
@@ -987,6 +1099,13 @@ DEFECTS = {
     "numpy": ("numpy_and_python", lambda c: c["rng"]["numpy"][1].add_(1)),
     "loader": ("seeded_loader", lambda c: c["rng"]["loader"][0].copy_(torch.Generator().manual_seed(1).get_state())),
     "history": ("em", lambda c: c["history"]["records"]["iterations"]["__rows__"][0].add_(1.0)),
+    "rule": ("textbook", lambda c: c["history"]["objects"]["monitor"]["objectives"]["__numbers__"].sub_(1.0)),
+    "iterate before": ("textbook", lambda c: c["history"]["objects"]["monitor"]["last"].clear()),
+    "window": ("windowed", lambda c: [p["__array__"].zero_() for p in flat(c)]),
+    "acceleration": ("accelerated", lambda c: c["history"]["objects"]["iterate"].update(longest=1.0)),
+    "loss before": ("full_history", lambda c: c["history"]["objects"]["iterate"].update(last=math.nan)),
+    "mode": ("counts", lambda c: c["state"]["steps"]["E"]["z"].add_(1.0)),
+    "chains": ("by_hmc", lambda c: c["state"]["steps"]["E"]["position"].add_(1.0)),
     "iteration": ("em", lambda c: c.update(iteration=2)),
     "epoch": ("loader", lambda c: c.update(epoch=0)),
 }

@@ -608,7 +608,7 @@ def test_a_subsampled_model_is_not_exact():
 
     def model(x: Tensor) -> None:
         rate = pyro.param("rate", f64(1.0, 3.0), constraint=constraints.positive)
-        with pyro.plate("data", len(x), subsample_size=5) as index:
+        with pyro.plate("data", len(x), subsample=torch.randperm(len(x))[:5]) as index:
             z = pyro.sample("z", dist.Bernoulli(f64(0.5)[0])).long()
             pyro.sample("x", dist.Poisson(rate[z]), obs=x[index])
 

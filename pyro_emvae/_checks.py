@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 __all__ = [
     "BlockError",
+    "CheckpointError",
     "DataError",
     "DegenerateError",
     "EmvaeError",
@@ -49,6 +50,10 @@ class DegenerateError(ModelError):
 
 class BlockError(EmvaeError):
     """A parameter cannot be assigned to one block."""
+
+
+class CheckpointError(EmvaeError):
+    """A checkpoint cannot be written or read, or belongs to another model."""
 
 
 class DataError(EmvaeError):

@@ -64,6 +64,14 @@ class Squarem:
     def __init__(self, engine: Engine, iterate: Callable[[tuple, Mapping[str, Any]], Record]) -> None:
         self.engine, self.iterate, self.longest = engine, iterate, 1.0
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the bound of the step length."""
+        return {"longest": self.longest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the bound of a run that was cut."""
+        self.longest = state["longest"]
+
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
         start = self._read()
         before = self.iterate(args, kwargs)

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
+from .checkpoint import Checkpoints, Position
 from .convergence import Verdict
 from .engine import Engine, Gradient
 from .loss import MonteCarloELBO
@@ -60,6 +61,7 @@ class History:
     ``objective`` of iteration 0 is that at the initial parameters: each iteration's value comes from its E-step, or its
     gradient, before its update of theta. Tracked parameters lie along ``iterate``, one longer: iterate 0 is the initial
     value, iterate t the value after t iterations, so that objective and parameter of the same number belong together.
+    ``monitor``, and ``iterate`` if what iterates has a state of its own, give it to checkpoints by ``state_dict``.
     """
 
     def __init__(self) -> None:
@@ -69,6 +71,7 @@ class History:
         self.validation: list[tuple[int, float]] = []
         self.evaluations = 0
         self.monitor: Monitor | None = None
+        self.iterate: Any = None
 
     def add(self, iteration: int, record: Record) -> None:
         """Append one iteration."""
@@ -225,6 +228,8 @@ def run(
     on_decrease: str | None = None,
     exact: bool = False,
     evaluate: Callable[[tuple, dict], float] | None = None,
+    checkpoint: Any = None,
+    resume: str | bool = "auto",
 ) -> Fit:
     r"""Iterate over data and return a `Fit`; the loop behind ``SVI.run`` and ``EM.run``.
 
@@ -239,7 +244,8 @@ def run(
         to_args: Turns a batch into ``(args, kwargs)`` in place of that rule.
         validation: Held-out data, as a batch or an iterable of batches; its objective is recorded per epoch, or
             every `every` iterations.
-        every: Iterations between validations without `data`; a twentieth of the run by default.
+        every: Iterations between validations, and between checkpoints, without `data`; a twentieth of the run by
+            default. With `data` both are made at the end of every epoch.
         callbacks: One or many; called after every iteration with a `Progress`; True stops.
         on_nonfinite: Overrides the engine's policy for this run.
         progress_bar: True, False, or None: if the standard error is a terminal.
@@ -250,28 +256,39 @@ def run(
             None: all iterations are made; ``"auto"``: see `Monitor`.
         on_decrease, exact: See `Monitor`.
         evaluate: Returns minus the objective at the present parameters, at the end of a run of exact half-steps.
+        checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
+            killed at any point, and is started again in the same way, gives the numbers of one that was not.
+            Not in it: what callbacks, the model or a loader's workers keep in Python.
+        resume: ``"auto"``: go on from `checkpoint` if it exists, else start; iterations and epochs count from the
+            first start, and a run that had come to its end returns its `Fit`. True: it has to exist. False: start
+            anew, and replace it.
 
     Raises:
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
         StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
             those before.
+        CheckpointError: `checkpoint` cannot be written, is damaged, or belongs to another model or seed.
     """
     _check_options(data, callbacks, every)
     total = _length(num_iterations, data, num_epochs)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
-    monitor = Monitor(engine, stop, on_decrease, exact and data is None, track)
-    if seed is not None:
+    history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
+    history.monitor = monitor = Monitor(engine, stop, on_decrease, exact and data is None, track)
+    if hasattr(iterate, "state_dict"):
+        history.iterate = iterate
+    start = keeper.begin(history, lambda: _to_device(*_first(args, kwargs, data, to_args), device))
+    if seed is not None and not start.source:
         pyro.set_rng_seed(seed)
     engine.expect_changes()
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
-    history, status, iteration, skipped, shapes = History(), "MAX_ITER", 0, engine.skipped, None
-    history.monitor = monitor
-    bar = tqdm(total=total, disable=None if progress_bar is None else not progress_bar, leave=False)
+    status, iteration, shapes = start.status if start.ended else "MAX_ITER", start.iteration, None
+    bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
         with bar, _Interrupt() as interrupt:
-            monitor.start()
-            for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args):
+            if not iteration:
+                monitor.start()
+            for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args, start):
                 if num_iterations is not None and iteration >= num_iterations:
                     break
                 a, k = _to_device(a, k, device)
@@ -287,9 +304,13 @@ def run(
                 bar.update()
                 progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
                 iteration += 1
-                stopped = _call(callbacks, progress, engine)
-                if stopped or interrupt.flag or ended:
-                    status = "STOPPED" if stopped else "INTERRUPTED" if interrupt.flag else ended
+                if _call(callbacks, progress, engine):
+                    status = "STOPPED"
+                elif interrupt.flag or ended:
+                    status = "INTERRUPTED" if interrupt.flag else ended
+                if judged or (data is None and status != "MAX_ITER"):
+                    keeper.write(history, iteration, epoch + 1, status)
+                if status != "MAX_ITER":
                     break
     except KeyboardInterrupt:
         status = "INTERRUPTED"
@@ -299,12 +320,14 @@ def run(
         engine.on_nonfinite, engine.on_setup = policy, None
     if not iteration and status == "MAX_ITER":
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
-    if engine.skipped > skipped and status == "MAX_ITER":
+    if engine.skipped > keeper.skipped and status == "MAX_ITER":
         status = "NAN"
     objective = history.iterations[-1][0] if history.iterations else math.nan
     if monitor.monotone and evaluate is not None and status != "INTERRUPTED":
-        status, objective = monitor.end(status, -evaluate(a, k))
-    return _fit(engine, status, iteration, history, seed, shapes, objective)
+        status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
+    fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
+    fit.provenance.update({"resumed_from": start.source} if start.source else {})
+    return fit
 
 
 def _check_options(data: Any, callbacks: Any, every: Any) -> None:
@@ -352,16 +375,24 @@ def _refuse_data(got: str, fix: str) -> None:
 
 
 def _batches(
-    num_iterations: int | None, args: tuple, kwargs: dict, data: Any, num_epochs: int | None, to_args: Any
+    num_iterations: int | None,
+    args: tuple,
+    kwargs: dict,
+    data: Any,
+    num_epochs: int | None,
+    to_args: Any,
+    start: Position,
 ) -> Iterator[tuple[int, bool, tuple[tuple, dict]]]:
     """Yield epoch, whether the batch is the epoch's last, and the arguments."""
+    if start.ended:
+        return
     if data is None:
-        for i in range(num_iterations):
+        for i in range(start.iteration, num_iterations):
             yield i, True, (args, kwargs)
         return
     if args or kwargs:
         _refuse_data(f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=.")
-    for epoch in range(num_epochs or 1):
+    for epoch in range(start.epoch, num_epochs or 1):
         waiting = None
         for batch in data:
             if waiting is not None:
@@ -375,6 +406,15 @@ def _batches(
                 )
             return
         yield epoch, True, arguments(waiting, to_args)
+
+
+def _first(args: tuple, kwargs: dict, data: Any, to_args: Any) -> tuple[tuple, dict]:
+    """Return the arguments of a first batch."""
+    if data is None:
+        return args, kwargs
+    for batch in data:
+        return arguments(batch, to_args)
+    _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
 
 
 def arguments(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict]:

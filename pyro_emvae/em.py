@@ -3,7 +3,6 @@ r"""Expectation maximisation: an E-like step over the guide's parameters, an M-l
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import restarts
-from ._checks import BlockError, EmvaeError, StepError, fail, positive_int
+from . import checkpoint, restarts
+from ._checks import BlockError, CheckpointError, EmvaeError, StepError, fail, positive_int
 from ._registry import create
 from .acceleration import Squarem
 from .convergence import Deterministic
@@ -103,6 +102,7 @@ class EM(Inference):
             backend=backend,
             on_nonfinite=on_nonfinite,
         )
+        self.engine.half_steps = {} if schedule == "joint" else {"E": self.e_step, "M": self.m_step}
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
@@ -128,6 +128,7 @@ class EM(Inference):
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any], look: _Look | None = None) -> Record:
         if self.schedule == "joint":
+            checkpoint.restore_waiting(self.engine, args, kwargs)
             found = self.engine.step(None, args, kwargs)
             return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
         self._prepare(args, kwargs)
@@ -146,6 +147,7 @@ class EM(Inference):
         return Record(between, gradients, e.first_loss)
 
     def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        checkpoint.restore_waiting(self.engine, args, kwargs)
         self.engine.refresh()
         if self.engine.parameters is None:
             self._setup(args, kwargs)
@@ -204,6 +206,7 @@ class EM(Inference):
         Raises:
             StepError: The objective of exact half-steps went down; `accelerate` or `n_init` with half-steps that they
                 do not fit.
+            CheckpointError: `checkpoint` with `n_init`.
         """
         if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
             fail(
@@ -230,6 +233,7 @@ class EM(Inference):
                 assign(self.engine.parameters, init(options.get("seed") or 0))
             return run(max_iter)
         self._refuse("n_init", "data" in options or any(map(self._takes_gradients, self._slots)))
+        _refuse_checkpoint(n_init, options.get("checkpoint"))
         self._prepare(args, model_arguments(options))
         return restarts.run(self.engine, run, max_iter, n_init, self._starts(init, args, options), options.get("seed"))
 
@@ -257,7 +261,7 @@ class EM(Inference):
             self._refuse("accelerate", self.engine.parameters.subsampled)
             return lambda: Squarem(self.engine, self._iterate)
         if history == "full":
-            return lambda: functools.partial(self._iterate, look=_Look(self.engine))
+            return lambda: _Full(self)
         return lambda: self._iterate
 
     def _refuse(self, option: str, misfit: bool) -> None:
@@ -276,6 +280,7 @@ class EM(Inference):
 
         With a guide of shared parameters (an amortized one) that is the guide on the data; no update is made.
         """
+        checkpoint.restore_waiting(self.engine, args, kwargs)
         given = {"guide": self.guide} if self.e_step.traits.needs_guide else {}
         found = self.e_step.infer(self.model, args, kwargs, **given)
         return GuidePosterior(self.model, self.guide, args, kwargs) if found is None else found
@@ -345,6 +350,37 @@ class _Look:
             else:
                 self.last = -float(posterior.expected_log_joint(self.num_particles)) - posterior.entropy
         return self.last
+
+
+class _Full:
+    """Iterations with the objective before E, after E and after M."""
+
+    def __init__(self, em: EM) -> None:
+        self.iterate, self.look = em._iterate, _Look(em.engine)
+
+    def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+        return self.iterate(args, kwargs, look=self.look)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the loss that the last iteration left."""
+        return {"last": self.look.last}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the loss that the last iteration of a run that was cut left."""
+        self.look.last = state["last"]
+
+
+def _refuse_checkpoint(n_init: int, path: Any) -> None:
+    if path is not None:
+        fail(
+            CheckpointError,
+            "EM",
+            f"run with checkpoint={str(path)!r}",
+            got=f"n_init={n_init}",
+            because="a file holds one run, and many starts are many runs",
+            fix="Leave checkpoint out, or find the start first: EM.run(x, n_init=10, max_iter=20), then EM.run(x, "
+            "checkpoint=path), which goes on from the best.",
+        )
 
 
 def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callable:

@@ -2,9 +2,11 @@ r"""What a run is watched for: step norms, tracked parameters, the stopping rule
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from .parameters import MODEL
 
 __all__ = ["Monitor"]
 
+SEEN = ("tracked", "objectives", "changes", "iterations", "decreased", "_epoch")
 ENDS = ("CONVERGED", "SLOW", "STALLED", "MAX_ITER")
 
 
@@ -85,7 +88,7 @@ class Monitor:
         if not self._copies:
             return
         leaves = {name: leaf.detach().clone() for name, leaf in self.engine.parameters.leaves().items()}
-        self._last.append((leaves, self.engine.steps))
+        self._last.append((leaves, self.engine.steps if self.monotone else {}))
 
     def after(self, iteration: int, loss: float, judged: bool = True) -> str | None:
         """Look at an iteration that is over; return the status that ends the run, or None.
@@ -117,6 +120,30 @@ class Monitor:
             status = self._decrease(self.objectives[-1], objective, -2) or status
             objective = self.objectives[-1] if status == "REVERTED" else objective
         return "DECREASED" if self.decreased and status in ENDS else status, objective
+
+    # Its state ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was seen, in plain values, for a checkpoint; a rule with a memory of its own gives it as well."""
+        state = {name: getattr(self, name) for name in SEEN}
+        state |= {"verdict": dataclasses.asdict(self.verdict), "last": list(self._last), "flat": list(self._flat)}
+        return state | ({"rule": self.stop.state_dict()} if hasattr(self.stop, "state_dict") else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was seen by a run that was cut; what it did not track is NaN up to here."""
+        for name in SEEN:
+            setattr(self, name, state[name])
+        rows = {row.name: row.value for row in self.engine.parameters.rows}
+        for name in self.track:
+            if name in rows and name not in self.tracked:
+                unknown = np.full(tuple(rows[name].shape), math.nan)
+                self.tracked[name] = [unknown] * (len(self.iterations) + 1)
+        self.tracked = {name: values for name, values in self.tracked.items() if name in self.track}
+        self.verdict = Verdict(**state["verdict"])
+        self._last.extend(state["last"])
+        self._flat.extend(state["flat"])
+        if "rule" in state and hasattr(self.stop, "load_state_dict"):
+            self.stop.load_state_dict(state["rule"])
 
     # Judging --------------------------------------------------------------------------------------------------------
 

@@ -73,6 +73,7 @@ class Parameters:
     owners: Mapping[str, tuple[tuple[nn.Module, str], ...]] = field(default_factory=dict, repr=False)
     modules: tuple[nn.Module, ...] = field(default=(), repr=False)
     stored: frozenset[str] = field(default=frozenset(), repr=False)
+    sites: Mapping[str, str] = field(default_factory=dict, repr=False)
     num_data: int = 1
     subsampled: bool = False
 
@@ -181,11 +182,12 @@ def discover(
         rows = _override(rows, particles, blocks)
     owners = _owners(model, guide, spy, rows)
     stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
+    sites = dict.fromkeys(particles.guide, "latent") | dict.fromkeys(particles.observed, "observed")
     frames = [frame for site in particles.observed.values() for frame in site.frames]
     num_data = max([frame.full_size or frame.size for frame in frames], default=1)
     subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
     buffers = tuple(_buffers(spy, rows))
-    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, num_data, subsampled)
+    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, sites, num_data, subsampled)
 
 
 def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:

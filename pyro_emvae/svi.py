@@ -11,7 +11,7 @@ from typing import Any
 import pyro.infer
 from pyro.infer import ELBO
 
-from . import driver
+from . import checkpoint, driver
 from ._checks import EmvaeError, OptimizerError, fail
 from .driver import Fit, Record
 from .engine import Engine
@@ -59,6 +59,31 @@ class Inference(pyro.infer.SVI):
         if self.engine.parameters is None:
             return Parameters(())
         return self.engine.parameters
+
+    def save(self, path: Any) -> None:
+        """Write a checkpoint: parameters, buffers, optimizers, estimators' and half-steps' state, generators.
+
+        Raises:
+            StepError: No step was taken yet.
+            CheckpointError: The path cannot be written, or a part holds what cannot be stored.
+        """
+        checkpoint.save(self.engine, path)
+
+    def load(self, path: Any, *args: Any, **kwargs: Any) -> None:
+        """Go on from a checkpoint of `save` or of a run: values are written in place, and generators are set.
+
+        A process that took no step yet has no parameters. They are found by the data, if some are given here, else
+        at the first call with data (`step`, `run`, `evaluate_loss`); until then the model has its initial values.
+
+        Raises:
+            CheckpointError: The file is damaged, of another format or of another model; then nothing is changed.
+        """
+        checkpoint.load(self.engine, path, args, kwargs)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """Return the loss, minus the objective in nats, without a step."""
+        checkpoint.restore_waiting(self.engine, args, kwargs)
+        return super().evaluate_loss(*args, **kwargs)
 
     def recover(self) -> None:
         """Allow further steps after a step that was not finite; parameters are as before it."""
@@ -138,6 +163,7 @@ class SVI(Inference):
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+        checkpoint.restore_waiting(self.engine, args, kwargs)
         found = self.engine.step(None, args, kwargs)
         return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
 
@@ -188,6 +214,8 @@ OPTIONS = (
     "track",
     "stop",
     "on_decrease",
+    "checkpoint",
+    "resume",
 )
 
 

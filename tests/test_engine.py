@@ -829,3 +829,20 @@ def test_a_recording_is_a_function_of_the_estimators_state():
     pyro.set_rng_seed(1)
     shifted = recording(problem.args, {}, {site: {k: v + 1 for k, v in s.items()} for site, s in state.items()})
     assert any(not torch.equal(shifted.grads[n], found.grads[n]) for n in found.grads)
+
+
+@pytest.mark.parametrize("cls", [SVI, EM])
+def test_a_parameter_that_changes_its_name_is_trained(cls):
+    """Pyro's flow guides give their first parameter a second name during the first run."""
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z + pyro.param("shift", torch.zeros(2)), 1.0).to_event(1), obs=x)
+
+    guide = autoguide.AutoIAFNormal(model, hidden_dim=[4])
+    svi = cls(model, guide, pyro.optim.Adam({"lr": 0.01}))
+    x = torch.tensor([0.3, -1.2])
+    svi.step(x)
+    before = {row.name: row.leaf.detach().clone() for row in svi.blocks.rows}
+    svi.step(x)
+    assert [row.name for row in svi.blocks.rows if torch.equal(row.leaf, before[row.name])] == []

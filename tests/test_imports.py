@@ -32,7 +32,7 @@ LAYERS = (
     ),
     ("posterior",),
     ("estimators", "guides"),
-    ("loss", "engine", "driver", "monitor"),
+    ("loss", "engine", "checkpoint", "driver", "monitor"),
     ("evidence",),
     ("svi", "steps", "acceleration", "restarts"),
     ("em",),

@@ -91,6 +91,8 @@ class Engine:
         self._recordings: dict[Any, Recording] = {}
         self._warm: set[Any] = set()
         self._before: tuple | None = None
+        self.half_steps: dict[str, Any] = {}
+        self.waiting: Mapping[str, Any] | None = None
 
     @property
     def on_nonfinite(self) -> str:
@@ -292,6 +294,24 @@ class Engine:
             self.optimizers[key].load_state(old)
         if state is not None:
             self.loss.state = state
+
+    @property
+    def before(self) -> dict[str, Any] | None:
+        """What ``on_nonfinite="revert"`` goes back to: the state before the last update, None if it is not kept."""
+        if self._before is None:
+            return None
+        tensors, optim, state = self._before
+        named = {str(key): old for key, old in optim.items()}
+        return {"tensors": [old for _, old in tensors], "optim": named, "estimator": state}
+
+    @before.setter
+    def before(self, saved: Mapping[str, Any] | None) -> None:
+        if saved is None:
+            self._before = None
+            return
+        live = [*self.parameters.leaves().values(), *self.parameters.moving_buffers()]
+        optim = {key: saved["optim"][str(key)] for key in self.optimizers if str(key) in saved["optim"]}
+        self._before = list(zip(live, saved["tensors"], strict=True)), optim, saved["estimator"]
 
     def _refuse_after_failure(self) -> None:
         if self.failure is not None:

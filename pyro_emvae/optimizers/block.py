@@ -93,6 +93,11 @@ class BlockOptimizer:
         return [e.param for e in self._entries.values()]
 
     @property
+    def entries(self) -> list[Entry]:
+        """The parameters' shares of the optimizer, in parameter order."""
+        return list(self._entries.values())
+
+    @property
     def slots(self) -> list[dict[str, Tensor]]:
         """The live slots, in parameter order."""
         return [e.slots for e in self._entries.values()]
@@ -131,6 +136,11 @@ class BlockOptimizer:
         """Set the state that the user has loaded into their own object since the last step."""
         loaded = {n: self._waiting[n] for n in self._entries.keys() & self._waiting.keys()}
         self.set_state(loaded)
+
+    def drop_waiting(self) -> None:
+        """Forget the state that the user has loaded for known parameters and that no step has met yet."""
+        for name in self._entries.keys() & self._waiting.keys():
+            del self._waiting[name]
 
     def advance(self, groups: Iterable[Group], num_steps: int = 1) -> None:
         """Count `num_steps` updates of `groups`, as `step` does it, after a recorded step has made them."""

@@ -15,7 +15,7 @@ from torch.distributions import constraints, transform_to
 from .._checks import ModelError, NonFiniteError, StepError, fail, nearest
 from .._pyro import Messenger, scale_and_mask
 from ..parameters import module_leaves, reach
-from ..particles import Particles, Site, draw, hold_batch, is_subsample
+from ..particles import Particles, Site, draw, hold_batch, is_subsample, quiet
 from ._families import BetaFactor, DirichletFactor, Factor, GammaFactor, GivenFactor, NormalFactor, NormalGammaFactor
 from ._plates import Batch
 from .conjugate import ConjugatePosterior
@@ -221,13 +221,13 @@ class _Joint:
                 place = torch.randint(len(LEVELS), like.shape, generator=torch.Generator().manual_seed(order[name]))
                 jitter = 0.2 * torch.randn(like.shape, generator=self.noise, dtype=torch.float64)
                 noise[name] = (levels[(place + level) % len(LEVELS)] + jitter).to(like)
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(level)
+            with quiet(seed=level):
                 values.update(factor.around(noise, wide))
         return {name: values[name].expand(self.like[name].shape) for name in self.latents}
 
     # Runs -----------------------------------------------------------------------------------------------------------
 
+    @torch.enable_grad()
     def slopes(self, values: Mapping[str, Tensor], check_scale: bool = False) -> dict[str, Tensor]:
         """Return the derivatives of the unscaled log joint by the latents; a masked latent keeps its prior."""
         run, given = self.at(values)
@@ -351,11 +351,11 @@ def _family(fn: Any) -> type[Factor] | None:
         return None
     if support is constraints.real:
         return NormalFactor
-    if isinstance(support, type(constraints.positive) | type(constraints.nonnegative)) and support.lower_bound == 0:
+    lower, upper = (torch.as_tensor(getattr(support, end, math.nan)) for end in ("lower_bound", "upper_bound"))
+    if isinstance(support, type(constraints.positive) | type(constraints.nonnegative)) and bool((lower == 0).all()):
         return GammaFactor
-    if isinstance(support, type(constraints.unit_interval)):
-        ends = torch.as_tensor(support.lower_bound), torch.as_tensor(support.upper_bound)
-        return BetaFactor if bool((ends[0] == 0).all() and (ends[1] == 1).all()) else None
+    if isinstance(support, type(constraints.unit_interval)) and bool(((lower == 0) & (upper == 1)).all()):
+        return BetaFactor
     return None
 
 

@@ -16,6 +16,7 @@ __all__ = ["BetaFactor", "DirichletFactor", "Factor", "GammaFactor", "GivenFacto
 
 Values = Mapping[str, Tensor]
 NODES, REACH = 64, 8.5
+_STICKS = {2: NODES, 3: 40, 4: 16}
 
 
 class Factor(ABC):
@@ -26,6 +27,7 @@ class Factor(ABC):
 
     names: tuple[str, ...]
     family: str
+    num_nodes: int | None = NODES
 
     @abstractmethod
     def conditional(self, name: str, values: Values) -> Any:
@@ -243,15 +245,18 @@ class DirichletFactor(Factor):
         found, miss = _solve(*flat)
         return DirichletFactor(self.name, found.to(z.dtype) + 1), miss
 
-    def nodes(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Return nodes of stick breaking, a product of Beta nodes, for at most four categories."""
+    @property
+    def num_nodes(self) -> int | None:
         size = self.a.shape[-1]
-        if size > 4:
-            raise NotImplementedError
+        return _STICKS[size] ** (size - 1) if size in _STICKS else None
+
+    def nodes(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return nodes of stick breaking, a product of Beta nodes."""
+        size = self.a.shape[-1]
         after = self.a.flip(-1).cumsum(-1).flip(-1)
         left, log_weights, parts = self.a.new_ones(1, *self.a.shape[:-1]), self.a.new_zeros(1, *self.a.shape[:-1]), []
         for k in range(size - 1):
-            v, w = _beta_nodes(self.a[..., k], after[..., k + 1], (NODES, 40, 16)[size - 2])
+            v, w = _beta_nodes(self.a[..., k], after[..., k + 1], _STICKS[size])
             parts = [_outer(part, torch.ones_like(v)) for part in parts] + [_outer(left, v)]
             left, log_weights = _outer(left, 1 - v), _outer(log_weights.exp(), w.exp()).log()
         return {self.name: torch.stack([*parts, left], -1)}, log_weights
@@ -281,6 +286,7 @@ class NormalGammaFactor(Factor):
     m: Tensor = field(repr=False)
     count: Tensor = field(repr=False)
     family = "NormalGamma"
+    num_nodes = 400
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -357,6 +363,7 @@ class GivenFactor(Factor):
     name: str
     fn: Any
     family = "given"
+    num_nodes = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -434,7 +441,7 @@ def _potential_nodes(shape: Any, start: Tensor, s: Tensor) -> Tensor:
         value, slope = shape(d)
         step = (value - 0.5 * s**2) / slope
         d = d - step
-        if bool((step.abs() <= 1e-12 * (1e-3 + d.abs())).all()):
+        if bool((step.abs() <= 1e-9 * (1e-6 + d.abs())).all()):
             break
     return d
 

@@ -1,9 +1,11 @@
 r"""What an E-step hands on: draws, weights, expectations."""
 
+from ._conjugacy import solve_conjugate
 from ._newton import find_mode, solve_quadratic
 from ._plates import plate_nesting
 from .amortized import GuidePosterior
 from .base import Outer, Posterior, Support
+from .conjugate import ConjugatePosterior
 from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .guide import PosteriorGuide
@@ -11,6 +13,7 @@ from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
+    "ConjugatePosterior",
     "EnumeratedPosterior",
     "GaussianPosterior",
     "GuidePosterior",
@@ -24,5 +27,6 @@ __all__ = [
     "find_mode",
     "lay_out",
     "plate_nesting",
+    "solve_conjugate",
     "solve_quadratic",
 ]

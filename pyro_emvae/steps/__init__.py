@@ -2,6 +2,7 @@ r"""Half-steps of EM: one file each."""
 
 from .base import HalfStep, Info
 from .closed_form import ClosedForm
+from .conjugate import Conjugate
 from .enumerated import Enumerated
 from .gaussian import Gaussian
 from .gradient import Gradient
@@ -12,6 +13,7 @@ from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mix
 
 __all__ = [
     "ClosedForm",
+    "Conjugate",
     "Enumerated",
     "Gaussian",
     "Gradient",

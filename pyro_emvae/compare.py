@@ -2,7 +2,6 @@ r"""Estimators side by side on one model: bias, variance, cost."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 import time
@@ -234,7 +233,7 @@ def _label(spec: Any) -> str:
 def _row(name: str, spec: Any, num_particles: int, objective: Any) -> _Row:
     if isinstance(spec, ELBO):
         if not isinstance(spec, MonteCarloELBO):
-            return _Row(name, copy.copy(spec))
+            return _Row(name, _twin(spec))
         own = spec.fresh()
         own.state = dict(spec.state)
         return _Row(name, own)
@@ -252,6 +251,13 @@ def _row(name: str, spec: Any, num_particles: int, objective: Any) -> _Row:
         name,
         MonteCarloELBO(num_particles, estimator=spec, objective=objective, annotations=annotations),
     )
+
+
+def _twin(loss: ELBO) -> ELBO:
+    """Return a shallow copy; `copy.copy` would leave a mark on Pyro's class (``__slotnames__``)."""
+    twin = object.__new__(type(loss))
+    twin.__dict__.update(loss.__dict__)
+    return twin
 
 
 def _is_unbiased(row: _Row, model, guide, args, kwargs) -> bool:

@@ -301,7 +301,7 @@ def seconds_of_a_step(length: int) -> float:
     em = EM(chain, e_step="enumerated", m_step=m_step())
     em.step(y, mask)  # finds the parameters
     spent = []
-    for _ in range(3):
+    for _ in range(2):
         begin = time.process_time()
         em.step(y, mask)
         spent.append(time.process_time() - begin)
@@ -310,7 +310,7 @@ def seconds_of_a_step(length: int) -> float:
 
 def test_the_cost_is_linear_in_the_length():
     """Four times the length costs about four times as much, not sixteen; the least of three, so that load is out."""
-    assert seconds_of_a_step(240) < 6 * seconds_of_a_step(60)
+    assert seconds_of_a_step(200) < 6 * seconds_of_a_step(50)
 
 
 @pytest.mark.slow
@@ -342,28 +342,35 @@ def second_order(y: Tensor, mask: Tensor) -> None:
         pyro.sample(f"y_{t}", dist.Normal(p["means"][z[t]], 1.0).to_event(1), obs=y[t, 0])
 
 
-GAP = torch.tensor([True, False, True])[:, None].expand(3, 2)
 ALL = torch.ones(3, 2, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
-    ("model", "kwargs", "mask", "observed"),
+    ("model", "kwargs", "observed"),
     [
-        (chain, {"latent": "s_{}"}, ALL, "'s_0'.*no such latent"),
-        (chain, {"observed": "x_{}"}, ALL, "'x_0'.*no such site"),
-        (chain, {"transition": "transitoin"}, ALL, "'transitoin'.*'transition'"),
-        (chain, {}, GAP, "'z_1' masked in a sequence where 'z_2'"),
-        (second_order, {}, ALL, "'z_1'.*depends on z_1"),
+        (chain, {"latent": "s_{}"}, "'s_0'.*no such latent"),
+        (chain, {"observed": "x_{}"}, "'x_0'.*no such site"),
+        (chain, {"transition": "transitoin"}, "'transitoin'.*'transition'"),
+        (second_order, {}, "'z_1'.*depends on z_1"),
     ],
 )
-def test_models_that_are_no_such_chain(model, kwargs, mask, observed):
+def test_models_that_are_no_such_chain(model, kwargs, observed):
     y = torch.randn(3, 2, D, dtype=torch.float64)
     em = EM(model, e_step="enumerated", m_step=m_step(**kwargs))
-    em.engine.setup((y, mask), {})
+    em.engine.setup((y, ALL), {})
     before = em.blocks.constrained()
     with pytest.raises(EmvaeError, match=observed):
-        em.step(y, mask)
+        em.step(y, ALL)
     assert all(torch.equal(value, before[name]) for name, value in em.blocks.constrained().items())
+
+
+def test_a_state_masked_inside_a_sequence():
+    """Its transitions would be left out of the M-step, which then climbs something else than the evidence."""
+    mask = ALL.clone()
+    mask[1, 0] = False
+    em = EM(chain, e_step="enumerated", m_step=m_step())
+    with pytest.raises(EmvaeError, match="'z_1' where it is masked.*'z_2'"):
+        em.step(torch.randn(3, 2, D, dtype=torch.float64), mask)
 
 
 def test_draws_are_not_enough():

@@ -43,7 +43,8 @@ class EnumeratedPosterior(Posterior):
         max_plate_nesting: Number of plate dims of the model.
 
     Raises:
-        StepError: A latent is continuous, or there is none.
+        StepError: A latent is continuous, or there is none; or a site counts where a latent that it depends on is
+            masked.
 
     Source: Darwiche 2003 for marginals as derivatives; Obermeyer et al. 2019 for the contraction. On a chain this is
     the forward-backward algorithm.
@@ -75,8 +76,27 @@ class EnumeratedPosterior(Posterior):
         self._symbols = set(self._name_of)
         factors = _factors(self.trace, self.latents)
         self._touched = {n: f for n, f in factors.items() if self._symbols & set(f._pyro_dims)}
+        self._require_kept_latents()
         self._scale = _common_scale([self.trace.nodes[name] for name in self._touched])
         self._rest = sum(float(self.trace.nodes[n]["log_prob_sum"]) for n in factors if n not in self._touched)
+
+    def _require_kept_latents(self) -> None:
+        """Refuse a site that counts where a latent that it depends on is masked: leaving that out would be wrong."""
+        for name in self._touched:
+            kept = self.mask(name)
+            for latent in self.depends(name):
+                mask = self.mask(latent)
+                if latent == name or mask is None or mask is kept:
+                    continue
+                if bool((~mask if kept is None else kept & ~mask).any()):
+                    fail(
+                        StepError,
+                        "Enumerated",
+                        f"leave out latent {latent!r} where it is masked",
+                        got=f"site {name!r}, which depends on it and is not masked there",
+                        because="a latent that something observed depends on is part of the model",
+                        fix="Put poutine.mask around the observation alone, or around all that depends on the latent.",
+                    )
 
     @cached_property
     def log_evidence(self) -> float:

@@ -44,8 +44,6 @@ class ChainStatistics:
         if not isinstance(posterior, EnumeratedPosterior):
             self._refuse(f"a posterior of kind {posterior.kind!r}")
         names = self._names(posterior)
-        masks = _stack(posterior.mask(name) for name in names)
-        self._require_ragged(masks)
         initial, transition, responsibilities = self._visits(posterior, names)
         values = {getattr(self.emission, "latent", "z"): _outcomes(responsibilities)}
         seen = self._seen(posterior, len(names))
@@ -112,21 +110,6 @@ class ChainStatistics:
         missing = torch.zeros((1,) * posterior.nesting, dtype=torch.bool, device=device)
         return _stack(posterior.mask(name) if name in sites else missing for name in names)
 
-    def _require_ragged(self, masks: Tensor | None) -> None:
-        if masks is None:
-            return
-        late = (masks[1:] & ~masks[:-1]).flatten(1).any(1)
-        if bool(late.any()):
-            t = int(late.nonzero()[0])
-            fail(
-                StepError,
-                "steps.hidden_markov",
-                "count transitions",
-                got=f"{self.latent.format(t)!r} masked in a sequence where {self.latent.format(t + 1)!r} is not",
-                because="a state before the end of a sequence is part of it, whether it was observed or not",
-                fix="Put poutine.mask around the observation alone.",
-            )
-
     def _refuse(self, got: str) -> None:
         fail(
             StepError,
@@ -173,8 +156,8 @@ def hidden_markov(
     logarithm is finite.
 
     Raises:
-        StepError: By the step: sites of other names, a state that depends on more than the one before, a masked state
-            inside a sequence, or an E-step that does not enumerate.
+        StepError: By the step: sites of other names, a state that depends on more than the one before, or an E-step
+            that does not enumerate. By the E-step: a state masked before the end of its sequence.
         DegenerateError: By the update: as the emission's.
 
     Source: Baum, Petrie, Soules and Weiss 1970; Rabiner 1989, eqs. 40 and 95.

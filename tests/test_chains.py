@@ -369,7 +369,7 @@ def test_a_state_masked_inside_a_sequence():
     mask = ALL.clone()
     mask[1, 0] = False
     em = EM(chain, e_step="enumerated", m_step=m_step())
-    with pytest.raises(EmvaeError, match="'z_1' where it is masked.*'z_2'"):
+    with pytest.raises(EmvaeError, match=r"'z_1' where it is masked.*'z_2'"):
         em.step(torch.randn(3, 2, D, dtype=torch.float64), mask)
 
 

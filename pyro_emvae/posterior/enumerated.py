@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -43,7 +43,8 @@ class EnumeratedPosterior(Posterior):
         max_plate_nesting: Number of plate dims of the model.
 
     Raises:
-        StepError: A latent is continuous, or there is none.
+        StepError: A latent is continuous, or there is none; or a site counts where a latent that it depends on is
+            masked.
 
     Source: Darwiche 2003 for marginals as derivatives; Obermeyer et al. 2019 for the contraction. On a chain this is
     the forward-backward algorithm.
@@ -70,11 +71,32 @@ class EnumeratedPosterior(Posterior):
             name: frozenset(self.trace.plate_to_symbol[f.name] for f in _frames(site))
             for name, site in _sites(self.trace).items()
         }
-        self._symbols = {site["infer"]["_enumerate_symbol"] for site in self.latents.values()}
+        self._name_of = {_symbol(site): name for name, site in self.latents.items()}
+        self._place = {name: place for place, name in enumerate(self.latents)}
+        self._symbols = set(self._name_of)
         factors = _factors(self.trace, self.latents)
         self._touched = {n: f for n, f in factors.items() if self._symbols & set(f._pyro_dims)}
+        self._require_kept_latents()
         self._scale = _common_scale([self.trace.nodes[name] for name in self._touched])
         self._rest = sum(float(self.trace.nodes[n]["log_prob_sum"]) for n in factors if n not in self._touched)
+
+    def _require_kept_latents(self) -> None:
+        """Refuse a site that counts where a latent that it depends on is masked: leaving that out would be wrong."""
+        for name in self._touched:
+            kept = self.mask(name)
+            for latent in self.depends(name):
+                mask = self.mask(latent)
+                if latent == name or mask is None or mask is kept:
+                    continue
+                if bool((~mask if kept is None else kept & ~mask).any()):
+                    fail(
+                        StepError,
+                        "Enumerated",
+                        f"leave out latent {latent!r} where it is masked",
+                        got=f"site {name!r}, which depends on it and is not masked there",
+                        because="a latent that something observed depends on is part of the model",
+                        fix="Put poutine.mask around the observation alone, or around all that depends on the latent.",
+                    )
 
     @cached_property
     def log_evidence(self) -> float:
@@ -127,29 +149,150 @@ class EnumeratedPosterior(Posterior):
                 total = total + trace.nodes[name]["log_prob_sum"]
         return total
 
-    def _table(self, names: list[str]) -> Tensor:
-        """Return the joint log probability of latents in the same plates: ``(*plates, outcomes of each)``."""
-        sites = [self.latents[name] for name in names]
-        ordinal = frozenset.union(*[self._ordinals[name] for name in names])
-        symbols = [site["infer"]["_enumerate_symbol"] for site in sites]
-        logits = contract_to_tensor(
-            self._tree(dict(self._touched)), set(self._symbols), target_ordinal=ordinal, target_dims=set(symbols)
-        )
-        plates = [self._symbol_of_plate(dim, ordinal) for dim in range(-self.nesting, 0)]
-        order = [s for s in (*plates, *symbols) if s is not None and s in logits._pyro_dims]
-        logits = logits.permute(*[logits._pyro_dims.index(s) for s in order])
-        sizes = [logits.shape[order.index(s)] if s in order else 1 for s in (*plates, *symbols)]
-        logits = logits.reshape(sizes)
-        flat = logits.reshape(*sizes[: self.nesting], -1)
-        return (flat - flat.logsumexp(-1, keepdim=True)).reshape(sizes)
+    @property
+    def scale(self) -> float:
+        """What the model multiplies the latents' densities by."""
+        return self._scale
 
-    def _symbol_of_plate(self, dim: int, ordinal: frozenset) -> str | None:
-        for site in self.latents.values():
-            for frame in _frames(site):
-                symbol = self.trace.plate_to_symbol[frame.name]
-                if frame.dim == dim and symbol in ordinal:
-                    return symbol
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Plates of the model that drew their batch at random."""
+        return tuple(self.batch.drawn)
+
+    def depends(self, site: str) -> tuple[str, ...]:
+        """Return the latents that a site's density depends on, in the model's order: a latent comes last of its own."""
+        return self._named(self._factor(site)._pyro_dims)
+
+    def _named(self, dims: str) -> tuple[str, ...]:
+        """Return the latents among packed dims, in the model's order."""
+        return tuple(sorted((self._name_of[s] for s in dims if s in self._symbols), key=self._place.__getitem__))
+
+    def clique(self, site: str) -> Tensor:
+        r"""Return the joint posterior probability of the latents that one site's density depends on.
+
+        For $z_t$ given $z_{t-1}$ in a chain that is $p(z_{t-1},z_t|x)$, for an observation of $z_t$ it is
+        $p(z_t|x)$. All cliques together cost one run of forward-backward.
+
+        Args:
+            site: A latent, or an observed site that depends on one.
+
+        Shape: ``(*plates, *outcomes)``: every plate dim of the model, of size 1 for those that the site is not in;
+        then the outcomes of each latent of `depends`, in that order.
+
+        The model's mask and scale are left out: the latents of a masked datum have their posterior too. See
+        `expected_counts`.
+
+        Raises:
+            StepError: The model has no such site, or it depends on no latent.
+
+        Example:
+            >>> def model(x):
+            ...     a = pyro.sample("a", dist.Bernoulli(0.5))
+            ...     b = pyro.sample("b", dist.Bernoulli(0.2 + 0.6 * a))
+            ...     pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+            >>> posterior = EnumeratedPosterior(model, (torch.tensor(0.5),), {}, 0)
+            >>> posterior.clique("b")  # rows: a, columns: b
+            tensor([[0.4000, 0.1000],
+                    [0.1000, 0.4000]])
+        """
+        factor = self._factor(site)
+        return self._unpacked(self._solved[1][site], factor._pyro_dims, self._ordinals[site], self.depends(site))
+
+    def expected_counts(self, site: str) -> Tensor:
+        """Return `clique` times the model's scale, and zero where the site's mask is false: summed over the plates, the
+        expected number of times that the outcomes occur in the data.
+        """
+        factor = self._factor(site)
+        counts = self._solved[1][site] * self._scale
+        counts._pyro_dims = factor._pyro_dims
+        masked = packed.scale_and_mask(counts, mask=self.trace.nodes[site]["packed"]["mask"])
+        return self._unpacked(masked, masked._pyro_dims, self._ordinals[site], self.depends(site))
+
+    def mask(self, site: str) -> Tensor | None:
+        """Return where the model keeps a site, ``(*plates)`` or broadcastable to it; None: everywhere."""
+        mask = self.trace.nodes[site]["mask"]
+        if mask is None or mask is True:
+            return None
+        mask = torch.as_tensor(mask)
+        return mask.reshape((1,) * (self.nesting - mask.dim()) + mask.shape)
+
+    def _factor(self, site: str) -> Tensor:
+        if site not in self._touched:
+            fail(
+                StepError,
+                "EnumeratedPosterior",
+                f"give the clique of {site!r}",
+                got="no site of that name whose density depends on a latent",
+                because="a clique is the latents that a site depends on",
+                fix=nearest(site, self._touched),
+            )
+        return self._touched[site]
+
+    def _unpacked(self, tensor: Tensor, dims: str, ordinal: frozenset, names: Iterable[str]) -> Tensor:
+        """Return a packed tensor as ``(*plates, *outcomes of the latents named)``."""
+        symbols = [_symbol(self.latents[name]) for name in names]
+        plates = [next(iter(self._plates[dim] & ordinal), None) for dim in range(-self.nesting, 0)]
+        order = [s for s in (*plates, *symbols) if s is not None and s in dims]
+        tensor = tensor.permute(*[dims.index(s) for s in order])
+        return tensor.reshape([tensor.shape[order.index(s)] if s in order else 1 for s in (*plates, *symbols)])
+
+    def _table(self, names: list[str]) -> Tensor:
+        """Return the joint log probability of latents: ``(*plates, outcomes of each)``."""
+        ordinal = frozenset.union(*[self._ordinals[name] for name in names])
+        symbols = [_symbol(self.latents[name]) for name in names]
+        found = self._marginalized(ordinal, symbols)
+        if found is None:
+            found = contract_to_tensor(
+                self._tree(dict(self._touched)), set(self._symbols), target_ordinal=ordinal, target_dims=set(symbols)
+            )
+        logits = self._unpacked(found, found._pyro_dims, ordinal, names)
+        flat = logits.reshape(*logits.shape[: self.nesting], -1)
+        return (flat - flat.logsumexp(-1, keepdim=True)).reshape(logits.shape)
+
+    def _marginalized(self, ordinal: frozenset, symbols: list[str]) -> Tensor | None:
+        """Return the packed log probability of latents that are all in one clique; None if there is no such clique."""
+        for name in self._sites_of[symbols[-1]]:
+            dims = self._touched[name]._pyro_dims
+            if self._ordinals[name] == ordinal and set(symbols) <= set(dims):
+                out = [i for i, s in enumerate(dims) if s in self._symbols and s not in symbols]
+                found = (self._solved[1][name].sum(out) if out else self._solved[1][name]).log()
+                found._pyro_dims = "".join(s for i, s in enumerate(dims) if i not in out)
+                return found
         return None
+
+    @cached_property
+    def _sites_of(self) -> dict[str, list[str]]:
+        """The sites whose density depends on a latent, by its symbol."""
+        found: dict[str, list[str]] = {symbol: [] for symbol in self._symbols}
+        for name, factor in self._touched.items():
+            for symbol in self._symbols & set(factor._pyro_dims):
+                found[symbol].append(name)
+        return found
+
+    @cached_property
+    def _blankets(self) -> dict[str, list[str]]:
+        r"""The earlier latents that each one depends on given all earlier ones and the data.
+
+        They are its neighbours when the latents are summed out from the last to the first.
+        """
+        near: dict[str, set[str]] = {name: set() for name in self.latents}
+        for factor in self._touched.values():
+            together = set(self._named(factor._pyro_dims))
+            for name in together:
+                near[name] |= together - {name}
+        for name in reversed(self.latents):
+            for other in near[name]:
+                near[other] = (near[other] | near[name]) - {name, other}
+        return {name: sorted(near[name], key=self._place.__getitem__) for name in self.latents}
+
+    @cached_property
+    def _plates(self) -> dict[int, set[str]]:
+        """The symbols of the plates at each dim."""
+        found: dict[int, set[str]] = {dim: set() for dim in range(-self.nesting, 0)}
+        for site in _sites(self.trace).values():
+            for frame in _frames(site):
+                found[frame.dim].add(self.trace.plate_to_symbol[frame.name])
+        return found
 
     def marginal(self, site: str) -> Any:
         """Return the distribution of one latent, of the kind that the model gives it."""
@@ -175,7 +318,7 @@ class EnumeratedPosterior(Posterior):
                 "list the joint outcomes of the latents",
                 got=f"{len(names)} latents with {math.prod(sizes):.3g} joint outcomes",
                 because="statistics are taken over joint outcomes per datum",
-                fix="Use an M-step that reads marginals, such as steps.Gradient(), or statistics of a chain.",
+                fix="Use an M-step that reads marginals: steps.Gradient(), or steps.hidden_markov() for a chain.",
             )
         table = self._table(names).reshape(*self._table_plates(names), -1).movedim(-1, 0)
         digits = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).reshape(-1, len(sizes))
@@ -187,7 +330,7 @@ class EnumeratedPosterior(Posterior):
         first = next(iter(self.latents.values()))
         mask = first["mask"]
         mask = mask if isinstance(mask, Tensor) else None
-        return Support(values, table, self.nesting, self._scale, mask, tuple(self.batch.drawn))
+        return Support(values, table, self.nesting, self._scale, mask, self.drawn)
 
     def _table_plates(self, names: list[str]) -> tuple[int, ...]:
         return tuple(self._table(names).shape[: self.nesting])
@@ -195,10 +338,8 @@ class EnumeratedPosterior(Posterior):
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         plates: dict[str, Any] = {}
-        names = list(self.latents)
-        for place, name in enumerate(names):
-            site = self.latents[name]
-            earlier = [n for n in names[:place] if self._ordinals[n] <= self._ordinals[name]]
+        for name, site in self.latents.items():
+            earlier = [n for n in self._blankets[name] if self._ordinals[n] <= self._ordinals[name]]
             logits = self._table([*earlier, name])
             for other in earlier:
                 logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
@@ -225,6 +366,10 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
 
 def _sites(trace: poutine.Trace) -> dict[str, dict]:
     return {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+
+
+def _symbol(site: Mapping[str, Any]) -> str:
+    return site["infer"]["_enumerate_symbol"]
 
 
 def _frames(site: Mapping[str, Any]) -> list:

@@ -8,6 +8,7 @@ from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
 from .monte_carlo import MonteCarlo
+from .ready_chains import hidden_markov
 from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 
@@ -24,6 +25,7 @@ __all__ = [
     "bernoulli_mixture",
     "categorical_mixture",
     "gaussian_mixture",
+    "hidden_markov",
     "linear_gaussian",
     "local_level",
     "poisson_mixture",

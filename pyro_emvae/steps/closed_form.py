@@ -15,7 +15,7 @@ from ..parameters import MODEL, assign
 from ..posterior import Posterior, Support
 from .base import HalfStep, Info
 
-__all__ = ["ClosedForm", "total"]
+__all__ = ["ClosedForm", "total", "total_of"]
 
 
 def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -28,6 +28,34 @@ def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs
     if direct is not None:
         return direct(support, *args, **kwargs)
     return support.total(lambda values: statistics(values, *args, **kwargs))
+
+
+def total_of(
+    statistics: Callable[..., Any], posterior: Posterior, num_particles: int, *args: Any, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Return `total` over the support of a posterior.
+
+    ``statistics.of_posterior(posterior, *args, **kwargs)`` is used where there is one: statistics of a chain need the
+    probabilities of neighbours, not all joint outcomes.
+
+    Raises:
+        StepError: The model draws its batch, so that nobody knows which data it holds.
+    """
+    direct = getattr(statistics, "of_posterior", None)
+    support = posterior.support(num_particles) if direct is None else None
+    drawn = getattr(posterior, "drawn", ()) if support is None else support.drawn
+    if drawn:
+        fail(
+            StepError,
+            "steps.ClosedForm",
+            "take statistics of a batch that the model draws",
+            got=f"a plate {drawn[0]!r} with subsample_size=",
+            because="`statistics` has to know which data the batch holds",
+            fix=f"Pass the batch to the model: pyro.plate({drawn[0]!r}, N, subsample=index).",
+        )
+    if support is None:
+        return direct(posterior, *args, **kwargs)
+    return total(statistics, support, *args, **kwargs)
 
 
 class ClosedForm(HalfStep):
@@ -85,17 +113,7 @@ class ClosedForm(HalfStep):
         self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
     ) -> tuple[State, Info]:
         with torch.no_grad():
-            support = posterior.support(self.num_particles)
-            if support.drawn:
-                fail(
-                    StepError,
-                    "steps.ClosedForm",
-                    "take statistics of a batch that the model draws",
-                    got=f"a plate {support.drawn[0]!r} with subsample_size=",
-                    because="`statistics` has to know which data the batch holds",
-                    fix=f"Pass the batch to the model: pyro.plate({support.drawn[0]!r}, N, subsample=index).",
-                )
-            totals = total(self.statistics, support, *args, **kwargs)
+            totals = total_of(self.statistics, posterior, self.num_particles, *args, **kwargs)
             rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
             new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
         unknown = [name for name in new if name not in rows]

@@ -40,7 +40,8 @@ class Traits:
         auto: Its place among the candidates of the policy ``"auto"``, smaller first; None: never chosen.
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
         arguments: What has to be given to make one, so that a name alone does not.
-        latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"`` or ``"continuous"``.
+        latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"``, ``"continuous"``, or those with a
+            ``"conjugate"`` prior.
         needs_guide: For an E-step, it has no posterior without the user's guide.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
     """

@@ -1,4 +1,4 @@
-"""Every E-step with every M-step, on a model with discrete latents and on one with continuous latents."""
+"""Every E-step with every M-step, on models with discrete, continuous and conjugate latents."""
 
 from __future__ import annotations
 
@@ -80,7 +80,34 @@ def continuous() -> Kit:
     return Kit(problem.model, problem.guide, problem.args, steps.linear_gaussian(), evidence, best)
 
 
-KITS = {"discrete": discrete, "continuous": continuous}
+def shifted(x: Tensor) -> None:
+    theta = pyro.param("theta", torch.tensor(-2.0, dtype=x.dtype))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def shifted_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        offset = pyro.param("offset", torch.tensor(0.0, dtype=x.dtype))
+        pyro.sample("z", dist.Normal(x / 2 + offset, 0.5**0.5))
+
+
+def conjugate() -> Kit:
+    def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        return {"z": values["z"], "n": torch.ones_like(x)[None]}
+
+    def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"theta": s["z"] / s["n"]}
+
+    def evidence(params: dict[str, Tensor]) -> float:
+        return float(dist.Normal(params["theta"], 2**0.5).log_prob(X).sum())
+
+    best = evidence({"theta": X.mean()})
+    return Kit(shifted, shifted_guide, (X,), steps.ClosedForm(statistics, update), evidence, best)
+
+
+KITS = {"discrete": discrete, "continuous": continuous, "conjugate": conjugate}
 STEPS = entries("step")
 NEEDED: dict[str, Callable[[Kit], Any]] = {
     "statistics": lambda kit: kit.closed_form.statistics,

@@ -50,7 +50,7 @@ class Conjugate(HalfStep):
         Conjugate()
     """
 
-    traits: ClassVar[Traits] = Traits(slots=("E",), latents="continuous", exact=True)
+    traits: ClassVar[Traits] = Traits(slots=("E",), latents="conjugate", exact=True)
 
     def __init__(self, posterior: Callable[..., Mapping[str, Any]] | None = None) -> None:
         if posterior is not None and not callable(posterior):

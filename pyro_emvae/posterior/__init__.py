@@ -4,6 +4,7 @@ from ._newton import find_mode, solve_quadratic
 from ._plates import plate_nesting
 from .amortized import GuidePosterior
 from .base import Outer, Posterior, Support
+from .complete import CompleteData, complete_data, second_order_support
 from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .guide import PosteriorGuide
@@ -11,6 +12,7 @@ from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
+    "CompleteData",
     "EnumeratedPosterior",
     "GaussianPosterior",
     "GuidePosterior",
@@ -21,8 +23,10 @@ __all__ = [
     "SampledSite",
     "SamplesPosterior",
     "Support",
+    "complete_data",
     "find_mode",
     "lay_out",
     "plate_nesting",
+    "second_order_support",
     "solve_quadratic",
 ]

@@ -21,6 +21,8 @@ from torch.nn.functional import one_hot
 import pyro_emvae as emvae
 from pyro_emvae import EM, EmvaeError, StepError, problems, standard_errors, steps
 from pyro_emvae.parameters import assign
+from pyro_emvae.uncertainty.coordinates import coordinates
+from pyro_emvae.uncertainty.information import Problem
 
 F64 = torch.float64
 COUNT = 20
@@ -215,6 +217,38 @@ def test_louis_equals_the_hessian_where_both_are_exact(mixed):
     for fit, args in ((mixed, (MIX,)), (pca_fit(problem), problem.args)):
         pair = [standard_errors(fit, *args, method=m).covariance for m in ("hessian", "louis")]
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 6])
+def test_products_of_scores_are_exact_in_any_number_of_dims(width):
+    """From five coordinates on, some weights of the cubature are negative."""
+    generator = torch.Generator().manual_seed(width)
+    loading = torch.randn(7, width, generator=generator, dtype=F64)
+    x = torch.randn(30, width, generator=generator, dtype=F64) @ loading.T
+    x = x + torch.randn(30, 7, generator=generator, dtype=F64)
+
+    def model(x: Tensor) -> None:
+        size = pyro.param("size", torch.ones((), dtype=F64), constraint=constraints.positive)
+        noise = pyro.param("noise", torch.ones(7, dtype=F64), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(width), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(size * (z @ loading.T), noise).to_event(1), obs=x)
+
+    def log_p(u: Tensor) -> Tensor:
+        covariance = u[0].exp() ** 2 * loading @ loading.T + torch.diag((2 * u[1:]).exp())
+        return dist.MultivariateNormal(x.new_zeros(7), covariance).log_prob(x).sum()
+
+    em = EM(model, e_step=steps.Gaussian(), m_step=steps.ClosedForm(lambda v, x: {"n": x[None]}, lambda s, p: p))
+    fit = em.run(x, max_iter=1, stop=None)
+    problem = Problem(coordinates(fit), em.posterior, (x,), {}, 1, 0)
+    posterior = problem.posterior()
+    found = problem.complete(posterior).louis()[0]
+    order = [row.name for row in problem.coordinates.rows]
+    assert order == ["size", "noise"] or order == ["noise", "size"]
+    place = [0, *range(1, 8)] if order[0] == "size" else [7, *range(7)]
+    expected = -hessian_of(log_p, x.new_zeros(8))
+    torch.testing.assert_close(found[place][:, place], expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(problem.hessian(posterior), found, rtol=1e-6, atol=1e-6)
 
 
 # Draws ----------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from torch.nn.functional import one_hot
 import pyro_emvae as emvae
 from pyro_emvae import EM, EmvaeError, StepError, problems, standard_errors, steps
 from pyro_emvae.parameters import assign
+from pyro_emvae.posterior import CompleteData
+from pyro_emvae.uncertainty import information
 from pyro_emvae.uncertainty.coordinates import coordinates
 from pyro_emvae.uncertainty.information import Problem
 
@@ -261,6 +263,15 @@ def test_louis_by_draws_states_its_monte_carlo_error():
     miss = float((errors["loc"] - math.sqrt(2 / COUNT)).abs())
     stated = float(errors.monte_carlo_error)
     assert 0 < stated < 0.03 and miss < 4 * stated
+
+
+def test_few_draws_do_not_underestimate_the_missing_information():
+    """The variance about the draws' own mean is divided by S - 1: from three draws of z with score z - u."""
+    z, u = torch.randn(3, 50, dtype=F64), torch.zeros(1, dtype=F64, requires_grad=True)
+    log_p, weights = -0.5 * (z - u).square(), torch.full_like(z, 1 / 3)
+    data = CompleteData(log_p, weights, torch.ones(50, dtype=F64), torch.zeros((), dtype=F64), drawn=True)
+    found = information._louis(data, z[..., None], weights, u)
+    torch.testing.assert_close(found[0, 0], 50 - z.var(0).sum())
 
 
 def test_the_error_of_draws_is_that_of_repeated_draws():

@@ -38,6 +38,7 @@ from .evidence import Estimate, Gap, elbo, elbo_gap, log_evidence
 from .loss import MonteCarloELBO
 from .particles import config_estimators
 from .svi import SVI
+from .uncertainty import StandardErrors, standard_errors
 
 __all__ = [
     "EM",
@@ -56,6 +57,7 @@ __all__ = [
     "NonFiniteError",
     "OptimizerError",
     "RecordingError",
+    "StandardErrors",
     "StepError",
     "Traits",
     "__version__",
@@ -75,6 +77,7 @@ __all__ = [
     "posterior",
     "problems",
     "register",
+    "standard_errors",
     "steps",
     "testing",
     "to_arviz",

@@ -136,6 +136,7 @@ class Fit:
         objective: Objective at ``params`` where both half-steps are exact, else that of the last iteration; nats.
         verdict: What the stopping rule said last: estimated rate, projected gain, its reason.
         restarts: A table of all starts of a run with ``n_init``, else None.
+        inference: The `SVI` or `EM` that made the fit, whose E-step `standard_errors` uses.
     """
 
     status: str
@@ -149,21 +150,36 @@ class Fit:
     objective: float = field(default=math.nan, repr=False)
     verdict: Verdict = field(default=Verdict(), repr=False)
     restarts: Any = field(default=None, repr=False)
+    inference: Any = field(default=None, repr=False)
 
     @property
     def history(self) -> Any:
         """The history as an `xarray.Dataset` with dims ``step`` (gradient steps) and ``iteration``."""
         return self.record.dataset
 
-    def summary(self) -> Any:
-        """Return a table of the parameters: name, block, shape, mean of the estimate's elements."""
+    def summary(self, standard_errors: Any = None) -> Any:
+        """Return a table of the parameters, as a `pandas.DataFrame`.
+
+        Args:
+            standard_errors: What `pyro_emvae.standard_errors` returned for this fit. One row per element of the model's
+                parameters then: parameter, index, block, shape, estimate, standard error, and status, which is that
+                of the run, or why there is no standard error. Parameters without, such as the guide's, have one row.
+                None: one row per parameter, with the mean of a tensor's elements, and NaN for the standard error.
+        """
         import pandas as pd
 
-        rows = [
-            {"parameter": n, "block": self.blocks[n], "shape": tuple(v.shape), "estimate": _brief(v)}
-            for n, v in self.params.items()
-        ]
-        return pd.DataFrame(rows).assign(status=self.status)
+        errors = {} if standard_errors is None else standard_errors.rows
+        rows = []
+        for name, value in self.params.items():
+            about = {"parameter": name, "block": self.blocks[name], "shape": tuple(value.shape)}
+            brief = {"index": (), "estimate": _brief(value), "standard_error": math.nan, "status": self.status}
+            rows += [about | row | _status(row, self.status) for row in errors.get(name, [brief])]
+        columns = ["parameter", "block", "shape", "estimate", "standard_error", "status"]
+        return pd.DataFrame(rows, columns=columns if standard_errors is None else [columns[0], "index", *columns[1:]])
+
+
+def _status(row: Mapping[str, Any], status: str) -> dict[str, str]:
+    return {"status": status if row["status"] in ("", status) else row["status"]}
 
 
 def _brief(value: Tensor) -> Any:

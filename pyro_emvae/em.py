@@ -225,7 +225,8 @@ class EM(Inference):
         iterate = self._iterations(accelerate, history, args, options)
 
         def run(number: int | None, **changed: Any) -> Fit:
-            return run_with(self.engine, iterate(), number, args, options | changed, **fixed)
+            fit = run_with(self.engine, iterate(), number, args, options | changed, **fixed)
+            return dataclasses.replace(fit, inference=self)
 
         if positive_int("EM.run", "n_init", n_init) == 1:
             if init is not None:

@@ -2,6 +2,7 @@ r"""Stochastic variational inference: all parameters from one gradient, with Pyr
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -172,7 +173,7 @@ class SVI(Inference):
 
         Keyword arguments that are no option of `driver.run` go to model and guide.
         """
-        return run_with(self.engine, self._iterate, num_steps, args, options)
+        return dataclasses.replace(run_with(self.engine, self._iterate, num_steps, args, options), inference=self)
 
 
 def per_block(optim: Mapping[str, Any], owner: str = "SVI", needed: Iterable[str] = (GUIDE, MODEL)) -> dict[str, Any]:

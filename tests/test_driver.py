@@ -599,7 +599,8 @@ def test_summary_is_a_table(cls):
     svi, _ = fitter(cls)
     fit = run(svi, 2, X)
     table = fit.summary()
-    assert list(table.columns) == ["parameter", "block", "shape", "estimate", "status"]
+    assert list(table.columns) == ["parameter", "block", "shape", "estimate", "standard_error", "status"]
+    assert table["standard_error"].isna().all()
     assert table["parameter"].tolist() == list(fit.params)
     assert set(table["status"]) == {"MAX_ITER"}
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("posterior",),
     ("estimators", "guides"),
     ("loss", "engine", "checkpoint", "driver", "monitor"),
-    ("evidence",),
+    ("evidence", "uncertainty"),
     ("svi", "steps", "acceleration", "restarts"),
     ("em",),
     ("compare", "diagnostics"),

@@ -244,6 +244,7 @@ def surroundings() -> dict[str, Any]:
 
 def assert_untouched(action: Any) -> None:
     importlib.import_module("torch._dynamo")  # torch.optim imports it at first use, and that adds a warnings filter
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # whose first instance lets torch put a hook on its step
     before, around = dictionaries(), surroundings()
     action()
     after = dictionaries()

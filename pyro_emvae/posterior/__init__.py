@@ -5,6 +5,7 @@ from ._newton import find_mode, solve_quadratic
 from ._plates import plate_nesting
 from .amortized import GuidePosterior
 from .base import Outer, Posterior, Support
+from .complete import CompleteData, complete_data, second_order_support
 from .conjugate import ConjugatePosterior
 from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
@@ -13,6 +14,7 @@ from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
+    "CompleteData",
     "ConjugatePosterior",
     "EnumeratedPosterior",
     "GaussianPosterior",
@@ -24,9 +26,11 @@ __all__ = [
     "SampledSite",
     "SamplesPosterior",
     "Support",
+    "complete_data",
     "find_mode",
     "lay_out",
     "plate_nesting",
+    "second_order_support",
     "solve_conjugate",
     "solve_quadratic",
 ]

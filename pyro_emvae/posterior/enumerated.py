@@ -123,6 +123,17 @@ class EnumeratedPosterior(Posterior):
         evidence = self._rest + float(total.detach()) * float(self._scale)
         return evidence, dict(zip(leaves, grads, strict=True))
 
+    def log_evidence_at_theta(self) -> Tensor:
+        r"""Return $\log p_\theta(x)$ at the present theta, to be differentiated by it, twice too: scalar, nats."""
+        with hold_batch(self.batch.indices):
+            trace, _ = _trace(self.model, self.args, self.kwargs, self.nesting)
+        factors = _factors(trace, _latents(trace))
+        tree = contract_tensor_tree(self._tree({n: factors[n] for n in self._touched}), set(self._symbols))
+        total = torch.stack([term.sum() for terms in tree.values() for term in terms]).sum() * self._scale
+        for name in factors.keys() - self._touched.keys():
+            total = total + trace.nodes[name]["log_prob_sum"]
+        return total
+
     def _tree(self, factors: Mapping[str, Tensor]) -> OrderedDict:
         tree: OrderedDict = OrderedDict()
         for name, factor in factors.items():

@@ -98,10 +98,14 @@ class SamplesPosterior(Posterior):
         """Return the draws, all of them, whatever the number."""
         return self.draws
 
+    @property
+    def lacking(self) -> dict[str, int]:
+        """How many of the outermost plate dims each latent lacks."""
+        return {name: _outside(site.frames, self.draws.num_plates) for name, site in self.sites.items()}
+
     def expected_log_joint(self, num_particles: int = 1) -> Tensor:
-        lacking = {name: _outside(site.frames, self.draws.num_plates) for name, site in self.sites.items()}
         with hold_batch(self.batch):
-            return expected_log_joint(self.model, self.args, self.kwargs, self.draws, self.vectorize, lacking)
+            return expected_log_joint(self.model, self.args, self.kwargs, self.draws, self.vectorize, self.lacking)
 
     def marginal(self, site: str) -> dist.Empirical:
         """Return the weighted draws of one latent as an empirical distribution, batched over its plates."""

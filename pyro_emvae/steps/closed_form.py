@@ -84,20 +84,29 @@ class ClosedForm(HalfStep):
     def maximise(
         self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
     ) -> tuple[State, Info]:
-        with torch.no_grad():
-            support = posterior.support(self.num_particles)
-            if support.drawn:
-                fail(
-                    StepError,
-                    "steps.ClosedForm",
-                    "take statistics of a batch that the model draws",
-                    got=f"a plate {support.drawn[0]!r} with subsample_size=",
-                    because="`statistics` has to know which data the batch holds",
-                    fix=f"Pass the batch to the model: pyro.plate({support.drawn[0]!r}, N, subsample=index).",
-                )
-            totals = total(self.statistics, support, *args, **kwargs)
-            rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-            new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
+        self.commit(problem, self.summarize(posterior, *args, **kwargs))
+        return state, Info()
+
+    @torch.no_grad()
+    def summarize(self, posterior: Posterior, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior expectation of the statistics, summed over the data with scale and mask."""
+        support = posterior.support(self.num_particles)
+        if support.drawn:
+            fail(
+                StepError,
+                "steps.ClosedForm",
+                "take statistics of a batch that the model draws",
+                got=f"a plate {support.drawn[0]!r} with subsample_size=",
+                because="`statistics` has to know which data the batch holds",
+                fix=f"Pass the batch to the model: pyro.plate({support.drawn[0]!r}, N, subsample=index).",
+            )
+        return total(self.statistics, support, *args, **kwargs)
+
+    @torch.no_grad()
+    def commit(self, problem: Engine, totals: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Write what `update` makes of the sums into theta, in place; return the names of what was written."""
+        rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
+        new = self._updated(dict(totals), {name: row.value.detach() for name, row in rows.items()})
         unknown = [name for name in new if name not in rows]
         if unknown:
             fail(
@@ -109,7 +118,7 @@ class ClosedForm(HalfStep):
                 fix=nearest(unknown[0], rows),
             )
         assign(problem.parameters, new)
-        return state, Info()
+        return tuple(new)
 
     def _updated(self, totals: dict[str, Tensor], params: dict[str, Tensor]) -> Mapping[str, Tensor]:
         try:

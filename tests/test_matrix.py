@@ -113,6 +113,7 @@ NEEDED: dict[str, Callable[[Kit], Any]] = {
     "statistics": lambda kit: kit.closed_form.statistics,
     "update": lambda kit: kit.closed_form.update,
     "m_step": lambda kit: kit.closed_form,
+    "factor": lambda kit: 0.5,
 }
 
 

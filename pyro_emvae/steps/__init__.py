@@ -1,5 +1,6 @@
 r"""Half-steps of EM: one file each."""
 
+from .averaged import Averaged, Damped
 from .base import HalfStep, Info
 from .closed_form import ClosedForm
 from .conjugate import Conjugate
@@ -13,8 +14,10 @@ from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 
 __all__ = [
+    "Averaged",
     "ClosedForm",
     "Conjugate",
+    "Damped",
     "Enumerated",
     "Gaussian",
     "Gradient",

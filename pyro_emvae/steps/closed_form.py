@@ -112,10 +112,19 @@ class ClosedForm(HalfStep):
     def maximise(
         self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
     ) -> tuple[State, Info]:
-        with torch.no_grad():
-            totals = total_of(self.statistics, posterior, self.num_particles, *args, **kwargs)
-            rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-            new = self._updated(totals, {name: row.value.detach() for name, row in rows.items()})
+        self.commit(problem, self.summarize(posterior, *args, **kwargs))
+        return state, Info()
+
+    @torch.no_grad()
+    def summarize(self, posterior: Posterior, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior expectation of the statistics, summed over the data with scale and mask."""
+        return total_of(self.statistics, posterior, self.num_particles, *args, **kwargs)
+
+    @torch.no_grad()
+    def commit(self, problem: Engine, totals: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """Write what `update` makes of the sums into theta, in place; return the names of what was written."""
+        rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
+        new = self._updated(dict(totals), {name: row.value.detach() for name, row in rows.items()})
         unknown = [name for name in new if name not in rows]
         if unknown:
             fail(
@@ -127,7 +136,7 @@ class ClosedForm(HalfStep):
                 fix=nearest(unknown[0], rows),
             )
         assign(problem.parameters, new)
-        return state, Info()
+        return tuple(new)
 
     def _updated(self, totals: dict[str, Tensor], params: dict[str, Tensor]) -> Mapping[str, Tensor]:
         try:

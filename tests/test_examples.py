@@ -25,6 +25,9 @@ OUTPUTS = {
         "gradients.csv",
         "fit.nc",
     },
+    "elbo_identity": {"elbo.png"},
+    "em_mixture": {"elbo.png", "components.png", "restarts.csv"},
+    "em_ppca": {"acceleration.png", "latent_map.png"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -70,13 +70,15 @@ def _apart(one: Particles, two: Particles) -> dict[str, tuple[Tensor, None]]:
         first, second = one.guide[name].value, site.value
         near = (first - second).abs() < 0.1 * (1 + first.abs()) if first.is_floating_point() else first == second
         if bool(near.any()):
-            moved[name] = (torch.where(near, _other(site.fn, first), second), None)
+            fns = [site.fn, two.model[name].fn] if name in two.model else [site.fn]
+            fn = next((fn for fn in fns if fn.has_enumerate_support), site.fn)
+            moved[name] = (torch.where(near, _other(fn, first), second), None)
     return moved
 
 
 def _other(fn: Any, value: Tensor) -> Tensor:
     """Return a value of the support that differs from `value` everywhere."""
-    if getattr(fn, "has_enumerate_support", False) and fn.event_dim == 0:
+    if fn.has_enumerate_support and fn.event_dim == 0:
         outcomes = fn.enumerate_support(expand=False).flatten()
         return outcomes[((value.unsqueeze(-1) == outcomes).long().argmax(-1) + 1) % len(outcomes)].to(value)
     if not value.is_floating_point():

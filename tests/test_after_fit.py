@@ -1,0 +1,56 @@
+"""After a fit with any E-step, its guide and posterior serve Pyro, the evidence and ArviZ, on old and new data."""
+
+from __future__ import annotations
+
+import pyro
+import pytest
+from pyro.infer import Predictive
+from test_matrix import KITS, STEPS, make
+
+import pyro_emvae as emvae
+from pyro_emvae import EM
+from pyro_emvae.steps import MonteCarlo
+from pyro_emvae.steps.samplers import SAMPLERS
+
+FEW = {"continuous": 5, "discrete": 7, "conjugate": 7}
+
+
+def takes(traits, kind: str) -> bool:
+    return traits.latents in ("any", kind) or (traits.latents == "continuous" and kind == "conjugate")
+
+
+def cells() -> list:
+    steps = [(e.name, lambda kit, e=e: make(e, kit)) for e in STEPS if "E" in e.traits.slots]
+    samplers = [(f"sampler_{name}", lambda kit, name=name: MonteCarlo(name, num_particles=3)) for name in SAMPLERS]
+    traits = {e.name: e.traits for e in STEPS} | {f"sampler_{n}": MonteCarlo(n).traits for n in SAMPLERS}
+    return [
+        pytest.param(kind, factory, id=f"{kind}-{name}")
+        for kind in KITS
+        for name, factory in steps + samplers
+        if takes(traits[name], kind)
+    ]
+
+
+@pytest.mark.parametrize(("kind", "factory"), cells())
+def test_the_guide_of_a_fit_serves_pyro_evidence_and_arviz(kind, factory):
+    """Chains have no density, so there is no evidence by weights; exact posteriors give it exactly."""
+    pyro.set_rng_seed(0)
+    kit = KITS[kind]()
+    step = factory(kit)
+    own = step.traits.needs_guide or type(step).infer is emvae.steps.HalfStep.infer
+    em = EM(kit.model, kit.guide if own else None, pyro.optim.Adam({"lr": 0.05}), e_step=step, m_step=kit.closed_form)
+    fit = em.run(*kit.data, max_iter=3, stop=None, seed=0)
+    (x,) = kit.data
+    # the discrete kit's guide has parameters per datum, and takes as many data only
+    new = (x.flip(0) + 0.1)[: len(x) if own else FEW[kind]]
+    for data in (x, new):
+        posterior = em.posterior(data)
+        (name,) = posterior.support(3).values
+        draws = Predictive(kit.model, guide=fit.guide, num_samples=4)(data)
+        assert draws[name].shape[:2] == (4, len(data))
+        container = emvae.to_arviz(kit.model, fit.guide, data, fit=fit, num_samples=4, seed=0)
+        assert container["posterior"][name].shape[:3] == (1, 4, len(data))
+        if step.traits.exact:
+            evidence = emvae.log_evidence(kit.model, fit.guide, data, num_particles=20, seed=0)
+            assert evidence.standard_error == pytest.approx(0, abs=1e-8)
+            assert data is new or evidence.value == pytest.approx(kit.evidence(fit.params), rel=1e-10)

@@ -9,6 +9,7 @@ from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
 from .monte_carlo import MonteCarlo
+from .phase import Phase
 from .ready_chains import hidden_markov
 from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
@@ -25,6 +26,7 @@ __all__ = [
     "Info",
     "Laplace",
     "MonteCarlo",
+    "Phase",
     "bernoulli_mixture",
     "categorical_mixture",
     "gaussian_mixture",

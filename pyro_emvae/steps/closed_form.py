@@ -123,8 +123,9 @@ class ClosedForm(HalfStep):
     @torch.no_grad()
     def commit(self, problem: Engine, totals: Mapping[str, Tensor]) -> tuple[str, ...]:
         """Write what `update` makes of the sums into theta, in place; return the names of what was written."""
-        rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-        new = self._updated(dict(totals), {name: row.value.detach() for name, row in rows.items()})
+        theta = [row for row in problem.parameters.rows if row.block in problem.parameters.theta]
+        rows = {row.name: row for row in theta if row.block == MODEL}
+        new = self._updated(dict(totals), {row.name: row.value.detach() for row in theta})
         unknown = [name for name in new if name not in rows]
         if unknown:
             fail(

@@ -10,6 +10,7 @@ from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
 from .monte_carlo import MonteCarlo
+from .phase import Phase
 from .ready_chains import hidden_markov
 from .ready_glm import glm_intercepts, linear_mixed, random_effects
 from .ready_linear import linear_gaussian, local_level
@@ -27,6 +28,7 @@ __all__ = [
     "Info",
     "Laplace",
     "MonteCarlo",
+    "Phase",
     "bernoulli_mixture",
     "categorical_mixture",
     "combined",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from ..parameters import MODEL, assign
 from ..posterior import Posterior, Support
 from .base import HalfStep, Info
 
-__all__ = ["ClosedForm", "total", "total_of"]
+__all__ = ["ClosedForm", "Summed", "total", "total_of"]
 
 
 def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -57,6 +58,13 @@ def total_of(
     if support is None:
         return direct(posterior, *args, **kwargs)
     return total(statistics, support, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Summed:
+    """What is left of a posterior that was found slice by slice: for each `ClosedForm`, by its id, its statistics."""
+
+    totals: Mapping[int, dict[str, Tensor]]
 
 
 class ClosedForm(HalfStep):
@@ -122,6 +130,8 @@ class ClosedForm(HalfStep):
     @torch.no_grad()
     def summarize(self, posterior: Posterior, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the posterior expectation of the statistics, summed over the data with scale and mask."""
+        if isinstance(posterior, Summed):
+            return posterior.totals[id(self)]
         return total_of(self.statistics, posterior, self.num_particles, *args, **kwargs)
 
     @torch.no_grad()
@@ -133,8 +143,9 @@ class ClosedForm(HalfStep):
             totals: What `summarize` returned, or the sum of what it returned on slices of the data.
             args, kwargs: The model's, for an `update` that takes them.
         """
-        rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-        params = {name: row.value.detach() for name, row in rows.items()}
+        theta = [row for row in problem.parameters.rows if row.block in problem.parameters.theta]
+        rows = {row.name: row for row in theta if row.block == MODEL}
+        params = {row.name: row.value.detach() for row in theta}
         new = self._updated(dict(totals), params, _asked(self.update, problem.model, args, kwargs))
         unknown = [name for name in new if name not in rows]
         if unknown:

@@ -44,6 +44,9 @@ class Traits:
             ``"conjugate"`` prior.
         needs_guide: For an E-step, it has no posterior without the user's guide.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
+        deterministic: For a half-step, it draws nothing, and does the same if given the same. Exact ones do.
+        monotone: For a half-step, it never lowers the objective: an E-step the bound that it reports, an M-step the
+            expected log joint under the posterior that it is given. Exact ones are.
     """
 
     unbiased: bool = True
@@ -63,6 +66,8 @@ class Traits:
     latents: str = "any"
     needs_guide: bool = False
     exact: bool = False
+    deterministic: bool = False
+    monotone: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .driver import Record
 from .engine import Engine
-from .parameters import MODEL
 
 __all__ = ["Squarem", "extrapolate"]
 
@@ -100,12 +99,15 @@ class Squarem:
         elif length == self.longest:
             self.longest *= self.factor
 
+    def _theta(self) -> dict[str, Tensor]:
+        return self.engine.parameters.leaves(*self.engine.parameters.theta)
+
     def _read(self) -> Tensor:
-        leaves = self.engine.parameters.leaves(MODEL).values()
+        leaves = self._theta().values()
         return torch.cat([leaf.detach().flatten() for leaf in leaves])
 
     def _write(self, point: Tensor) -> None:
-        leaves = list(self.engine.parameters.leaves(MODEL).values())
+        leaves = list(self._theta().values())
         with torch.no_grad():
             for leaf, part in zip(leaves, point.split([leaf.numel() for leaf in leaves]), strict=True):
                 leaf.copy_(part.reshape(leaf.shape))

@@ -6,12 +6,10 @@ import math
 import platform
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from torch import Tensor
@@ -20,105 +18,13 @@ from tqdm.auto import tqdm
 from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
 from .checkpoint import Checkpoints, Position
 from .convergence import Verdict
-from .engine import Engine, Gradient
+from .engine import Engine
+from .history import History, Record
 from .loss import MonteCarloELBO
 from .monitor import Monitor
 from .particles import quiet
 
 __all__ = ["Fit", "History", "Progress", "Record", "run"]
-
-PHASES = {"guide": 0, "model": 1, None: 2}
-
-
-@dataclass
-class Record:
-    """One iteration: its loss (minus the objective, nats), its gradient steps by phase, and the losses around it.
-
-    ``before`` and ``after`` are the losses before E and after M, NaN where they were not computed; ``evaluations`` is
-    how often E and M were made.
-    """
-
-    loss: float
-    gradients: list[tuple[str | None, Gradient]]
-    before: float = math.nan
-    after: float = math.nan
-    evaluations: int = 1
-
-    @property
-    def e_gain(self) -> float:
-        """Objective after E minus objective before E, both from their own draws."""
-        return self.before - self.loss
-
-    @property
-    def m_gain(self) -> float:
-        """Objective after M minus objective before M."""
-        return self.loss - self.after
-
-
-class History:
-    r"""What a run recorded; `dataset` is it as an xarray Dataset.
-
-    ``objective`` of iteration 0 is that at the initial parameters: each iteration's value comes from its E-step, or its
-    gradient, before its update of theta. Tracked parameters lie along ``iterate``, one longer: iterate 0 is the initial
-    value, iterate t the value after t iterations, so that objective and parameter of the same number belong together.
-    ``monitor``, and ``iterate`` if what iterates has a state of its own, give it to checkpoints by ``state_dict``.
-    """
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.steps: list[tuple[int, int, float, float, float]] = []
-        self.iterations: list[tuple[float, float, float, float]] = []
-        self.validation: list[tuple[int, float]] = []
-        self.evaluations = 0
-        self.monitor: Monitor | None = None
-        self.iterate: Any = None
-
-    def add(self, iteration: int, record: Record) -> None:
-        """Append one iteration."""
-        now = time.perf_counter() - self.start
-        self.evaluations += record.evaluations
-        if self.iterations and not math.isnan(record.before):
-            objective, e_gain, m_gain, then = self.iterations[-1]
-            if math.isnan(m_gain):
-                self.iterations[-1] = (objective, e_gain, -record.before - objective, then)
-        self.iterations.append((-record.loss, record.e_gain, record.m_gain, now))
-        for block, g in record.gradients:
-            self.steps.append((iteration, PHASES[block], -g.loss, g.norm, now))
-
-    @property
-    def dataset(self) -> Any:
-        """An `xarray.Dataset`: per gradient step and per iteration; nats, seconds since the start."""
-        import xarray as xr
-
-        steps = np.array(self.steps, dtype=float).reshape(-1, 5)
-        rows = np.array(self.iterations, dtype=float).reshape(-1, 4)
-        validation = np.full(len(rows), np.nan)
-        change = np.full(len(rows), np.nan)
-        watched = self.monitor.iterations if self.monitor else []
-        for iteration, value in watched:
-            change[iteration] = value
-        for iteration, value in self.validation:
-            validation[iteration] = value
-        variables = {
-            "elbo": ("step", steps[:, 2]),
-            "phase": ("step", steps[:, 1].astype(np.int8)),
-            "step_iteration": ("step", steps[:, 0].astype(np.int64)),
-            "grad_norm": ("step", steps[:, 3]),
-            "time": ("step", steps[:, 4]),
-            "objective": ("iteration", rows[:, 0]),
-            "e_gain": ("iteration", rows[:, 1]),
-            "m_gain": ("iteration", rows[:, 2]),
-            "iteration_time": ("iteration", rows[:, 3]),
-            "change": ("iteration", change),
-            "validation": ("iteration", validation),
-        }
-        coords = {"step": np.arange(len(steps)), "iteration": np.arange(len(rows))}
-        for name, values in (self.monitor.tracked if self.monitor else {}).items():
-            array = np.stack(values)
-            variables[f"param_{name}"] = (("iterate", *[f"{name}_dim_{i}" for i in range(array.ndim - 1)]), array)
-            coords["iterate"] = np.arange(len(array))
-        attrs = {"phases": "0=E, 1=M, 2=joint", "units": "nats, seconds", "map_evaluations": self.evaluations}
-        return xr.Dataset(variables, coords=coords, attrs=attrs)
 
 
 @dataclass(frozen=True)
@@ -242,7 +148,8 @@ def run(
     track: Iterable[str] = (),
     stop: Any = None,
     on_decrease: str | None = None,
-    exact: bool = False,
+    deterministic: bool = False,
+    monotone: bool = False,
     evaluate: Callable[[tuple, dict], float] | None = None,
     checkpoint: Any = None,
     resume: str | bool = "auto",
@@ -270,8 +177,8 @@ def run(
         track: Names of parameters whose constrained value is recorded, the initial one and after each iteration.
         stop: A rule of `convergence`, asked after every iteration, or with `data` after every epoch about its mean;
             None: all iterations are made; ``"auto"``: see `Monitor`.
-        on_decrease, exact: See `Monitor`.
-        evaluate: Returns minus the objective at the present parameters, at the end of a run of exact half-steps.
+        on_decrease, deterministic, monotone: See `Monitor`.
+        evaluate: Returns minus the objective at the present parameters, at the end of a run without noise.
         checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
             killed at any point, and is started again in the same way, gives the numbers of one that was not.
             Not in it: what callbacks, the model or a loader's workers keep in Python.
@@ -290,7 +197,9 @@ def run(
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
     history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
-    history.monitor = monitor = Monitor(engine, stop, on_decrease, exact and data is None, track)
+    history.monitor = monitor = Monitor(
+        engine, stop, on_decrease, deterministic and data is None, track, monotone=monotone
+    )
     if hasattr(iterate, "state_dict"):
         history.iterate = iterate
     start = keeper.begin(history, lambda: _to_device(*_first(args, kwargs, data, to_args), device))
@@ -339,7 +248,7 @@ def run(
     if engine.skipped > keeper.skipped and status == "MAX_ITER":
         status = "NAN"
     objective = history.iterations[-1][0] if history.iterations else math.nan
-    if monitor.monotone and evaluate is not None and status != "INTERRUPTED":
+    if monitor.deterministic and evaluate is not None and status != "INTERRUPTED":
         status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
     fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})

@@ -3,26 +3,30 @@ r"""Expectation maximisation: an E-like step over the guide's parameters, an M-l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import checkpoint, restarts
 from ._checks import BlockError, CheckpointError, EmvaeError, StepError, fail, positive_int
-from ._registry import create
+from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
-from .driver import Fit, Record
-from .engine import Engine, State, choose
+from .driver import Fit
+from .engine import State, choose
+from .history import Record
+from .looks import FullHistory, Look
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer
-from .parameters import GUIDE, MODEL, SHARED, assign
+from .parameters import SIDES, assign
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
-from .steps import Gradient, HalfStep
+from .slices import Slices
+from .steps import HalfStep, Phase
+from .steps.phase import check_blocks, read_phases, summarised
 from .svi import Inference, model_arguments, per_block, run_with
 
 __all__ = ["EM"]
@@ -44,16 +48,23 @@ class EM(Inference):
         optim: As for `SVI`; a mapping ``{"guide": ..., "model": ...}`` gives each block its own.
         loss: `MonteCarloELBO()` by default.
         e_step, m_step: Half-steps or their registered names; `steps.Gradient()` by default.
+        steps: In place of both, any number of phases, made one after the other: pairs of block and half-step, or
+            `steps.Phase`, such as ``[("guide", "gradient"), ("model", ClosedForm(...)), ("decoder", "gradient")]``. A
+            phase changes its own block; each M-step takes the posterior of the last E-step before it. A block may have
+            several phases, and each block has one: what is to stay as it is, is put into block ``"unused"``.
         schedule: ``"alternating"``, or ``"joint"``: both blocks from the same draws at the same parameters, which is
             `SVI.step`, and the variational autoencoder.
         blocks: How parameters are assigned: None (by what they move), ``"local/global"``, a mapping from name or
-            regular expression to block, a regular expression of the guide's names, or a callable.
+            regular expression to block, such as ``{"net.*": "decoder"}``, a regular expression of the guide's names,
+            or a callable.
         backend, on_nonfinite: As for `SVI`.
 
     Raises:
-        BlockError: A parameter that moves both log q and log p; a model or a guide without parameters.
+        BlockError: A parameter that moves both log q and log p; a model or a guide without parameters; a phase without
+            a block of its own, or a block without a phase.
 
-    Source: Dempster, Laird and Rubin 1977; Neal and Hinton 1998, for the alternation on one objective.
+    Source: Dempster, Laird and Rubin 1977; Neal and Hinton 1998, for the alternation on one objective; Meng and Rubin
+    1993 for more than two phases.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -83,14 +94,23 @@ class EM(Inference):
         *,
         e_step: HalfStep | str | None = None,
         m_step: HalfStep | str | None = None,
+        steps: Iterable[Any] | None = None,
         schedule: str = "alternating",
         blocks: Any = None,
         backend: str = "eager",
         on_nonfinite: str = "raise",
     ) -> None:
         self.schedule = choose("schedule", schedule, ("alternating", "joint"))
-        self.e_step = _step("E", e_step)
-        self.m_step = _step("M", m_step)
+        if schedule == "joint" and steps is not None:
+            fail(
+                StepError,
+                "EM",
+                "make joint steps",
+                got="steps= with schedule='joint'",
+                because="a joint step updates all blocks at once, from one gradient",
+                fix="Leave one of the two out.",
+            )
+        self.phases = read_phases(e_step, m_step, steps)
         guide = _guide(model, guide, self.e_step)
         self._attach(
             model,
@@ -99,25 +119,35 @@ class EM(Inference):
             loss_and_grads,
             optimizers=self._optimizers(optim),
             blocks=blocks,
+            sides={phase.block: phase.side for phase in self.phases} | SIDES,
             backend=backend,
             on_nonfinite=on_nonfinite,
         )
-        self.engine.half_steps = {} if schedule == "joint" else {"E": self.e_step, "M": self.m_step}
+        self.engine.half_steps = {} if schedule == "joint" else {phase.key: phase.step for phase in self.phases}
+
+    @property
+    def e_step(self) -> HalfStep:
+        """The last E-step of an iteration, which `posterior` makes."""
+        return [phase.step for phase in self.phases if phase.slot == "E"][-1]
+
+    @property
+    def m_step(self) -> HalfStep:
+        """The first M-step of an iteration."""
+        return next(phase.step for phase in self.phases if phase.slot == "M")
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
-        own = {block: getattr(step, "optim", None) for block, step in self._slots.items()}
-        needed = [block for block in own if own[block] is None and self._takes_gradients(block)]
-        given = per_block(optim, "EM", needed) if isinstance(optim, Mapping) else {GUIDE: optim, MODEL: optim}
+        own: dict[str, Any] = {}
+        for phase in self.phases:
+            mine = getattr(phase.step, "optim", None)
+            own[phase.block] = own.get(phase.block) if mine is None else mine
+        needed = [p.block for p in self.phases if own[p.block] is None and self._takes_gradients(p)]
+        given = per_block(optim, "EM", needed, own) if isinstance(optim, Mapping) else dict.fromkeys(own, optim)
         chosen = {block: given[block] if own[block] is None else own[block] for block in own}
         return {block: BlockOptimizer(o) for block, o in chosen.items() if o is not None or block in needed}
 
-    @property
-    def _slots(self) -> dict[str, HalfStep]:
-        return {GUIDE: self.e_step, MODEL: self.m_step}
-
-    def _takes_gradients(self, block: str) -> bool:
-        return self.schedule == "joint" or hasattr(self._slots[block], "optim")
+    def _takes_gradients(self, phase: Phase) -> bool:
+        return self.schedule == "joint" or phase.takes_gradients
 
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Make one iteration and return minus the objective after E, before M, in nats.
@@ -126,25 +156,21 @@ class EM(Inference):
         """
         return self._iterate(args, kwargs).loss
 
-    def _iterate(self, args: tuple, kwargs: Mapping[str, Any], look: _Look | None = None) -> Record:
+    def _iterate(self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None) -> Record:
         if self.schedule == "joint":
             checkpoint.restore_waiting(self.engine, args, kwargs)
             found = self.engine.step(None, args, kwargs)
             return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
         self._prepare(args, kwargs)
-        engine = self.engine
-        state = self._initial(engine.state, args, kwargs)
-        before = look.before(args, kwargs) if look else math.nan
-        state, posterior, e = self.e_step.expect(engine, state, *args, **kwargs)
-        engine.steps = state.steps
-        between = look(posterior) if look else math.nan
-        state, m = self.m_step.maximise(engine, state, posterior, *args, **kwargs)
-        engine.steps = state.steps
-        gradients = [(GUIDE, g) for g in e.gradients] + [(MODEL, g) for g in m.gradients]
-        if look:
-            return Record(between, gradients, before, look(posterior))
-        between = m.first_loss if math.isnan(e.loss) else e.loss
-        return Record(between, gradients, e.first_loss)
+        state = self._initial(self.engine.state, args, kwargs)
+        seen = [look.before(args, kwargs)] if look else []
+        posterior, infos = None, []
+        for phase in self.phases:
+            state, posterior, info = phase.run(self.engine, state, posterior, args, kwargs)
+            self.engine.steps = state.steps
+            infos.append(info)
+            seen += [look(posterior)] if look else []
+        return summarised(self.phases, infos, seen)
 
     def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         checkpoint.restore_waiting(self.engine, args, kwargs)
@@ -155,19 +181,32 @@ class EM(Inference):
     def _evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
         """Return minus the objective after an exact E-step at the present theta."""
         state = self._initial(self.engine.state, args, kwargs)
+        phase = next(phase for phase in self.phases if phase.step is self.e_step)
         with quiet():
-            return self.e_step.expect(self.engine, state, *args, **kwargs)[2].loss
+            return phase.run(self.engine, state, None, args, kwargs)[2].loss
 
     @property
     def is_exact(self) -> bool:
-        """Whether both half-steps are exact, so that no iteration on the same data can lower the objective."""
-        return self.schedule == "alternating" and all(step.traits.exact for step in self._slots.values())
+        """Whether all half-steps are exact."""
+        return self._all(lambda traits: traits.exact)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no half-step draws, so that the objective is a function of the parameters."""
+        return self._all(lambda traits: traits.exact or traits.deterministic)
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether no iteration on the same data can lower the objective."""
+        return self.is_deterministic and self._all(lambda traits: traits.exact or traits.monotone)
+
+    def _all(self, holds: Callable[[Traits], bool]) -> bool:
+        return self.schedule == "alternating" and all(holds(phase.step.traits) for phase in self.phases)
 
     def _initial(self, state: State, args: tuple, kwargs: Mapping[str, Any]) -> State:
         """Let a half-step that has no state of its own yet make one."""
-        for slot, step in (("E", self.e_step), ("M", self.m_step)):
-            if slot not in state.steps:
-                state = state.with_own(slot, step.init(self.engine, state, *args, **kwargs))
+        for phase in self.phases:
+            state = phase.begin(self.engine, state, args, kwargs)
         return state
 
     def run(
@@ -177,6 +216,7 @@ class EM(Inference):
         stop: Any = "auto",
         on_decrease: str | None = None,
         accelerate: str | None = None,
+        batch_size: int | None = None,
         history: str = "light",
         n_init: int = 1,
         init: Callable[[int], Mapping[str, Tensor]] | None = None,
@@ -195,6 +235,9 @@ class EM(Inference):
                 ``"revert"`` to the parameters before. By default raise in float64 and warn in lower precision.
             accelerate: ``"squarem"``: each iteration is a cycle of three evaluations of the EM map
                 (`acceleration.Squarem`), for exact half-steps.
+            batch_size: Data per slice, at most: E-step and statistics are made slice by slice, and the update once,
+                with the result of the whole. That saves memory and, as temporaries fit into the cache, time. For an
+                exact E-step and M-steps in closed form; what is data, and what is verified: see `slices.Slices`.
             history: ``"light"`` costs no model run, and leaves what was not computed NaN; ``"full"`` evaluates the
                 objective before E, after E and after M on common random numbers.
             n_init: Starts; with more than one, see `restarts.run`. The table of all is ``fit.restarts``.
@@ -221,8 +264,12 @@ class EM(Inference):
             max_iter = 500
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
             stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
-        fixed = {"stop": stop, "on_decrease": on_decrease, "exact": self.is_exact, "evaluate": self._evaluate}
-        iterate = self._iterations(accelerate, history, args, options)
+        once = None if batch_size is None else Slices(self.engine, self.phases, self._prepare, batch_size)
+        self._refuse("batch_size", once is not None and (history == "full" or "data" in options))
+        fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
+        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
+        begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
+        iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
 
         def run(number: int | None, **changed: Any) -> Fit:
             fit = run_with(self.engine, iterate(), number, args, options | changed, **fixed)
@@ -230,12 +277,12 @@ class EM(Inference):
 
         if positive_int("EM.run", "n_init", n_init) == 1:
             if init is not None:
-                self._prepare(args, model_arguments(options))
+                begin()
                 assign(self.engine.parameters, init(options.get("seed") or 0))
             return run(max_iter)
-        self._refuse("n_init", "data" in options or any(map(self._takes_gradients, self._slots)))
+        self._refuse("n_init", "data" in options or any(map(self._takes_gradients, self.phases)))
         _refuse_checkpoint(n_init, options.get("checkpoint"))
-        self._prepare(args, model_arguments(options))
+        begin()
         return restarts.run(self.engine, run, max_iter, n_init, self._starts(init, args, options), options.get("seed"))
 
     def _starts(
@@ -251,19 +298,19 @@ class EM(Inference):
         return lambda number, seed: found(seed, params, *args, **kwargs) if number else None
 
     def _iterations(
-        self, accelerate: str | None, history: str, args: tuple, options: Mapping[str, Any]
+        self, accelerate: str | None, history: str, once: Callable[..., Record], begin: Callable, loader: bool
     ) -> Callable[[], Callable[[tuple, Mapping[str, Any]], Record]]:
-        """Return what makes the function of one iteration, anew for each run."""
+        """Return what makes the function of one iteration, anew for each run; `begin` sets up."""
         choose("history", history, ("light", "full"))
         if accelerate is not None:
             choose("accelerate", accelerate, ("squarem",))
-            self._refuse("accelerate", not self.is_exact or "data" in options)
-            self._prepare(args, model_arguments(options))
+            self._refuse("accelerate", not self.is_exact or loader)
+            begin()
             self._refuse("accelerate", self.engine.parameters.subsampled)
-            return lambda: Squarem(self.engine, self._iterate)
+            return lambda: Squarem(self.engine, once)
         if history == "full":
-            return lambda: _Full(self)
-        return lambda: self._iterate
+            return lambda: FullHistory(self.engine, once)
+        return lambda: once
 
     def _refuse(self, option: str, misfit: bool) -> None:
         if misfit:
@@ -271,7 +318,7 @@ class EM(Inference):
                 StepError,
                 "EM",
                 f"run with {option}",
-                got=f"e_step={self.e_step!r}, m_step={self.m_step!r}",
+                got=f"phases {list(self.phases)}",
                 because="it takes half-steps without gradients, and all data as arguments",
                 fix=f"Leave {option} out, or use steps such as steps.Enumerated() and steps.ClosedForm(...).",
             )
@@ -295,80 +342,7 @@ class EM(Inference):
             raise
 
     def _check_blocks(self) -> None:
-        rows = self.engine.parameters.rows
-        shared = [row.name for row in rows if row.block == SHARED]
-        if shared:
-            fail(
-                BlockError,
-                "EM",
-                f"assign {shared[0]!r} to a block",
-                got=f"{len(shared)} parameters that move both log q and log p: {shared[:5]}",
-                because="each half-step changes its own block only",
-                fix=f'Write blocks={{"{shared[0]}": "model"}}, blocks="local/global", or schedule="joint".',
-            )
-        for block, what in ((GUIDE, "guide"), (MODEL, "model")):
-            if self._takes_gradients(block) and not any(row.block == block for row in rows):
-                fail(
-                    BlockError,
-                    "EM",
-                    f"make {'an E' if block == GUIDE else 'an M'}-step",
-                    got=f"a {what} without parameters of its own",
-                    because="a half-step has to have something to change",
-                    fix='Write blocks="local/global" to split the guide\'s parameters, or use SVI.',
-                )
-        memory = {row.leaf.data_ptr(): row.name for row in rows if row.block == MODEL and row.leaf.numel()}
-        for row in rows:
-            if row.block == GUIDE and row.leaf.data_ptr() in memory:
-                fail(
-                    BlockError,
-                    "EM",
-                    f"change {row.name!r} in an E-step",
-                    got=f"the same memory as {memory[row.leaf.data_ptr()]!r} of the model",
-                    because="each half-step changes its own block only",
-                    fix="Start it from a copy: .clone() (in an autoguide: "
-                    "init_loc_fn=lambda site: init_to_mean(site).clone()).",
-                )
-
-
-class _Look:
-    r"""The loss of a posterior at the present parameters, on common random numbers; changes nothing."""
-
-    def __init__(self, engine: Engine, num_particles: int = 100) -> None:
-        self.engine, self.num_particles = engine, num_particles
-        self.last = math.nan
-
-    def before(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
-        """Return the loss before E: of the guide as it stands, or what the last iteration left."""
-        if isinstance(self.engine.guide, PosteriorGuide):
-            return self.last
-        return self(GuidePosterior(self.engine.model, self.engine.guide, args, kwargs))
-
-    def __call__(self, posterior: Posterior) -> float:
-        with quiet(seed=0), torch.no_grad():
-            if isinstance(posterior, GuidePosterior):
-                loss = self.engine.loss if hasattr(self.engine.loss, "loss") else MonteCarloELBO()
-                self.last = float(loss.loss(self.engine.model, self.engine.guide, *posterior.args, **posterior.kwargs))
-            else:
-                self.last = -float(posterior.expected_log_joint(self.num_particles)) - posterior.entropy
-        return self.last
-
-
-class _Full:
-    """Iterations with the objective before E, after E and after M."""
-
-    def __init__(self, em: EM) -> None:
-        self.iterate, self.look = em._iterate, _Look(em.engine)
-
-    def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
-        return self.iterate(args, kwargs, look=self.look)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the loss that the last iteration left."""
-        return {"last": self.look.last}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from the loss that the last iteration of a run that was cut left."""
-        self.look.last = state["last"]
+        check_blocks(self.phases, self.engine.parameters, [p.block for p in self.phases if self._takes_gradients(p)])
 
 
 def _refuse_checkpoint(n_init: int, path: Any) -> None:
@@ -398,17 +372,3 @@ def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callabl
             fix="Write EM(model, guide, ...), or an E-step that needs none, such as e_step=steps.Enumerated().",
         )
     return PosteriorGuide(lambda args, kwargs: e_step.infer(model, args, kwargs))
-
-
-def _step(slot: str, step: HalfStep | str | None) -> HalfStep:
-    step = Gradient() if step is None else create("step", step)
-    if not isinstance(step, HalfStep) or slot not in step.traits.slots:
-        fail(
-            StepError,
-            "EM",
-            f"use {step!r} as its {slot}-step",
-            got=type(step).__name__,
-            because=f"it takes a half-step that fits slot {slot}",
-            fix=f"Write {slot.lower()}_step=steps.Gradient().",
-        )
-    return step

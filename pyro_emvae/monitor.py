@@ -16,7 +16,6 @@ from torch import Tensor
 from ._checks import EmvaeError, StepError, fail, message, nearest
 from .convergence import Deterministic, Verdict
 from .engine import Engine, choose
-from .parameters import MODEL
 
 __all__ = ["Monitor"]
 
@@ -29,15 +28,25 @@ class Monitor:
 
     Args:
         engine: What the iterations change.
-        stop: A rule of `convergence`, None, or ``"auto"``: `Deterministic()` where `exact` holds.
+        stop: A rule of `convergence`, None, or ``"auto"``: `Deterministic()` where `fixed` holds.
         on_decrease: ``"raise"``, ``"warn"`` or ``"revert"``; None: raise in float64, warn in lower precision.
-        exact: Both half-steps are exact and the data are the same in each iteration, so the objective cannot go down.
+        fixed: No half-step draws and the data are the same in each iteration, so that the objective has no noise.
         track: Names of parameters whose constrained values are kept.
+        monotone: Nor can a half-step lower it.
 
     A decrease is one beyond rounding: more than the square root of the dtype's rounding unit, in nats per datum.
     """
 
-    def __init__(self, engine: Engine, stop: Any, on_decrease: str | None, exact: bool, track: list[str]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        stop: Any,
+        on_decrease: str | None,
+        fixed: bool,
+        track: list[str],
+        *,
+        monotone: bool = False,
+    ) -> None:
         if on_decrease is not None:
             choose("on_decrease", on_decrease, ("raise", "warn", "revert"))
         if stop is not None and stop != "auto" and not hasattr(stop, "judge"):
@@ -49,7 +58,8 @@ class Monitor:
                 because="a stopping rule is an object that judges",
                 fix="Write stop=convergence.Deterministic(tol=1e-6), stop=convergence.Windowed(), or stop=None.",
             )
-        self.engine, self.stop, self.policy, self.exact, self.track = engine, stop, on_decrease, exact, track
+        self.engine, self.stop, self.policy, self.track = engine, stop, on_decrease, track
+        self.fixed, self.rises = fixed, monotone
         self.tracked: dict[str, list[np.ndarray]] = {}
         self.objectives: list[float] = []
         self.changes: list[float] = []
@@ -116,7 +126,7 @@ class Monitor:
 
     def end(self, status: str, objective: float) -> tuple[str, float]:
         """Return the status of the run and the objective, given that at its last parameters."""
-        if status in ENDS and self.objectives and self._fell(self.objectives[-1], objective):
+        if self.monotone and status in ENDS and self.objectives and self._fell(self.objectives[-1], objective):
             status = self._decrease(self.objectives[-1], objective, -2) or status
             objective = self.objectives[-1] if status == "REVERTED" else objective
         return "DECREASED" if self.decreased and status in ENDS else status, objective
@@ -148,24 +158,33 @@ class Monitor:
     # Judging --------------------------------------------------------------------------------------------------------
 
     @property
-    def monotone(self) -> bool:
-        """Whether the objective is computed without noise and cannot go down."""
+    def deterministic(self) -> bool:
+        """Whether the objective is computed without noise."""
         parameters = self.engine.parameters
-        return self.exact and parameters is not None and not parameters.subsampled
+        return self.fixed and parameters is not None and not parameters.subsampled
+
+    @property
+    def monotone(self) -> bool:
+        """Whether it cannot go down either."""
+        return self.rises and self.deterministic
 
     @property
     def rule(self) -> Any:
         """The rule in force."""
         if self.stop != "auto":
             return self.stop
-        return Deterministic() if self.monotone else None
+        return Deterministic() if self.deterministic else None
 
     @property
     def _copies(self) -> bool:
         """Whether anything is asked of the parameters of each iteration."""
         limit = getattr(self.rule, "max_parameters", math.inf)
-        few = sum(leaf.numel() for leaf in self.engine.parameters.leaves(MODEL).values()) <= limit
+        few = sum(leaf.numel() for leaf in self._theta.values()) <= limit
         return self.monotone or (self.rule is not None and few)
+
+    @property
+    def _theta(self) -> dict[str, Tensor]:
+        return self.engine.parameters.leaves(*self.engine.parameters.theta)
 
     @property
     def _epsilon(self) -> float:
@@ -196,7 +215,7 @@ class Monitor:
     def _parameters(self, rule: Any) -> np.ndarray | None:
         """Return the model's last unconstrained parameters as rows, where the rule asks for them."""
         limit, span = getattr(rule, "max_parameters", 0), getattr(rule, "span", 0)
-        names = self.engine.parameters.leaves(MODEL)
+        names = self._theta
         if not names or sum(leaf.numel() for leaf in names.values()) > limit:
             return None
         self._flat.append(torch.cat([self._last[-1][0][n].flatten() for n in names]).double().cpu().numpy())

@@ -28,6 +28,7 @@ from .particles import Particles, draw, quiet
 __all__ = ["Buffer", "Parameters", "Row", "assign", "capture", "discover", "substitute"]
 
 GUIDE, MODEL, SHARED, UNUSED = "guide", "model", "shared", "unused"
+SIDES = {GUIDE: GUIDE, MODEL: MODEL}
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Parameters:
     """All parameters and buffers of a pair of model and guide, by block.
 
     ``num_data`` is the full size of the largest plate with an observed site, 1 without plates; ``subsampled`` is
-    whether a plate held a part of its data.
+    whether a plate held a part of its data. ``sides`` says of each block whether it is part of phi (``"guide"``) or of
+    theta (``"model"``).
     """
 
     rows: tuple[Row, ...]
@@ -76,6 +78,12 @@ class Parameters:
     sites: Mapping[str, str] = field(default_factory=dict, repr=False)
     num_data: int = 1
     subsampled: bool = False
+    sides: Mapping[str, str] = field(default_factory=lambda: SIDES, repr=False)
+
+    @property
+    def theta(self) -> tuple[str, ...]:
+        """The blocks of the model's side."""
+        return tuple(block for block, side in self.sides.items() if side == MODEL)
 
     def leaves(self, *blocks: str) -> dict[str, Tensor]:
         """Return the unconstrained leaves of the given blocks (all in use by default), by name."""
@@ -153,6 +161,7 @@ def discover(
     kwargs: Mapping[str, Any] | None = None,
     *,
     blocks: Any = None,
+    sides: Mapping[str, str] = SIDES,
 ) -> Parameters:
     r"""Find every parameter and buffer of model and guide and the block that owns it.
 
@@ -163,6 +172,7 @@ def discover(
             data's plates are ``"guide"``, all else ``"model"``; a mapping from name or regular expression to block (a
             name goes before a pattern, the first pattern that fits before the others); a regular expression of the
             guide's names; or a callable of name and leaf.
+        sides: The blocks that there are, and the side of each.
 
     Returns:
         The blocks. A parameter that moves both is ``"shared"``, one that moves neither ``"unused"``.
@@ -179,15 +189,15 @@ def discover(
     named = _named_leaves(model, guide, particles)
     rows = _classify(named, particles)
     if blocks is not None and blocks != "model/guide":
-        rows = _override(rows, particles, blocks)
+        rows = _override(rows, particles, blocks, sides)
     owners = _owners(model, guide, spy, rows)
     stored = frozenset(r.name for r in rows if leaf_of(r.name) is r.leaf)
     sites = dict.fromkeys(particles.guide, "latent") | dict.fromkeys(particles.observed, "observed")
     frames = [frame for site in particles.observed.values() for frame in site.frames]
     num_data = max([frame.full_size or frame.size for frame in frames], default=1)
     subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
-    buffers = tuple(_buffers(spy, rows))
-    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, sites, num_data, subsampled)
+    buffers = tuple(_buffers(spy, rows, sides))
+    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, sites, num_data, subsampled, sides)
 
 
 def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:
@@ -381,7 +391,7 @@ def _point_masses(particles: Particles, cuts: list[tuple[Tensor, Tensor]]) -> di
 
 
 @torch.enable_grad()
-def _override(rows: list[Row], particles: Particles, blocks: Any) -> list[Row]:
+def _override(rows: list[Row], particles: Particles, blocks: Any, sides: Mapping[str, str]) -> list[Row]:
     if blocks == "local/global":
         local = local_plates(particles)
         cuts = {id(leaf): drawn for run in particles.cuts for drawn, leaf in run}
@@ -406,14 +416,16 @@ def _override(rows: list[Row], particles: Particles, blocks: Any) -> list[Row]:
             fix='Write blocks="local/global", or blocks={"encoder.*": "guide"}.',
         )
     for name, block in choose.items():
-        if block not in (GUIDE, MODEL, UNUSED, SHARED):
+        if block not in (*sides, UNUSED, SHARED):
+            known = " and ".join(map(repr, sides)) if len(sides) == 2 else ", ".join(map(repr, sides))
             fail(
                 BlockError,
                 "EM",
                 f"put {name!r} into a block",
                 got=repr(block),
-                because="there are the blocks 'guide' and 'model', and 'unused' for what stays as it is",
-                fix=f'Write blocks={{"{name}": "guide"}}.',
+                because=f"there are the blocks {known}, and 'unused' for what stays as it is",
+                fix=f'Write blocks={{"{name}": "guide"}}, or give the block a phase: EM(..., steps=[..., ("decoder", '
+                "steps.Gradient())]).",
             )
     return [replace(r, block=choose[r.name], why=why) if r.name in choose else r for r in rows]
 
@@ -472,12 +484,14 @@ class _Spy:
         self.handle.remove()
 
 
-def _buffers(spy: _Spy, rows: list[Row]) -> list[Buffer]:
+def _buffers(spy: _Spy, rows: list[Row], sides: Mapping[str, str]) -> list[Buffer]:
     block_of = {id(r.leaf): r.block for r in rows}
     found = []
-    for module, sides in spy.called.items():
-        own = {block_of.get(id(p)) for p in module._parameters.values()} & {GUIDE, MODEL, SHARED}
-        options = own or sides
+    for module, called in spy.called.items():
+        own = {block_of.get(id(p)) for p in module._parameters.values()} & {*sides, SHARED}
+        options = own or called
+        if len(options) > 1 and all(sides.get(block) == MODEL for block in options):
+            options = {MODEL}
         block = next(iter(options)) if len(options) == 1 else SHARED
         keys = [k for k, v in module._buffers.items() if v is not None]
         found += [Buffer(module, k, block, (module, k) in spy.moved) for k in keys]

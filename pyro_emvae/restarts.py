@@ -13,7 +13,7 @@ from torch import Tensor
 from ._checks import DegenerateError, StepError
 from .driver import Fit
 from .engine import Engine
-from .parameters import MODEL, assign
+from .parameters import assign
 
 __all__ = ["run"]
 
@@ -144,11 +144,11 @@ def _go_on(engine: Engine, start: _Start, iterate: Callable[..., Fit], number: i
 
 
 def _read(engine: Engine) -> dict[str, Tensor]:
-    return {name: leaf.detach().clone() for name, leaf in engine.parameters.leaves(MODEL).items()}
+    return {name: leaf.detach().clone() for name, leaf in engine.parameters.leaves(*engine.parameters.theta).items()}
 
 
 def _write(engine: Engine, start: _Start) -> None:
-    live = engine.parameters.leaves(MODEL)
+    live = engine.parameters.leaves(*engine.parameters.theta)
     with torch.no_grad():
         for name, leaf in start.leaves.items():
             live[name].copy_(leaf)

@@ -176,9 +176,14 @@ class SVI(Inference):
         return dataclasses.replace(run_with(self.engine, self._iterate, num_steps, args, options), inference=self)
 
 
-def per_block(optim: Mapping[str, Any], owner: str = "SVI", needed: Iterable[str] = (GUIDE, MODEL)) -> dict[str, Any]:
+def per_block(
+    optim: Mapping[str, Any],
+    owner: str = "SVI",
+    needed: Iterable[str] = (GUIDE, MODEL),
+    blocks: Iterable[str] = (GUIDE, MODEL),
+) -> dict[str, Any]:
     """Return the optimizer of each block, None where there is none and none is needed; other keys are refused."""
-    unknown = [key for key in optim if key not in (GUIDE, MODEL)]
+    unknown = [key for key in optim if key not in blocks]
     if unknown:
         fail(
             OptimizerError,
@@ -198,7 +203,7 @@ def per_block(optim: Mapping[str, Any], owner: str = "SVI", needed: Iterable[str
             because="a mapping names the optimizer of each block that takes gradient steps",
             fix='Write {"guide": ..., "model": pyro.optim.Adam({"lr": 1e-3})}, or one optimizer for both blocks.',
         )
-    return {block: optim.get(block) for block in (GUIDE, MODEL)}
+    return {block: optim.get(block) for block in blocks}
 
 
 OPTIONS = (

@@ -206,6 +206,17 @@ def textbook() -> EM:
     return EM(mixture, e_step=steps.Enumerated(), m_step=closed_form())
 
 
+def three_phases() -> EM:
+    """Phases over three blocks, the last two with averages and with momentum of their own."""
+
+    def weights(s: dict, params: dict) -> dict:
+        return {"weights": s["n"] / s["n"].sum()}
+
+    averaged = steps.Averaged(steps.ClosedForm(closed_form().statistics, weights))
+    phases = [("guide", steps.Gradient(2)), ("model", averaged), ("means", steps.Gradient())]
+    return EM(mixture, mixture_guide, adam(), decaying(), steps=phases, blocks={"means": "means", "slopes": "guide"})
+
+
 def decaying(**options: Any) -> MonteCarloELBO:
     return MonteCarloELBO(estimator=estimators.DecayingAverage(0.7), **options)
 
@@ -288,6 +299,7 @@ JOBS = {
     "graph_batch_norm": Job(lambda: autoencoder(EM, backend="graph"), lambda: X),
     "graph_decaying": Job(lambda: SVI(mixture, mixture_guide, adam(), decaying(), backend="graph")),
     "textbook": Job(textbook),
+    "three_phases": Job(three_phases, options=lambda em: {"history": "full"}),
     "converging": Job(textbook, total=40),
     "to_be_accelerated": Job(textbook, total=8, options=lambda em: {"accelerate": "squarem", "track": ["means"]}),
     "accelerated": Job(textbook, total=4, options=lambda em: {"accelerate": "squarem"}),
@@ -519,7 +531,16 @@ def test_killed_at_every_place(tmp_path, name):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
-STEP_JOBS = ["textbook", "own_state", "own_steps", "counts", *registered("E"), *registered("M"), *sampled()]
+STEP_JOBS = [
+    "textbook",
+    "three_phases",
+    "own_state",
+    "own_steps",
+    "counts",
+    *registered("E"),
+    *registered("M"),
+    *sampled(),
+]
 
 
 @in_new_processes
@@ -864,7 +885,7 @@ def test_seed_is_not_drawn_from_again(tmp_path):
     [
         ("textbook", "accelerated", "history.iterate: none in the file, Squarem here"),
         ("accelerated", "textbook", "history.iterate: Squarem in the file, none here"),
-        ("accelerated", "full_history", "history.iterate: Squarem in the file, _Full here"),
+        ("accelerated", "full_history", "history.iterate: Squarem in the file, FullHistory here"),
         ("by_hmc", "by_nuts", "E-step: MonteCarlo by HMC in the file, MonteCarlo by NUTS here"),
     ],
 )

@@ -373,8 +373,8 @@ def test_when_all_starts_are_degenerate_the_fit_says_so():
 
 
 def test_an_update_at_the_boundary_is_degenerate():
-    em = schools_em()
-    em.m_step = Update(lambda q, y: {"mu": y.mean(), "tau": y.mean() * 0})
+    update = Update(lambda q, y: {"mu": y.mean(), "tau": y.mean() * 0})
+    em = EM(schools, schools_guide, None, e_step=schools_em().e_step, m_step=update)
     fit = em.run(SCHOOLS)
     assert fit.status == "DEGENERATE" and "boundary" in fit.verdict.reason
     assert float(fit.params["tau"]) == pytest.approx(10.0) and float(fit.params["mu"]) == 0.0

@@ -3,7 +3,7 @@ r"""The arguments of a step: what may be given, and what a recording depends on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from .._checks import DataError, EmvaeError, RecordingError, fail
 
-__all__ = ["fitting_data", "signature", "tensors_of"]
+__all__ = ["fitting_data", "map_tensors", "signature", "tensors_of"]
 
 
 MISFITS = ("inside plate", "must match the size of tensor")
@@ -73,3 +73,8 @@ def _describe(x: Any, place: int) -> tuple:
 
 def tensors_of(args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:
     return [x for x in pytree.tree_leaves((args, dict(kwargs))) if isinstance(x, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], args: tuple, kwargs: Mapping[str, Any]) -> tuple[tuple, dict]:
+    """Return the arguments with a function applied to every tensor, however nested."""
+    return pytree.tree_map(lambda x: function(x) if isinstance(x, Tensor) else x, (args, dict(kwargs)))

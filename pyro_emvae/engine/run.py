@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest, require_data
 from ..loss import MonteCarloELBO, States, raise_non_finite, remember
 from ..optimizers import BlockOptimizer
-from ..parameters import GUIDE, MODEL, SHARED, Buffer, Parameters, discover, is_wrapped
+from ..parameters import GUIDE, MODEL, SHARED, SIDES, Buffer, Parameters, discover, is_wrapped
 from ..particles import ModuleWatch, quiet
 from .data import fitting_data, signature
 from .gradients import Gradient, gradient
@@ -61,7 +61,7 @@ class Engine:
         optimizers: A `BlockOptimizer` per block, or one under the key None for everything.
         backend: ``"eager"`` or ``"graph"``.
         loss_and_grads: Called in place of the loss's own.
-        blocks: See `parameters.discover`.
+        blocks, sides: See `parameters.discover`.
         on_nonfinite: ``"raise"``; ``"skip"`` leaves out the update; ``"revert"`` also goes back to the state before
             the last update.
     """
@@ -76,12 +76,13 @@ class Engine:
         backend: str = "eager",
         loss_and_grads: Callable | None = None,
         blocks: Any = None,
+        sides: Mapping[str, str] = SIDES,
         on_nonfinite: str = "raise",
     ) -> None:
         choose("backend", backend, BACKENDS)
         self.model, self.guide, self.loss = model, guide, loss
         self.optimizers, self.backend, self.loss_and_grads = optimizers, backend, loss_and_grads
-        self.blocks, self.on_nonfinite = blocks, on_nonfinite
+        self.blocks, self.sides, self.on_nonfinite = blocks, sides, on_nonfinite
         self.parameters: Parameters | None = None
         self.count = self.skipped = 0
         self.steps: dict[str, dict[str, Any]] = {}
@@ -109,7 +110,7 @@ class Engine:
         """
         if self.parameters is None:
             with fitting_data(args, kwargs):
-                self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks)
+                self.parameters = discover(self.model, self.guide, args, kwargs, blocks=self.blocks, sides=self.sides)
             if self.on_setup is not None:
                 self.on_setup()
         return self.parameters
@@ -277,7 +278,7 @@ class Engine:
         except BaseException:
             _put_back(held)
             raise
-        _put_back([item for item in held if item[0].block in OTHERS[block]])
+        _put_back([] if block is None else [item for item in held if _owner(item[0]) != block])
 
     def _snapshot(self) -> tuple:
         params = [(p, p.detach().clone()) for p in self.parameters.leaves().values()]
@@ -351,7 +352,9 @@ class Engine:
         )
 
 
-OTHERS = {None: (), GUIDE: (MODEL,), MODEL: (GUIDE, SHARED)}
+def _owner(buffer: Buffer) -> str:
+    """Return the block whose steps move a buffer: what both sides call is moved by the guide's."""
+    return GUIDE if buffer.block == SHARED else buffer.block
 
 
 def _put_back(held: list[tuple[Buffer, Tensor, Tensor]]) -> None:

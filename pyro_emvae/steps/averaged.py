@@ -105,7 +105,7 @@ class Averaged(HalfStep):
         t = int(own[COUNT]) + 1
         statistics = self._average(_named(own, STATISTIC), self.m_step.summarize(posterior, *args, **kwargs), t)
         if t >= self.first_update:
-            self.m_step.commit(problem, statistics)
+            self.m_step.commit(problem, statistics, *args, **kwargs)
         means = self._means(problem, _named(own, MEAN), t)
         new = {COUNT: torch.tensor(t)} | _prefixed(statistics, STATISTIC) | _prefixed(means, MEAN)
         return state.with_own("M", new), Info()
@@ -195,7 +195,7 @@ class Damped(HalfStep):
         self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
     ) -> tuple[State, Info]:
         before = {row.name: row.leaf.detach().clone() for row in _rows(problem)}
-        written = self.m_step.commit(problem, self.m_step.summarize(posterior, *args, **kwargs))
+        written = self.m_step.commit(problem, self.m_step.summarize(posterior, *args, **kwargs), *args, **kwargs)
         for row in _rows(problem):
             if row.name in written:
                 row.leaf.copy_(torch.lerp(before[row.name], row.leaf, self.factor))

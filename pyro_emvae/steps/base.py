@@ -2,10 +2,12 @@ r"""The contract of a half-step of EM."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
@@ -15,14 +17,17 @@ from ..posterior import Posterior
 
 __all__ = ["HalfStep", "Info"]
 
+SUMMARIES = {"ess": ("min", "median"), "acceptance": ("min", "mean"), "khat": ("median", "max")}
+
 
 class Info(NamedTuple):
     """What a half-step did: the gradient steps that it took, in order (empty for an exact step).
 
     ``loss`` is minus the objective after E and before M (nats), from a step that knows it without a gradient, as an
-    exact E-step does; from one that weighs draws, its estimate. Diagnostics of drawn posteriors, per datum: ``ess``,
+    exact E-step does; from one that weighs draws, its estimate. ``kind`` is what the objective is (`history.KINDS`):
+    of draws without log q it is ``"Q"``, the mean of log p alone. Diagnostics of drawn posteriors, per datum: ``ess``,
     the effective number of draws, ``acceptance``, the chains' mean acceptance probability, and ``khat``, the tail index
-    of importance weights.
+    of importance weights; and ``num_particles``, the draws per datum.
     """
 
     gradients: tuple[Gradient, ...] = ()
@@ -30,11 +35,22 @@ class Info(NamedTuple):
     ess: Tensor | float = float("nan")
     acceptance: Tensor | float = float("nan")
     khat: Tensor | float = float("nan")
+    kind: str = "elbo"
+    num_particles: float = float("nan")
 
     @property
     def first_loss(self) -> float:
         """The loss (nats) before the half-step, from its first draws; NaN if it was not computed."""
         return self.gradients[0].loss if self.gradients else float("nan")
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The diagnostics, summarised over the data: what is good by its least, what is bad by its largest value."""
+        found = {"num_particles": float(self.num_particles)}
+        for name, summaries in SUMMARIES.items():
+            values = torch.as_tensor(getattr(self, name), dtype=torch.float64).flatten()
+            found |= {f"{name}_{summary}": float(getattr(values, summary)()) for summary in summaries}
+        return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 class HalfStep(ABC):

@@ -2,7 +2,9 @@ r"""The M-step in closed form, from expected complete-data statistics."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,7 @@ from ..parameters import MODEL, assign
 from ..posterior import Posterior, Support
 from .base import HalfStep, Info
 
-__all__ = ["ClosedForm", "total", "total_of"]
+__all__ = ["ClosedForm", "Summed", "total", "total_of"]
 
 
 def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -58,6 +60,13 @@ def total_of(
     return total(statistics, support, *args, **kwargs)
 
 
+@dataclass(frozen=True)
+class Summed:
+    """What is left of a posterior that was found slice by slice: for each `ClosedForm`, by its id, its statistics."""
+
+    totals: Mapping[int, dict[str, Tensor]]
+
+
 class ClosedForm(HalfStep):
     r"""Theta from the posterior expectation of sufficient statistics.
 
@@ -70,7 +79,9 @@ class ClosedForm(HalfStep):
             1 at S; an outer product of vectors may be a `posterior.Outer`. Their expectation, and its sum over the
             plates with scale and mask, is taken for you.
         update: ``update(statistics, params) -> dict[str, Tensor]``: the sums, and the model's present parameters;
-            returns new values in constrained space, of all parameters or of some.
+            returns new values in constrained space, of all parameters or of some. Any further argument of it that has
+            the name of one of the model's is given the model's, such as the data of the call in
+            ``update(statistics, params, x)``; ``**kwargs`` takes the model's keyword arguments.
         num_particles: Draws, after an E-step that has to draw.
         start: ``start(seed, params, *args, **kwargs) -> dict[str, Tensor]``: initial values found from the data, for
             the starts of ``EM.run(..., n_init=10)``; constrained.
@@ -78,7 +89,8 @@ class ClosedForm(HalfStep):
     Values are written in place, so optimizers keep their state.
 
     Raises:
-        StepError: `update` names a parameter that is none of the model's.
+        StepError: `update` names a parameter that is none of the model's, or asks for an argument that the model was
+            not given.
         ModelError: It returns a value of another shape, outside its constraint, or not finite.
         DegenerateError: It returns a value at the boundary of its constraint, or meets a singular matrix.
 
@@ -112,19 +124,29 @@ class ClosedForm(HalfStep):
     def maximise(
         self, problem: Engine, state: State, posterior: Posterior, *args: Any, **kwargs: Any
     ) -> tuple[State, Info]:
-        self.commit(problem, self.summarize(posterior, *args, **kwargs))
+        self.commit(problem, self.summarize(posterior, *args, **kwargs), *args, **kwargs)
         return state, Info()
 
     @torch.no_grad()
     def summarize(self, posterior: Posterior, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the posterior expectation of the statistics, summed over the data with scale and mask."""
+        if isinstance(posterior, Summed):
+            return posterior.totals[id(self)]
         return total_of(self.statistics, posterior, self.num_particles, *args, **kwargs)
 
     @torch.no_grad()
-    def commit(self, problem: Engine, totals: Mapping[str, Tensor]) -> tuple[str, ...]:
-        """Write what `update` makes of the sums into theta, in place; return the names of what was written."""
-        rows = {row.name: row for row in problem.parameters.rows if row.block == MODEL}
-        new = self._updated(dict(totals), {name: row.value.detach() for name, row in rows.items()})
+    def commit(self, problem: Engine, totals: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Write what `update` makes of the sums into theta, in place; return the names of what was written.
+
+        Args:
+            problem: The engine.
+            totals: What `summarize` returned, or the sum of what it returned on slices of the data.
+            args, kwargs: The model's, for an `update` that takes them.
+        """
+        theta = [row for row in problem.parameters.rows if row.block in problem.parameters.theta]
+        rows = {row.name: row for row in theta if row.block == MODEL}
+        params = {row.name: row.value.detach() for row in theta}
+        new = self._updated(dict(totals), params, _asked(self.update, problem.model, args, kwargs))
         unknown = [name for name in new if name not in rows]
         if unknown:
             fail(
@@ -138,9 +160,11 @@ class ClosedForm(HalfStep):
         assign(problem.parameters, new)
         return tuple(new)
 
-    def _updated(self, totals: dict[str, Tensor], params: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def _updated(
+        self, totals: dict[str, Tensor], params: dict[str, Tensor], asked: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
         try:
-            return self.update(totals, params)
+            return self.update(totals, params, **asked)
         except torch.linalg.LinAlgError as error:
             fail(
                 DegenerateError,
@@ -151,6 +175,54 @@ class ClosedForm(HalfStep):
                 fix="Start elsewhere, or bound the update.",
                 cause=error,
             )
+
+
+def _asked(update: Callable, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those of the model's arguments that `update` takes, by name."""
+    wanted = list(_signature(update).parameters.values())[2:]
+    if not wanted:
+        return {}
+    given = _named_arguments(model, args, kwargs)
+    found = dict(kwargs) if any(p.kind is p.VAR_KEYWORD for p in wanted) else {}
+    for parameter in wanted:
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.name in given:
+            found[parameter.name] = given[parameter.name]
+        elif parameter.default is parameter.empty:
+            fail(
+                StepError,
+                "steps.ClosedForm",
+                f"call `update` with its argument {parameter.name!r}",
+                got=f"a model that was given {', '.join(map(repr, given)) or 'no arguments'}",
+                because="beyond the statistics and the parameters it gets the model's arguments, by name",
+                fix=nearest(parameter.name, given),
+            )
+    return found
+
+
+def _named_arguments(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call of the model by the names in its signature."""
+    signature = _signature(getattr(model, "forward", model))
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError:  # a model behind handlers whose signature is not its own
+        return dict(kwargs)
+    bound.apply_defaults()
+    found = dict(bound.arguments)
+    for parameter in signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            found |= found.pop(parameter.name)
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            found.pop(parameter.name)
+    return found
+
+
+def _signature(function: Callable) -> inspect.Signature:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin without one
+        return inspect.Signature()
 
 
 register(

@@ -44,7 +44,7 @@ class Laplace(HalfStep):
         Laplace(max_iter=20, tol=1e-10)
     """
 
-    traits: ClassVar[Traits] = Traits(slots=("E",), latents="continuous", stateful=True)
+    traits: ClassVar[Traits] = Traits(slots=("E",), latents="continuous", stateful=True, deterministic=True)
 
     def __init__(self, max_iter: int = 50, tol: float = 1e-10) -> None:
         self.max_iter = positive_int("steps.Laplace", "max_iter", max_iter)
@@ -71,7 +71,7 @@ class Laplace(HalfStep):
         with keep_buffers():
             posterior = self._mode(problem.model, args, kwargs, state.steps.get("E", {}))
         own = {"data": _fingerprint(posterior), **posterior.joint.join(posterior.mean)}
-        return state.with_own("E", own), posterior, Info(loss=-posterior.log_evidence)
+        return state.with_own("E", own), posterior, Info(loss=-posterior.log_evidence, kind="approximation")
 
     def _mode(
         self, model: Callable, args: tuple, kwargs: Mapping[str, Any], last: Mapping[str, Tensor]

@@ -51,8 +51,8 @@ class MonteCarlo(HalfStep):
     `infer`, that is `EM.posterior` and the guide of an EM without one, starts fresh chains from a fixed seed: theta and
     data determine the draws. They are kept until one of both changes.
 
-    Objective: with weights, the lower bound of importance sampling (its estimate is ``-Info.loss``). Chains have none;
-    the ELBO is then NaN.
+    Objective: with weights, the lower bound of importance sampling (its estimate is ``-Info.loss``). Chains have none:
+    what is recorded is $Q=E[\log p_\theta(x,z)]$, labelled so (``objective_kind``), and the ELBO is NaN.
 
     Raises:
         EmvaeError: An unknown sampler or option.
@@ -88,8 +88,19 @@ class MonteCarlo(HalfStep):
             else:
                 draws, own = self._continue(target, own)
                 state = state.with_own("E", own)
-        info = Info(loss=-draws.log_evidence, ess=draws.ess, acceptance=draws.acceptance, khat=draws.khat)
-        return state, self._posterior(target, draws), info
+            posterior = self._posterior(target, draws)
+            info = self._info(draws, posterior)
+        return state, posterior, info
+
+    def _info(self, draws: Draws, posterior: SamplesPosterior) -> Info:
+        """Return the diagnostics, and the objective: of draws without log q it is Q, at one run of the model."""
+        found = {"ess": draws.ess, "acceptance": draws.acceptance, "khat": draws.khat}
+        count = len(next(iter(draws.values.values())))
+        if not math.isnan(draws.log_evidence):
+            return Info(loss=-draws.log_evidence, num_particles=count, **found)
+        with torch.no_grad():
+            expected = float(posterior.expected_log_joint())
+        return Info(loss=-expected, kind="Q", num_particles=count, **found)
 
     def infer(
         self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: Callable | None = None

@@ -13,7 +13,7 @@ from torch.distributions import transform_to
 
 from .._checks import EmvaeError, fail
 from ..driver import Fit
-from ..parameters import MODEL, Parameters, Row, substitute
+from ..parameters import Parameters, Row, substitute
 from ..particles import quiet
 
 __all__ = ["MAX_COORDINATES", "Coordinates", "coordinates"]
@@ -84,7 +84,7 @@ def coordinates(fit: Fit) -> Coordinates:
             "the E-step is run at the fit's values",
             "Pass what em.run(...) returned, before the same EM is used with another model or other parameters.",
         )
-    rows = tuple(row for row in parameters.rows if fit.blocks.get(row.name) == MODEL)
+    rows = tuple(row for row in parameters.rows if fit.blocks.get(row.name) in parameters.theta)
     number = sum(row.leaf.numel() for row in rows)
     if not 1 <= number <= MAX_COORDINATES:
         _refuse(
@@ -94,7 +94,7 @@ def coordinates(fit: Fit) -> Coordinates:
             "Fix what needs no standard error, such as a network's weights, as tensors in place of parameters.",
         )
     values = {row.name: _unconstrain(row, fit.params[row.name]) for row in parameters.rows if row.name in fit.params}
-    others = {name: u for name, u in values.items() if fit.blocks.get(name) != MODEL}
+    others = {name: u for name, u in values.items() if fit.blocks.get(name) not in parameters.theta}
     start = torch.cat([values[row.name].flatten() for row in rows])
     estimate = torch.cat([fit.params[row.name].detach().flatten() for row in rows]).to(start)
     places = tuple((row.name, index) for row in rows for index in _indices(fit.params[row.name]))

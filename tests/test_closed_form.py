@@ -1,0 +1,69 @@
+"""What `update` of a closed form is called with."""
+
+from __future__ import annotations
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pyro_emvae import EM, steps
+from pyro_emvae._checks import StepError
+
+X = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+
+
+def model(x: Tensor, weight: Tensor | None = None, *, prior: float = 1.0, **rest: float) -> None:
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=torch.float64))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(theta, prior)), 1.0), obs=x)
+
+
+class Module(nn.Module):
+    def forward(self, x: Tensor, weight: Tensor | None = None, *, prior: float = 1.0, **rest: float) -> None:
+        model(x, weight, prior=prior, **rest)
+
+
+def statistics(values: dict[str, Tensor], *args: Tensor, **kwargs: float) -> dict[str, Tensor]:
+    return {"z": values["z"]}
+
+
+def seen_by(update, m_step=lambda closed: closed, of=model):
+    """Return what `update` got beyond the statistics and parameters, in a step with all kinds of arguments."""
+    seen: dict = {}
+
+    @functools.wraps(update)
+    def noted(*args, **kwargs):
+        assert len(args) == 2
+        seen.update(kwargs)
+        return {"theta": args[0]["z"] / 3}
+
+    closed = steps.ClosedForm(statistics, noted)
+    EM(of, e_step="gaussian", m_step=m_step(closed)).step(X, prior=2.0, extra=4.0)
+    return seen
+
+
+WRAPPED = [lambda closed: closed, steps.Averaged, lambda closed: steps.Damped(closed, 0.5)]
+
+
+@pytest.mark.parametrize("m_step", WRAPPED)
+@pytest.mark.parametrize("of", [model, Module(), functools.partial(model, prior=2.0)])
+def test_update_gets_the_models_arguments_that_it_names(m_step, of):
+    seen = seen_by(lambda stats, params, prior, x, weight, extra, factor=0.5: {}, m_step, of)
+    assert seen.pop("x") is X
+    assert seen == {"prior": 2.0, "weight": None, "extra": 4.0}
+
+
+def test_update_gets_keyword_arguments_by_two_stars_and_nothing_otherwise():
+    assert seen_by(lambda stats, params, **kwargs: {}) == {"prior": 2.0, "extra": 4.0}
+    assert seen_by(lambda stats, params: {}) == {}
+    assert seen_by(lambda stats, params, factor=0.5: {}) == {}
+
+
+def test_an_argument_that_the_model_lacks_is_refused_and_nothing_moves():
+    with pytest.raises(StepError, match="'y'"):
+        seen_by(lambda stats, params, y: {})
+    assert float(pyro.param("theta").detach()) == 0.0

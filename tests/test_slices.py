@@ -1,0 +1,214 @@
+"""EM in slices of the data: the numbers of the whole, and models that cannot be sliced are refused."""
+
+from __future__ import annotations
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.distributions import constraints
+from torch import Tensor
+
+from pyro_emvae import EM, steps
+from pyro_emvae._checks import DataError, EmvaeError, StepError
+
+F64 = torch.float64
+
+
+def data(number: int = 101) -> Tensor:
+    torch.manual_seed(0)
+    return torch.cat([torch.randn(number - 40, 2), torch.randn(40, 2) * 0.6 + 2.5]).to(F64)[torch.randperm(number)]
+
+
+def mixture(x: Tensor, keep: Tensor | None = None, whole: Tensor | None = None) -> None:
+    assert whole is None or len(whole) == 3
+    like = x.new_zeros(2)
+    weights = pyro.param("weights", like + 0.5, constraint=constraints.simplex)
+    means = pyro.param("means", x.new_tensor([[0.2, -0.1], [1.5, 1.0]]))
+    scales = pyro.param("scales", torch.eye(2, dtype=x.dtype).expand(2, 2, 2), constraint=constraints.lower_cholesky)
+    with pyro.plate("data", len(x)), pyro.poutine.mask(mask=True if keep is None else keep):
+        z = pyro.sample("z", dist.Categorical(weights))
+        pyro.sample("x", dist.MultivariateNormal(means[z], scale_tril=scales[z]), obs=x)
+
+
+def factors(x: Tensor, keep: Tensor | None = None, whole: Tensor | None = None) -> None:
+    assert whole is None or len(whole) == 3
+    weight = pyro.param("weight", lambda: x.new_tensor([[1.0], [0.5]]))
+    bias = pyro.param("bias", lambda: x.new_zeros(2))
+    sigma = pyro.param("sigma", lambda: x.new_ones(2), constraint=constraints.positive)
+    with pyro.plate("data", len(x)), pyro.poutine.mask(mask=True if keep is None else keep):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z @ weight.T + bias, sigma).to_event(1), obs=x)
+
+
+CASES = {
+    "mixture": (mixture, "enumerated", lambda: steps.gaussian_mixture(2)),
+    "factors": (factors, "gaussian", lambda: steps.linear_gaussian(noise_form="diagonal")),
+    "averaged": (mixture, "enumerated", lambda: steps.Averaged(steps.gaussian_mixture(2))),
+    "damped": (mixture, "enumerated", lambda: steps.Damped(steps.gaussian_mixture(2), 0.8)),
+}
+
+
+def fitted(case: str, *args: Tensor, **options):
+    model, e_step, m_step = CASES[case]
+    pyro.clear_param_store()
+    em = EM(model, e_step=e_step, m_step=m_step())
+    fit = em.run(*args, max_iter=8, stop=None, **options)
+    return fit, {name: value.detach().clone() for name, value in em.blocks.constrained().items()}
+
+
+@pytest.mark.parametrize("batch_size", [9, 50, 1000])
+@pytest.mark.parametrize("case", CASES)
+def test_slices_give_the_numbers_of_the_whole(case, batch_size):
+    x = data()
+    whole, expected = fitted(case, x)
+    sliced, found = fitted(case, x, batch_size=batch_size)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert float(sliced.objective) == pytest.approx(float(whole.objective), rel=1e-12)
+    trace = [fit.history["objective"].values.tolist() for fit in (sliced, whole)]
+    assert trace[0] == pytest.approx(trace[1], rel=1e-12)
+
+
+@pytest.mark.parametrize("case", ["mixture", "factors"])
+@pytest.mark.parametrize("options", [{"accelerate": "squarem"}, {"n_init": 3, "seed": 0}])
+def test_acceleration_restarts_masks_and_other_arguments(case, options):
+    """The mask has a row per datum and is sliced with the data; what has another length is passed whole."""
+    x, keep = data(), torch.arange(101) % 7 > 0
+    _, expected = fitted(case, x, keep, whole=torch.zeros(3), **options)
+    _, found = fitted(case, x, keep, whole=torch.zeros(3), batch_size=30, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_each_slice_is_at_most_as_large_and_seen_once():
+    seen = []
+
+    def model(x: Tensor) -> None:
+        seen.append(x)
+        mixture(x)
+
+    x = data()
+    em = EM(model, e_step="enumerated", m_step=steps.gaussian_mixture(2))
+    em.run(x, max_iter=1, stop=None, batch_size=30)
+    seen.clear()
+    em.run(x, max_iter=1, stop=None, batch_size=30)
+    sizes = [len(rows) for rows in seen]
+    assert sizes == [30, 30, 60] + 2 * [25, 25, 25, 26]  # verified, one iteration, and the objective at its end
+    assert torch.equal(torch.cat(seen[3:7]), x)
+
+
+def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(tmp_path):
+    x = data()
+    _, expected = fitted("averaged", x, batch_size=30)
+    model, e_step, m_step = CASES["averaged"]
+    for total in (3, 8):
+        pyro.clear_param_store()
+        em = EM(model, e_step=e_step, m_step=m_step())
+        em.run(x, max_iter=total, stop=None, batch_size=30, checkpoint=tmp_path / "run.pt", every=1)
+    for name, value in em.blocks.constrained().items():
+        assert torch.equal(value, expected[name])
+
+
+# Refusals -----------------------------------------------------------------------------------------------------------
+
+
+def fixed_size(x: Tensor) -> None:
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=F64))
+    with pyro.plate("data", 101):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def common_latent(x: Tensor) -> None:
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=F64))
+    z = pyro.sample("z", dist.Normal(theta, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+def outside_factor(x: Tensor) -> None:
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=F64))
+    pyro.sample("prior", dist.Normal(0.0, 0.1), obs=theta)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+
+
+OFFSETS = torch.linspace(0, 1, 101, dtype=F64)
+
+
+def first_rows_of_a_constant(x: Tensor) -> None:
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=F64))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z + OFFSETS[: len(x)], 1.0), obs=x[:, 0])
+
+
+def centred(x: Tensor) -> None:
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=F64))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(theta, 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0] - x[:, 0].mean())
+
+
+def m_step(key: str = "z") -> steps.ClosedForm:
+    return steps.ClosedForm(
+        lambda values, x: {"z": values[key].expand(1 if key == "g" else -1, -1)}, lambda s, p: {"theta": s["z"].mean()}
+    )
+
+
+@pytest.mark.parametrize("accelerate", [None, "squarem"])
+@pytest.mark.parametrize("model", [fixed_size, common_latent, outside_factor, first_rows_of_a_constant, centred])
+def test_models_whose_data_depend_on_each_other_are_refused(model, accelerate):
+    em = EM(model, e_step="gaussian", m_step=m_step())
+    with pytest.raises(StepError, match="batch_size=50"):
+        em.run(data(), max_iter=3, batch_size=50, accelerate=accelerate)
+    assert float(pyro.param("theta", torch.tensor(0.0, dtype=F64)).detach()) == 0.0
+
+
+def test_statistics_that_do_not_add_up_are_refused():
+    averages = steps.ClosedForm(
+        lambda values, x: {"z": values["z"].mean(1, keepdim=True)}, lambda s, p: {"means": p["means"]}
+    )
+    with pytest.raises(StepError, match="statistic 'z'"):
+        EM(mixture, e_step="enumerated", m_step=steps.ClosedForm(_mean_of_data, averages.update)).run(
+            data(), max_iter=2, batch_size=50
+        )
+
+
+def _mean_of_data(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    return {"z": x.square().mean(0, keepdim=True)[None]}
+
+
+def test_half_steps_that_do_not_add_up_are_refused():
+    gradient = EM(mixture, None, pyro.optim.Adam({"lr": 0.1}), e_step="enumerated")
+    with pytest.raises(StepError, match="Gradient"):
+        gradient.run(data(), max_iter=2, batch_size=10)
+    drawn = EM(mixture, e_step=steps.MonteCarlo("prior"), m_step=steps.gaussian_mixture(2))
+    with pytest.raises(StepError, match="MonteCarlo"):
+        drawn.run(data(), max_iter=2, batch_size=10)
+
+
+@pytest.mark.parametrize("options", [{"history": "full"}, {"data": [data()]}])
+def test_options_that_need_the_whole_posterior_are_refused(options):
+    em = EM(mixture, e_step="enumerated", m_step=steps.gaussian_mixture(2))
+    args = () if "data" in options else (data(),)
+    with pytest.raises(StepError, match="batch_size"):
+        em.run(*args, max_iter=2, batch_size=10, **options)
+
+
+def test_arguments_that_make_no_sense():
+    em = EM(mixture, e_step="enumerated", m_step=steps.gaussian_mixture(2))
+    for wrong in (0, -3, 2.5, True):
+        with pytest.raises(EmvaeError, match="batch_size"):
+            em.run(data(), max_iter=2, batch_size=wrong)
+    with pytest.raises(DataError, match="1 positional"):
+        em.run(math.pi, max_iter=2, batch_size=10)
+
+
+def test_float32():
+    x = data().float()
+    _, expected = fitted("mixture", x)
+    _, found = fitted("mixture", x, batch_size=20)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -12,11 +12,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyro_emvae import EM, problems, steps
 from pyro_emvae._checks import EmvaeError, NonFiniteError, OptimizerError, StepError
 from pyro_emvae.optimizers import BlockOptimizer
+from pyro_emvae.posterior import GuidePosterior
 from pyro_emvae.testing import check_step
 
 X = torch.tensor([-2.1, -1.8, -1.2, -2.5, -0.9, 0.4, 1.9, 2.3, 1.1, 2.6], dtype=torch.float64)
@@ -121,7 +122,34 @@ def test_draws_of_a_guide_are_the_same_in_each_evaluation_and_are_drawn_once():
 
 
 def test_it_keeps_to_its_contract():
-    check_step(steps.LBFGS(num_particles=1), "M", num_steps=5)
+    check_step("lbfgs", "M", problem=problems.linear_gaussian(), num_steps=5)
+
+
+def test_networks_of_the_guide_stay_and_those_of_the_model_move():
+    encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+    decoder = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 3))
+    x = torch.randn(8, 3)
+
+    def model(x: Tensor) -> None:
+        pyro.module("decoder", decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(decoder(z), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.module("encoder", encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(encoder(x), 0.5).to_event(1))
+
+    em = EM(model, guide, pyro.optim.Adam({"lr": 0.1}), m_step="lbfgs")
+    em.step(x)
+    before = [[t.clone() for t in net.state_dict().values()] for net in (encoder, decoder)]
+    em.phases[1].run(em.engine, em.engine.state, GuidePosterior(model, guide, (x,)), (x,), {})
+    same = [
+        [torch.equal(old, new) for old, new in zip(then, net.state_dict().values(), strict=True)]
+        for then, net in zip(before, (encoder, decoder), strict=True)
+    ]
+    assert all(same[0]) and not any(same[1]) and encoder.training
 
 
 def test_gradients_of_the_parameters_are_as_before():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import Tensor, fx
 from .._checks import RecordingError, fail
 from ..particles import listen, quiet
 from .recording import difference_of
-from .simplify import is_random, mutates, needed_for
+from .simplify import is_random, needed_for
 from .trace import Traced, Tracer, storage_of, trace
 
-__all__ = ["BatchedMap", "record_map"]
+__all__ = ["BatchedMap", "RecordedMap", "record_map"]
 
 aten = torch.ops.aten
 
@@ -78,21 +79,24 @@ class RecordedMap:
         value: What the run reported.
         guards: The booleans that Python read, and what they were.
         moving: Operations that make a tensor which is written in place later.
-        bytes: Memory of all its operations together.
+        start, outcome: The inputs before and after the run.
     """
 
     traced: Traced = field(repr=False)
     value: fx.Node = field(repr=False)
     guards: list[tuple[fx.Node, bool]] = field(repr=False)
     moving: frozenset[fx.Node] = field(repr=False)
+    start: list[Tensor] = field(repr=False)
+    outcome: list[Tensor] = field(repr=False)
 
-    @property
+    @cached_property
     def nodes(self) -> list[fx.Node]:
         """The operations that are needed, in their order."""
         return needed_for(list(self.traced.graph.nodes), [self.value, *(node for node, _ in self.guards)])
 
     @property
     def bytes(self) -> int:
+        """Memory of all its operations together."""
         return sum(node.meta.get("bytes", 0) for node in self.nodes)
 
     def __call__(self, zero: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -155,7 +159,8 @@ def _record(step: Callable[[], float], inputs: Sequence[Tensor], start: Sequence
     value = tracer.node_of(told[0][0])
     tracer.graph.output((value,))
     moving = _fold(tracer)
-    found = RecordedMap(Traced(tracer.graph, tracer.constants), value, tracer.guards, moving)
+    graph, outcome = Traced(tracer.graph, tracer.constants), [x.detach().clone() for x in inputs]
+    found = RecordedMap(graph, value, tracer.guards, moving, [x.clone() for x in start], outcome)
     needed = set(found.nodes)
     for node in reversed(list(tracer.graph.nodes)):
         if node.op != "output" and node not in needed:
@@ -210,11 +215,14 @@ class BatchedMap:
 
     Args:
         recorded: The map.
-        inputs: Rows of inputs, ``(rows, *shape)`` each, by which it is recorded.
+        rows: Their number.
+
+    Raises:
+        RecordingError: It does not give what the recorded run gave.
     """
 
-    def __init__(self, recorded: RecordedMap, inputs: Sequence[Tensor]) -> None:
-        rows = len(inputs[0])
+    def __init__(self, recorded: RecordedMap, rows: int) -> None:
+        inputs = [x.expand(rows, *x.shape).clone() for x in recorded.start]
         zero = torch.zeros(rows, dtype=torch.float64, device=inputs[0].device)
 
         def run(*stacks: Tensor) -> tuple[Tensor, ...]:
@@ -223,6 +231,10 @@ class BatchedMap:
 
         traced = trace(run, tuple(inputs))
         self.module = fx.GraphModule(traced.constants, traced.graph)
+        for one, many in zip(recorded.outcome, self(inputs)[0], strict=True):
+            near = torch.finfo(one.dtype).eps ** 0.5
+            if not torch.allclose(many, one.expand_as(many), near, near * float(one.abs().max() if one.numel() else 0)):
+                _refuse("other values than those of one start alone")
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the new inputs, the value of each row in nats, and whether its branches are the recorded ones."""

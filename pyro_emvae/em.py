@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, restarts
-from ._checks import BlockError, CheckpointError, EmvaeError, StepError, fail, positive_int
+from ._checks import BlockError, EmvaeError, StepError, fail, positive_int
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
@@ -21,7 +21,7 @@ from .history import Record
 from .looks import FullHistory, Look
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer
-from .parameters import SIDES, assign
+from .parameters import SIDES
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .slices import Slices
@@ -219,7 +219,7 @@ class EM(Inference):
         batch_size: int | None = None,
         history: str = "light",
         n_init: int = 1,
-        init: Callable[[int], Mapping[str, Tensor]] | None = None,
+        init: str | Callable[..., Mapping[str, Tensor]] = "mixed",
         **options: Any,
     ) -> Fit:
         r"""Iterate: ``run(x, max_iter=300)`` or ``run(data=loader, num_epochs=20)``.
@@ -240,16 +240,16 @@ class EM(Inference):
                 exact E-step and M-steps in closed form; what is data, and what is verified: see `slices.Slices`.
             history: ``"light"`` costs no model run, and leaves what was not computed NaN; ``"full"`` evaluates the
                 objective before E, after E and after M on common random numbers.
-            n_init: Starts; with more than one, see `restarts.run`. The table of all is ``fit.restarts``.
-            init: ``init(seed) -> dict`` of initial values of the model's parameters, constrained, for a start. By
-                default start 0 has the present values, and the others what the M-step finds from the data (the ready
-                steps for mixtures do), or else the present values with noise.
+            n_init: Starts; with more than one, see `restarts.Search`. The table of all is ``fit.restarts``. Of exact
+                half-steps the best third goes on after 10 iterations, of others the best one after a twentieth.
+            init: ``init(seed)`` or ``init(seed, *data)``, which returns initial values by name, constrained, for a
+                start; ``"mixed"`` or ``"noise"``: see `restarts.Initial`. One start has the present values unless
+                `init` is a function.
             options: Those of `driver.run`.
 
         Raises:
-            StepError: The objective of exact half-steps went down; `accelerate` or `n_init` with half-steps that they
-                do not fit.
-            CheckpointError: `checkpoint` with `n_init`.
+            StepError: The objective of exact half-steps went down; `accelerate` with half-steps that it does not fit;
+                all starts failed.
         """
         if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
             fail(
@@ -271,31 +271,29 @@ class EM(Inference):
         begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
         iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
 
-        def run(number: int | None, **changed: Any) -> Fit:
-            fit = run_with(self.engine, iterate(), number, args, options | changed, **fixed)
+        def run(number: int | None, one: Callable | None = None, **changed: Any) -> Fit:
+            fit = run_with(self.engine, one or iterate(), number, args, options | changed, **fixed)
             return dataclasses.replace(fit, inference=self)
 
-        if positive_int("EM.run", "n_init", n_init) == 1:
-            if init is not None:
-                begin()
-                assign(self.engine.parameters, init(options.get("seed") or 0))
+        if positive_int("EM.run", "n_init", n_init) == 1 and not callable(init):
+            restarts.check(init)
             return run(max_iter)
-        self._refuse("n_init", "data" in options or any(map(self._takes_gradients, self.phases)))
-        _refuse_checkpoint(n_init, options.get("checkpoint"))
-        begin()
-        return restarts.run(self.engine, run, max_iter, n_init, self._starts(init, args, options), options.get("seed"))
+        first = restarts.first_batch(args, model_arguments(options), options)
+        (once.begin if once else self._prepare)(*first)
+        asked = {"accelerate=": accelerate, "batch_size=": batch_size, "history='full'": history == "full"}
+        found = self._search(first, next((what for what, so in asked.items() if so), ""))
+        return restarts.find(self.engine, run, max_iter, n_init, init, options, first, **found)
 
-    def _starts(
-        self, init: Callable[[int], Mapping[str, Tensor]] | None, args: tuple, options: Mapping[str, Any]
-    ) -> Callable[[int, int], Mapping[str, Tensor] | None]:
-        """Return what gives the values of a start, by its number and seed; None: present ones, with noise unless 0."""
-        if init is not None:
-            return lambda number, seed: init(seed)
-        found, kwargs = getattr(self.m_step, "start", None), model_arguments(options)
-        if found is None:
-            return lambda number, seed: None
-        params = self.engine.parameters.constrained()
-        return lambda number, seed: found(seed, params, *args, **kwargs) if number else None
+    def _search(self, first: tuple, alone: str) -> dict[str, Any]:
+        """Return how starts of these half-steps are found and compared, and run side by side unless `alone` says why."""
+        exact, (args, kwargs) = self.is_exact and not self.engine.parameters.subsampled, first
+        found = {"start": getattr(self.m_step, "start", None), "exact": exact}
+        if not exact and self.e_step.traits.exact and self.schedule == "alternating":
+            found["objective"] = lambda fit: -self._evaluate(args, kwargs)
+        elif not exact and isinstance(self.guide, PosteriorGuide):
+            found["objective"] = restarts.recent
+        reason = alone or ("" if exact else "half-steps that are not exact")
+        return found | {"iterate": None if reason else self._iterate, "reason": reason}
 
     def _iterations(
         self, accelerate: str | None, history: str, once: Callable[..., Record], begin: Callable, loader: bool
@@ -343,19 +341,6 @@ class EM(Inference):
 
     def _check_blocks(self) -> None:
         check_blocks(self.phases, self.engine.parameters, [p.block for p in self.phases if self._takes_gradients(p)])
-
-
-def _refuse_checkpoint(n_init: int, path: Any) -> None:
-    if path is not None:
-        fail(
-            CheckpointError,
-            "EM",
-            f"run with checkpoint={str(path)!r}",
-            got=f"n_init={n_init}",
-            because="a file holds one run, and many starts are many runs",
-            fix="Leave checkpoint out, or find the start first: EM.run(x, n_init=10, max_iter=20), then EM.run(x, "
-            "checkpoint=path), which goes on from the best.",
-        )
 
 
 def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callable:

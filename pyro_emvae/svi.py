@@ -12,8 +12,8 @@ from typing import Any
 import pyro.infer
 from pyro.infer import ELBO
 
-from . import checkpoint, driver
-from ._checks import EmvaeError, OptimizerError, fail
+from . import checkpoint, driver, restarts
+from ._checks import EmvaeError, OptimizerError, fail, positive_int
 from .driver import Fit, Record
 from .engine import Engine
 from .loss import MonteCarloELBO
@@ -168,12 +168,40 @@ class SVI(Inference):
         found = self.engine.step(None, args, kwargs)
         return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
 
-    def run(self, num_steps: int | None = None, *args: Any, **options: Any) -> Fit:
-        """Take many steps: ``run(10_000, x)`` or ``run(data=loader, num_epochs=20)``.
+    def run(
+        self,
+        num_steps: int | None = None,
+        *args: Any,
+        n_init: int = 1,
+        init: str | Callable[..., Mapping[str, Any]] = "mixed",
+        **options: Any,
+    ) -> Fit:
+        r"""Take many steps: ``run(10_000, x)`` or ``run(data=loader, num_epochs=20)``.
 
-        Keyword arguments that are no option of `driver.run` go to model and guide.
+        Args:
+            num_steps: Steps on data that are arguments.
+            args: The data. Keyword arguments that are no option of `driver.run` go to model and guide as well.
+            n_init: Starts, of guide and model. Each makes a twentieth of the steps (10 at least; with a loader, of the
+                epochs), then they are compared by the loss on common random numbers, and the best goes on to the end:
+                see `restarts.Search`. The table of all is ``fit.restarts``.
+            init: ``init(seed)`` or ``init(seed, *data)``, which returns initial values by name, constrained, for a
+                start. By default start 0 has the present values, and the others these with noise: see
+                `restarts.Initial`. One start has the present values unless `init` is a function.
+            options: Those of `driver.run`.
         """
-        return dataclasses.replace(run_with(self.engine, self._iterate, num_steps, args, options), inference=self)
+
+        def run(number: int | None, one: Callable | None = None, **changed: Any) -> Fit:
+            fit = run_with(self.engine, one or self._iterate, number, args, options | changed)
+            return dataclasses.replace(fit, inference=self)
+
+        if positive_int("SVI.run", "n_init", n_init) == 1 and not callable(init):
+            restarts.check(init)
+            return run(num_steps)
+        first = restarts.first_batch(args, model_arguments(options), options)
+        checkpoint.restore_waiting(self.engine, *first)
+        self.engine.refresh()
+        self.engine.setup(*first)
+        return restarts.find(self.engine, run, num_steps, n_init, init, options, first)
 
 
 def per_block(

@@ -9,9 +9,9 @@ from typing import Any
 from ..engine import Engine
 from ..particles import quiet
 from .content import check_history, device_of, pack, restore, restore_history
-from .file import read, writable, write
 from .generators import kind_of_data, loader_state, restore_loader
 from .plain import plain, refuse
+from .store import store_of
 
 __all__ = ["Checkpoints", "Position"]
 
@@ -39,7 +39,7 @@ class Checkpoints:
 
     Args:
         engine: What the run changes.
-        path: The file, in a folder that exists; None: nothing is read or written.
+        path: The file, in a folder that exists, or another `Store`; None: nothing is read or written.
         resume: ``"auto"``: go on if the file exists, else start; True: the file has to exist; False: start anew, the
             first checkpoint replaces the file.
         data: The loader, whose generators belong to the run.
@@ -74,7 +74,7 @@ class Checkpoints:
         if path is None and resume is True:
             refuse("resume", "no path", "a run goes on from a file", "Write checkpoint=path.")
         self.engine, self.resume, self.data, self.seed = engine, resume, data, seed
-        self.path = None if path is None else writable(path)
+        self.path = store_of(path)
         self.skipped = engine.skipped
 
     def begin(self, history: Any, first: Callable[[], tuple[tuple, Mapping[str, Any]]]) -> Position:
@@ -86,7 +86,7 @@ class Checkpoints:
         """
         if self.path is None or self.resume is False or (self.resume == "auto" and not self.path.exists()):
             return Position()
-        content = read(self.path)
+        content = self.path.read()
         if self.seed is not None and content["seed"] not in (None, self.seed):
             refuse(
                 f"go on from {self.path}",
@@ -139,4 +139,4 @@ class Checkpoints:
         content["skipped"] = self.skipped
         loader = loader_state(self.data)
         content["rng"]["loader"] = None if loader is None else plain(loader, "the loader's state")
-        write(self.path, content)
+        self.path.write(content)

@@ -26,7 +26,7 @@ from .gradients import Gradient, differentiate, norm_of
 from .simplify import simplified
 from .trace import Traced, trace
 
-__all__ = ["Recording", "record", "verify"]
+__all__ = ["Recording", "difference_of", "record", "verify"]
 
 
 @dataclass
@@ -119,7 +119,7 @@ def record(
 
     inputs = (*leaves.values(), *buffers, *flat_state, *tensors)
     first, second = _trace_twice(step, inputs)
-    difference = _difference(first, second)
+    difference = difference_of(first, second)
     if difference:
         refuse(step, inputs, difference)
     simple = simplified(first)
@@ -128,7 +128,7 @@ def record(
 
 def verify(recording: Recording, again: Recording) -> None:
     """Raise unless two recordings of the same step agree (an attribute that was changed meanwhile)."""
-    difference = _difference(recording.raw, again.raw)
+    difference = difference_of(recording.raw, again.raw)
     if difference:
         fail(
             RecordingError,
@@ -198,7 +198,7 @@ class _Recordable(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _difference(one: Traced, two: Traced) -> str:
+def difference_of(one: Traced, two: Traced) -> str:
     """Return what differs between two graphs: the first operation, number or constant; or an empty string."""
     first, second = list(one.graph.nodes), list(two.graph.nodes)
     names = {a: b for a, b in zip(first, second, strict=False)}

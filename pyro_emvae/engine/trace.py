@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Traced", "trace"]
+__all__ = ["Traced", "Tracer", "storage_of", "trace"]
 
 aten = torch.ops.aten
 
@@ -33,13 +33,13 @@ def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -
     Source: `torch.fx.experimental.proxy_tensor.make_fx`. Differs: it makes no fake tensor for each operation, which
     takes ten times as long as all the rest.
     """
-    with _Tracer(inputs) as tracer:
+    with Tracer(inputs) as tracer:
         out = step(*inputs)
     tracer.graph.output(tuple(map(tracer.node_of, out)))
     return Traced(tracer.graph, tracer.constants)
 
 
-class _Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):
     """Tensors are known by identity, and kept, so that no identity is given out again."""
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
@@ -47,7 +47,7 @@ class _Tracer(TorchDispatchMode):
         self.graph, self.constants = fx.Graph(), nn.Module()
         self.kept = list(inputs)
         self.nodes = {id(x): self.graph.placeholder(f"input_{i}") for i, x in enumerate(inputs)}
-        self.derived = set(map(_storage, inputs))
+        self.derived = set(map(storage_of, inputs))
         self.storages = set(self.derived)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -57,7 +57,7 @@ class _Tracer(TorchDispatchMode):
         out = func(*args, **kwargs)
         parts = out if isinstance(out, tuple | list) else [out]
         made = [x for x in parts if isinstance(x, Tensor)]
-        derived = torch.Tag.nondeterministic_seeded in func.tags or any(_storage(x) in self.derived for x in used)
+        derived = torch.Tag.nondeterministic_seeded in func.tags or any(storage_of(x) in self.derived for x in used)
         if not made and out is not None:
             if derived:
                 raise RuntimeError(f"{func} takes a number from a tracing tensor")
@@ -70,7 +70,7 @@ class _Tracer(TorchDispatchMode):
                 if isinstance(x, Tensor):
                     self._keep(x, self.graph.call_function(operator.getitem, (node, i)))
         if derived:
-            self.derived.update(map(_storage, made + used if func._schema.is_mutable else made))
+            self.derived.update(map(storage_of, made + used if func._schema.is_mutable else made))
         return out
 
     def _node(self, func: Callable, args: tuple, kwargs: dict, made: list[Tensor]) -> fx.Node:
@@ -92,7 +92,7 @@ class _Tracer(TorchDispatchMode):
 
     def _memory(self, x: Tensor) -> int:
         """Return the bytes of a tensor; none if it is a view of one that was counted."""
-        storage = _storage(x)
+        storage = storage_of(x)
         if storage in self.storages:
             return 0
         self.storages.add(storage)
@@ -117,7 +117,7 @@ def _reading_less(func: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dic
     return func, args, kwargs
 
 
-def _storage(x: Tensor) -> int:
+def storage_of(x: Tensor) -> int:
     return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 

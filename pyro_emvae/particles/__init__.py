@@ -3,6 +3,7 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
+from .report import listen, report
 from .run import draw, replay
 from .sites import Particles, Site, reduce_to
 
@@ -20,9 +21,11 @@ __all__ = [
     "hold_batch",
     "is_subsample",
     "keep_buffers",
+    "listen",
     "quiet",
     "reduce_to",
     "replay",
+    "report",
     "subsample_values",
     "vectorizable",
 ]

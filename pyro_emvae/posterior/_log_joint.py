@@ -92,8 +92,8 @@ class LogJoint:
         self.frames = {name: site.frames for name, site in particles.model.items()}
         self.separable = not self.commons and all(self.plates <= set(self.frames[name]) for name in self.reached)
         self.scale = self._common_scale()
-        sites = particles.model.items()
-        self.rest = sum(float(site.scaled.detach().sum()) for name, site in sites if name not in self.reached)
+        rest = [site.scaled.detach().sum().double() for n, site in particles.model.items() if n not in self.reached]
+        self.rest = torch.stack(rest).sum() if rest else 0.0
 
     def release(self) -> None:
         """Forget the first run, which holds the model's graph."""

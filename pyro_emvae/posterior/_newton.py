@@ -67,18 +67,19 @@ def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianP
     log_p = joint.log_p(run).detach() + _half_square(joint, noise)
     before = before + _half_square(joint, white)
     misses = {
-        "gradient": (_largest(found + noise), max(1.0, _largest(white)), "per posterior standard deviation"),
-        "value": (float((log_p - before).sum().abs()), float((log_p.abs() + before.abs()).sum()), "nats"),
+        "gradient": (_largest(found + noise), _largest(white).clamp_min(1.0), "per posterior standard deviation"),
+        "value": ((log_p - before).sum().abs(), (log_p.abs() + before.abs()).sum(), "nats"),
     }
     for what, (miss, size, unit) in misses.items():
         tolerance = size * torch.finfo(white.local.dtype).eps ** 0.5
-        if not miss <= tolerance:
+        if not bool(miss <= tolerance):
             _check_at(joint, origin, curvature)
             fail(
                 StepError,
                 joint.obj,
                 f"integrate {', '.join(map(repr, joint.latents))} out",
-                got=f"a log joint whose {what} misses a quadratic by {miss:.3g} {unit} (tolerance {tolerance:.1g})",
+                got=f"a log joint whose {what} misses a quadratic by {float(miss):.3g} {unit} "
+                f"(tolerance {float(tolerance):.1g})",
                 because="the posterior is Gaussian only where the log joint is quadratic in the latents",
                 fix="Use steps.Laplace(), steps.MonteCarlo() or a guide.",
             )
@@ -185,5 +186,6 @@ def _origin(joint: LogJoint) -> Point:
     return joint.split({name: leaf.detach() for name, leaf in joint.start.leaves.items()})
 
 
-def _largest(point: Point) -> float:
-    return max([float(part.detach().abs().max()) for part in point if part.numel()], default=0.0)
+def _largest(point: Point) -> Tensor:
+    parts = [part.detach().abs().max() for part in point if part.numel()]
+    return torch.stack(parts).max() if parts else torch.zeros(())

@@ -163,7 +163,7 @@ def check_blocks(joint: LogJoint, run: Run, gradient: Point, found: Precision) -
     size = Precision(found.local.abs(), found.cross.abs(), found.corner.abs()) @ Point(*(x.abs() for x in noise))
     for one, two, scale in zip(true, mine, size, strict=True):
         miss = (one + two).abs() / (scale + scale.mean() + torch.finfo(scale.dtype).tiny)
-        if miss.numel() and float(miss.max()) > torch.finfo(miss.dtype).eps ** 0.5:
+        if miss.numel() and bool(miss.max() > torch.finfo(miss.dtype).eps ** 0.5):
             raise Coupled(float(miss.max()))
 
 

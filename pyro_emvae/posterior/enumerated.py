@@ -19,7 +19,7 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from .._checks import StepError, fail, nearest
-from ..particles import hold_batch, is_subsample
+from ..particles import hold_batch, is_subsample, report
 from ._plates import Batch, in_plates
 from .base import Posterior, Support
 
@@ -78,7 +78,8 @@ class EnumeratedPosterior(Posterior):
         self._touched = {n: f for n, f in factors.items() if self._symbols & set(f._pyro_dims)}
         self._require_kept_latents()
         self._scale = _common_scale([self.trace.nodes[name] for name in self._touched])
-        self._rest = sum(float(self.trace.nodes[n]["log_prob_sum"]) for n in factors if n not in self._touched)
+        untouched = [self.trace.nodes[n]["log_prob_sum"].double() for n in factors if n not in self._touched]
+        self._rest = torch.stack(untouched).sum() if untouched else 0.0
 
     def _require_kept_latents(self) -> None:
         """Refuse a site that counts where a latent that it depends on is masked: leaving that out would be wrong."""
@@ -101,7 +102,7 @@ class EnumeratedPosterior(Posterior):
     @cached_property
     def log_evidence(self) -> float:
         """log p(x), in nats, with the model's scales."""
-        return self._solved[0]
+        return report(self._solved[0])
 
     @cached_property
     def entropy(self) -> float:
@@ -110,7 +111,7 @@ class EnumeratedPosterior(Posterior):
             return self.log_evidence - float(self._expected(self.trace))
 
     @cached_property
-    def _solved(self) -> tuple[float, dict[str, Tensor]]:
+    def _solved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The log evidence, and the posterior probability of each factor's outcomes."""
         leaves = {}
         for name, factor in self._touched.items():
@@ -120,7 +121,7 @@ class EnumeratedPosterior(Posterior):
             tree = contract_tensor_tree(self._tree(leaves), set(self._symbols))
             total = torch.stack([term.sum() for terms in tree.values() for term in terms]).sum()
             grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
-        evidence = self._rest + float(total.detach()) * float(self._scale)
+        evidence = self._rest + total.detach().double() * self._scale
         return evidence, dict(zip(leaves, grads, strict=True))
 
     def log_evidence_at_theta(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch.distributions import transforms
 
 from .._checks import StepError, fail, nearest
 from .._pyro import scale_and_mask
-from ..particles import Particles, choose_vectorize, draw, hold_batch
+from ..particles import Particles, choose_vectorize, draw, hold_batch, report
 from ._coordinates import Latent, Point
 from ._log_joint import LogJoint, log_jacobian
 from ._plates import in_plates
@@ -81,8 +81,8 @@ class GaussianPosterior(Posterior):
         local, common = self.factor.log_det(len(self.mean.local))
         joint, scale = self.joint, self.joint.scale
         if isinstance(scale, Tensor):
-            return joint.rest + float((scale * (self._log_p + local)).sum())
-        return joint.rest + scale * float(self._log_p.sum() + local.sum() + common)
+            return report(joint.rest + (scale * (self._log_p + local)).sum().double())
+        return report(joint.rest + scale * (self._log_p.sum() + local.sum() + common).double())
 
     @cached_property
     def entropy(self) -> float:

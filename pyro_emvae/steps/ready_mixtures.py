@@ -23,6 +23,7 @@ from .closed_form import ClosedForm
 __all__ = ["bernoulli_mixture", "categorical_mixture", "gaussian_mixture", "poisson_mixture"]
 
 COVARIANCES = ("full", "tied", "diagonal", "spherical")
+KINDS = ("k-means", "k-means++", "random data")  # of starts, by the seed
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class MixtureStatistics:
         r"""Return the sums of a hard clustering, from which a run may start.
 
         The first centre is a datum; each further one is drawn with probability proportional to its squared distance (in
-        standard deviations) from the nearest one so far. Even seeds then make ten steps of k-means, odd ones none, so
-        that starts differ.
+        standard deviations) from the nearest one so far. So that starts differ, seeds take three `KINDS` in turn: ten
+        steps of k-means from there, none, and data drawn at random in place of these centres.
 
         Source: Arthur and Vassilvitskii 2007 (k-means++).
         """
@@ -87,11 +88,13 @@ class MixtureStatistics:
         generator = torch.Generator().manual_seed(seed)
         scaled = x.double().cpu() / x.double().cpu().std(0).clamp(min=1e-12)
         centres = scaled[torch.randint(len(x), (1,), generator=generator)]
+        kind = KINDS[seed % len(KINDS)]
         for _ in range(self.num_components - 1):
             distance = torch.cdist(scaled, centres).min(-1).values.square()
+            distance = (distance > 0).to(distance) if kind == "random data" else distance
             chosen = torch.multinomial(distance + 1e-12, 1, generator=generator)
             centres = torch.cat([centres, scaled[chosen]])
-        for step in range(1 if seed % 2 else 11):
+        for step in range(11 if kind == "k-means" else 1):
             nearest_one = torch.cdist(scaled, centres).argmin(-1)
             r = torch.nn.functional.one_hot(nearest_one, self.num_components).to(scaled)
             if step < 10:
@@ -202,7 +205,7 @@ def gaussian_mixture(
             scale = scale.expand(num_components, *scale.shape)
         return {weights: count / count.sum(), means: mean + origin, scales: scale}
 
-    update.__name__ = covariance
+    update.__name__, start.kinds = covariance, KINDS
     order = "products" if matrix else "squares"
     statistics = MixtureStatistics(num_components, latent, data, lambda x: x - origin, order)
     return ClosedForm(statistics, update, start=start)
@@ -343,6 +346,7 @@ def _mixture(statistics: MixtureStatistics, update: Callable[..., dict[str, Tens
         first = 0.5 * stats["first"] + 0.5 * stats["count"][:, None] * mean
         return update({"count": stats["count"], "first": first}, params)
 
+    start.kinds = KINDS
     return ClosedForm(statistics, update, start=start)
 
 

@@ -285,7 +285,7 @@ class EM(Inference):
         return restarts.find(self.engine, run, max_iter, n_init, init, options, first, **found)
 
     def _search(self, first: tuple, alone: str) -> dict[str, Any]:
-        """Return how starts of these half-steps are found and compared, and run side by side unless `alone` says why."""
+        """Return how starts are found and compared, and run side by side unless `alone` says why not."""
         exact, (args, kwargs) = self.is_exact and not self.engine.parameters.subsampled, first
         found = {"start": getattr(self.m_step, "start", None), "exact": exact}
         if not exact and self.e_step.traits.exact and self.schedule == "alternating":

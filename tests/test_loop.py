@@ -1,4 +1,4 @@
-r"""The loop of EM: published sequences and maxima, stopping, acceleration, restarts, and what is no convergence."""
+r"""The loop of EM: published sequences and maxima, stopping, acceleration, and what is no convergence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sklearn.datasets import load_iris
 from torch import Tensor
 
 from pyro_emvae import EM, SVI, convergence, problems, steps
-from pyro_emvae._checks import DegenerateError, EmvaeError, StepError
+from pyro_emvae._checks import EmvaeError, StepError
 from pyro_emvae._registry import Traits
 from pyro_emvae.acceleration import extrapolate
 from pyro_emvae.convergence import Deterministic, Windowed
@@ -302,26 +302,6 @@ def mixture_em(number: int, kind: str, **options: Any) -> EM:
     return EM(gaussians(number, kind), e_step="enumerated", m_step=steps.gaussian_mixture(number, kind, **options))
 
 
-REFERENCE = {  # of scikit-learn; the diagonal one from its other starts: from k-means it ends at -307.1776
-    (2, "full"): -214.3547,
-    (3, "full"): -180.1855,
-    (3, "tied"): -256.354,
-    (3, "diagonal"): -306.8605,
-    (3, "spherical"): -384.3141,
-}
-
-
-@pytest.mark.parametrize(("number", "kind"), REFERENCE)
-def test_default_restarts_find_the_maxima_on_iris(number, kind):
-    fit = mixture_em(number, kind).run(IRIS, n_init=10, seed=0)
-    assert fit.status == "CONVERGED"
-    assert fit.objective == pytest.approx(REFERENCE[number, kind], abs=2e-4)
-    table = fit.restarts
-    assert list(table.columns) == ["start", "objective", "status", "degenerate", "iterations"]
-    assert len(table) == 10 and table["objective"].max() == pytest.approx(fit.objective)
-    assert {"SCREENED", "CONVERGED"} >= set(table["status"])
-
-
 def test_the_diagonal_mixture_from_k_means_ends_at_a_lower_maximum():
     from sklearn.cluster import KMeans
 
@@ -337,39 +317,13 @@ def test_the_diagonal_mixture_from_k_means_ends_at_a_lower_maximum():
     assert fit.objective == pytest.approx(-307.1776, abs=1e-4)
 
 
-def on_a_plane(seed: int) -> dict[str, Tensor]:
-    """Start 0 has a component on the flowers whose petals are 0.2 wide: its covariance becomes singular."""
-    if seed:
-        return steps.gaussian_mixture(3).start(seed, {}, IRIS)
-    flat = torch.diag(f64(0.4, 0.4, 0.2, 0.02))
-    wide = torch.linalg.cholesky(torch.cov(IRIS.T))
-    means = torch.stack([IRIS[IRIS[:, 3] == 0.2].mean(0), IRIS[50:100].mean(0), IRIS[100:].mean(0)])
-    return {"weights": f64(1, 1, 1) / 3, "means": means, "scales": torch.stack([flat, wide, wide])}
-
-
-def test_the_degenerate_optimum_is_rejected():
-    """The best of many starts of scikit-learn is -99.17, a component on a plane, at its floor for variances."""
-    x = IRIS + 1e-4 * torch.randn(IRIS.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    on_plane = mixture_em(3, "full", floor=1e-12).run(x, init=lambda seed: on_a_plane(0))
-    assert on_plane.status == "CONVERGED" and on_plane.objective > -120
-    fit = mixture_em(3, "full").run(x, n_init=6, init=on_a_plane, seed=0)
-    assert fit.restarts["degenerate"].tolist() == [True] + [False] * 5
-    assert fit.status == "CONVERGED" and fit.objective == pytest.approx(-180.1855, abs=0.1)
-    assert all(torch.equal(v, pyro.param(name)) for name, v in fit.params.items())
-
-
-def test_a_single_run_into_a_singular_covariance_ends_degenerate_with_the_last_sound_parameters():
-    em = mixture_em(3, "full")
-    fit = em.run(IRIS, init=lambda seed: on_a_plane(0))
-    assert fit.status == "DEGENERATE" and "component 0" in fit.verdict.reason
-    assert all(bool(torch.isfinite(v).all()) for v in fit.params.values())
-    with pytest.raises(DegenerateError, match="component 0"):
-        em.step(IRIS)
-
-
-def test_when_all_starts_are_degenerate_the_fit_says_so():
-    fit = mixture_em(3, "full").run(IRIS, n_init=2, init=lambda seed: on_a_plane(0))
-    assert fit.status == "DEGENERATE" and fit.restarts["degenerate"].all()
+def test_acceleration_wants_exact_half_steps():
+    problem = problems.normal_normal()
+    em = EM(problem.model, problem.guide, pyro.optim.Adam({"lr": 0.01}))
+    with pytest.raises(StepError, match="accelerate"):
+        em.run(*problem.args, max_iter=2, accelerate="squarem")
+    with pytest.raises(StepError, match="accelerate"):
+        linkage_em().run(data=[LINKAGE], accelerate="squarem")
 
 
 def test_an_update_at_the_boundary_is_degenerate():
@@ -443,12 +397,8 @@ def discrete(kind: str) -> tuple[EM, Tensor]:
 
 
 @pytest.mark.parametrize("kind", DISCRETE)
-def test_the_discrete_m_steps_are_maxima_and_restart_from_data(kind):
-    em, x = discrete(kind)
-    assert_maximum(em, x)
-    fit = em.run(x, n_init=4, seed=0, max_iter=1000)
-    assert fit.status in ("CONVERGED", "SLOW", "STALLED")  # the last two where a rate of zero is the maximum
-    assert len(fit.restarts) == 4
+def test_the_discrete_m_steps_are_maxima(kind):
+    assert_maximum(*discrete(kind))
 
 
 def assert_maximum(em: EM, x: Tensor) -> None:
@@ -489,65 +439,6 @@ def test_mixtures_refuse_what_they_cannot_do():
         steps.gaussian_mixture(0)
     with pytest.raises(StepError, match=r"'component'.*'z'"):
         mixture_em(2, "tied", latent="component").step(IRIS)
-
-
-# Restarts -----------------------------------------------------------------------------------------------------------
-
-
-def without_start(number: int) -> EM:
-    em = mixture_em(number, "tied")
-    em.m_step.start = None
-    return em
-
-
-def test_starts_are_those_of_the_seed():
-    objectives = []
-    for seed in (0, 0, 1):
-        pyro.clear_param_store()
-        torch.manual_seed(len(objectives))
-        objectives.append(without_start(3).run(IRIS, n_init=4, seed=seed).restarts["objective"].tolist())
-    assert objectives[0] == objectives[1] != objectives[2]
-    assert objectives[0][0] == objectives[2][0]  # the present values
-
-
-def test_one_start_from_init():
-    def init(seed: int) -> dict[str, Tensor]:
-        return {"means": IRIS[[seed, 75, 149]]}
-
-    fit = mixture_em(3, "tied").run(IRIS, init=init, seed=5, max_iter=2, track="means", stop=None)
-    assert fit.num_iterations == 2 and fit.restarts is None
-    assert fit.history["param_means"].values[0] == pytest.approx(IRIS[[5, 75, 149]].numpy())
-
-
-def test_an_error_of_every_start_is_raised():
-    def init(seed: int) -> dict[str, Tensor]:
-        return {"means": IRIS[:2]}
-
-    with pytest.raises(EmvaeError, match=r"\(2, 4\)"):
-        mixture_em(3, "tied").run(IRIS, n_init=3, init=init)
-
-
-def test_ctrl_c_ends_all_starts_and_keeps_the_best():
-    def init(seed: int) -> dict[str, Tensor]:
-        return steps.gaussian_mixture(3).start(seed, {}, IRIS)
-
-    def interrupt(progress: Any) -> None:
-        raise KeyboardInterrupt
-
-    fit = mixture_em(3, "full").run(IRIS, n_init=6, init=init, seed=0, callbacks=interrupt)
-    assert fit.status == "INTERRUPTED" and len(fit.restarts) == 6
-    assert (fit.restarts["status"] == "INTERRUPTED").sum() == 1
-    assert all(torch.equal(v, pyro.param(name)) for name, v in fit.params.items())
-
-
-def test_restarts_and_acceleration_want_exact_half_steps():
-    problem = problems.normal_normal()
-    em = EM(problem.model, problem.guide, pyro.optim.Adam({"lr": 0.01}))
-    for options in ({"n_init": 3}, {"accelerate": "squarem"}):
-        with pytest.raises(StepError, match=next(iter(options))):
-            em.run(*problem.args, max_iter=2, **options)
-    with pytest.raises(StepError, match="accelerate"):
-        linkage_em().run(data=[LINKAGE], accelerate="squarem")
 
 
 # An objective that goes down ----------------------------------------------------------------------------------------
@@ -726,7 +617,6 @@ def test_with_a_loader_a_rule_is_asked_per_epoch():
         ({"on_decrease": "ignore"}, "'ignore'"),
         ({"accelerate": "anderson"}, "'anderson'"),
         ({"history": "long"}, "'long'"),
-        ({"n_init": 0}, "got 0"),
     ],
 )
 def test_options_of_the_loop_are_checked(options, observed):

@@ -26,6 +26,8 @@ class _MapTracer(Tracer):
 
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__(inputs)
+        for x in inputs:
+            self.nodes[id(x)].meta["value"] = x
         self.guards: list[tuple[fx.Node, bool]] = []
         self.numbers: list[Tensor] = []
         self.written: set[int] = set()
@@ -37,6 +39,8 @@ class _MapTracer(Tracer):
             return self._guard(self.graph.call_function(aten.any.default, (self.node_of(args[0]),)), False)
         if func in (aten._local_scalar_dense.default, aten.equal.default):
             return self._read(func, args)
+        if func is aten.index_put_.default and _is_fill(*args, **kwargs):
+            func, args = aten.masked_fill_.Tensor, (args[0], args[1][0], args[2].reshape(()))
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if func._schema.is_mutable:
             self.written.update(map(storage_of, _written(func, args, kwargs)))
@@ -60,6 +64,17 @@ class _MapTracer(Tracer):
 
     def _guard(self, node: fx.Node, found: bool) -> None:
         self.guards.append((node, found))
+
+    def _keep(self, x: Tensor, node: fx.Node) -> None:
+        super()._keep(x, node)
+        node.meta["value"] = x
+
+
+def _is_fill(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> bool:
+    """Whether an assignment by index is one number where a mask of the same shape is true."""
+    mask = indices[0]
+    full = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape
+    return len(indices) == 1 and full and values.numel() == 1 and not accumulate
 
 
 def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -172,28 +187,25 @@ def _record(step: Callable[[], float], inputs: Sequence[Tensor], start: Sequence
 
 def _fold(tracer: _MapTracer) -> frozenset[fx.Node]:
     """Make constants of what does not depend on the inputs; return the operations whose results are written later."""
-    tensors = {tracer.nodes[id(x)]: x for x in tracer.kept}
     moving, known = set(), set()
     for node in list(tracer.graph.nodes):
-        if node not in tensors:
+        if "value" not in node.meta:
             continue
-        storage = storage_of(tensors[node])
+        storage = storage_of(node.meta["value"])
         if storage in tracer.written:
             if node.op == "get_attr":
                 _refuse("a tensor from outside that is written in place")
-            if node.op == "call_function" and storage not in known and storage not in _storages(node, tensors):
+            if node.op == "call_function" and storage not in known:
                 moving.add(node)
             known.add(storage)
         elif node.op == "call_function" and storage not in tracer.derived:
-            name = f"folded_{len(tracer.graph.nodes)}_{node.name}"
-            tracer.constants.register_buffer(name, tensors[node], persistent=False)
+            name = f"folded_{node.name}"
+            tracer.constants.register_buffer(name, node.meta["value"], persistent=False)
             with tracer.graph.inserting_before(node):
                 node.replace_all_uses_with(tracer.graph.get_attr(name))
+    for node in tracer.graph.nodes:
+        node.meta.pop("value", None)
     return frozenset(moving)
-
-
-def _storages(node: fx.Node, tensors: Mapping[fx.Node, Tensor]) -> set[int]:
-    return {storage_of(tensors[x]) for x in node.all_input_nodes if x in tensors}
 
 
 def _refuse(got: str) -> None:

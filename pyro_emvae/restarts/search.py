@@ -234,9 +234,9 @@ class Search:
     def _best(self) -> Start:
         """Return the best start: of those that were not screened out, that are sound, or that have a fit at all."""
         ended = [s for s in self.starts if s.sound and s.status != "SCREENED"]
-        sound, made = [s for s in self.starts if s.sound], [s for s in self.starts if s.fit or s.slot.content]
-        for some in (ended, sound, made):
-            if candidates := [s for s in some if s.status != "FAILED"]:
+        broken = [s for s in self.starts if s.status in ("DEGENERATE", "INTERRUPTED") and (s.fit or s.slot.content)]
+        for candidates in (ended, [s for s in self.starts if s.sound], broken):
+            if candidates:
                 return max(candidates, key=lambda s: -math.inf if math.isnan(s.objective) else s.objective)
         reasons = "; ".join(f"start {s.number}: {s.reason or s.status}" for s in self.starts)
         fail(

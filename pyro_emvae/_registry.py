@@ -41,9 +41,10 @@ class Traits:
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
         arguments: What has to be given to make one, so that a name alone does not.
         latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"``, ``"continuous"``, or those with a
-            ``"conjugate"`` prior.
+            ``"conjugate"`` prior; ``"mean_field"``: those and discrete ones.
         needs_guide: For an E-step, it has no posterior without the user's guide.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
+        deterministic: For an E-step that is not exact, it never lowers the bound that it returns, on the same data.
     """
 
     unbiased: bool = True
@@ -63,6 +64,7 @@ class Traits:
     latents: str = "any"
     needs_guide: bool = False
     exact: bool = False
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,13 @@ class EM(Inference):
         """Whether both half-steps are exact, so that no iteration on the same data can lower the objective."""
         return self.schedule == "alternating" and all(step.traits.exact for step in self._slots.values())
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no iteration on the same data can lower the objective, exact or not."""
+        return self.is_exact or (
+            self.e_step.traits.deterministic and self.m_step.traits.exact and self.schedule == "alternating"
+        )
+
     def _initial(self, state: State, args: tuple, kwargs: Mapping[str, Any]) -> State:
         """Let a half-step that has no state of its own yet make one."""
         for slot, step in (("E", self.e_step), ("M", self.m_step)):
@@ -221,7 +228,7 @@ class EM(Inference):
             max_iter = 500
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
             stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
-        fixed = {"stop": stop, "on_decrease": on_decrease, "exact": self.is_exact, "evaluate": self._evaluate}
+        fixed = {"stop": stop, "on_decrease": on_decrease, "exact": self.is_deterministic, "evaluate": self._evaluate}
         iterate = self._iterations(accelerate, history, args, options)
 
         def run(number: int | None, **changed: Any) -> Fit:

@@ -3,7 +3,7 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
-from .run import draw, replay
+from .run import draw, replay, stack_runs
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "quiet",
     "reduce_to",
     "replay",
+    "stack_runs",
     "subsample_values",
     "vectorizable",
 ]

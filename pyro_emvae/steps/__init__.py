@@ -8,6 +8,7 @@ from .enumerated import Enumerated
 from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
+from .mean_field import MeanField
 from .monte_carlo import MonteCarlo
 from .ready_chains import hidden_markov
 from .ready_linear import linear_gaussian, local_level
@@ -24,6 +25,7 @@ __all__ = [
     "HalfStep",
     "Info",
     "Laplace",
+    "MeanField",
     "MonteCarlo",
     "bernoulli_mixture",
     "categorical_mixture",

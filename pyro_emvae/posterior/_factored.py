@@ -84,7 +84,7 @@ class FactoredJoint:
                 fix="Use SVI to maximise the likelihood.",
             )
         self.dtype = min((s.log_prob.dtype for s in run.model.values()), key=lambda kind: torch.finfo(kind).bits)
-        self.leaves = frozenset(given.leaves)
+        self.leaves, self.params = frozenset(given.leaves), list(run.params["model"].values())
         self.reached = self._reached(run, given)
 
     def _first(self, model: Callable) -> tuple[Particles, _Start]:
@@ -96,7 +96,7 @@ class FactoredJoint:
         ids = {id(leaf): name for name, leaf in given.leaves.items()}
         found = {n: {ids[i] for i in reach([s.log_prob]) if i in ids} for n, s in run.model.items()}
         if len(ids) < len(self.latents):
-            key = ("moved", self.model, *self.latents)
+            key = ("moved", self.model, *run.model)
             if key not in self.known:
                 self.known[key] = self._enumerated()
             for name, latents in self.known[key].items():

@@ -55,12 +55,11 @@ class Ascent:
         self.dims = [meeting_dims(joint, self.factors, i) for i in range(len(self.factors))]
         self.quadratic = [bool(d) and is_quadratic(joint, self.factors, i) for i, d in enumerate(self.dims)]
 
-    @property
-    def is_independent(self) -> bool:
-        """Whether no two factors or elements meet in a site, so that one exact sweep is the optimum."""
+    def are_independent(self, places: Sequence[int]) -> bool:
+        """Whether no two of some factors, or elements of them, meet in a site: one exact sweep is then their best."""
         place = {name: i for i, factor in enumerate(self.factors) for name in factor.names}
-        alone = all(len({place[n] for n in latents}) < 2 for latents in self.joint.reached.values())
-        return alone and not any(self.dims)
+        alone = all(len({place[n] for n in latents} & set(places)) < 2 for latents in self.joint.reached.values())
+        return alone and not any(self.dims[i] for i in places)
 
     # Nodes ----------------------------------------------------------------------------------------------------------
 

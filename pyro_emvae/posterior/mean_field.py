@@ -130,7 +130,7 @@ def first_ascent(
     joint: FactoredJoint,
     update: Update = EXACT,
     *,
-    pairs: str | None = "normal_gamma",
+    pairs: str = "normal_gamma",
     init: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Ascent:
@@ -142,7 +142,7 @@ def first_ascent(
     Args:
         joint: The model.
         update: How factors are moved.
-        pairs: ``"normal_gamma"``: a mean and its precision are one factor where that is conjugate; None: never.
+        pairs: ``"normal_gamma"``: a mean and its precision are one factor where that is conjugate; ``"none"``: never.
         init: Distributions by site, for those that are to start there.
         seed: Of the noise.
 
@@ -160,7 +160,7 @@ def first_ascent(
         joint.known[key] = _at_once(joint, factors)
     given = {name: as_factor(joint, name, fn) for name, fn in (init or {}).items()}
     factors = [given.get(factor.names[0], factor) for factor in factors]
-    if pairs is not None:
+    if pairs != "none":
         factors = paired(joint, factors, update)
     return Ascent(joint, factors, update)
 

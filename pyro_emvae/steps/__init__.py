@@ -5,6 +5,7 @@ from .base import HalfStep, Info
 from .closed_form import ClosedForm
 from .conjugate import Conjugate
 from .enumerated import Enumerated
+from .fixed import Fixed
 from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
@@ -20,6 +21,7 @@ __all__ = [
     "Conjugate",
     "Damped",
     "Enumerated",
+    "Fixed",
     "Gaussian",
     "Gradient",
     "HalfStep",

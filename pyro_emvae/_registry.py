@@ -41,7 +41,7 @@ class Traits:
         slots: For a half-step, the slots that it fits: ``"E"``, ``"M"``.
         arguments: What has to be given to make one, so that a name alone does not.
         latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"``, ``"continuous"``, or those with a
-            ``"conjugate"`` prior.
+            ``"conjugate"`` prior; ``"mean_field"``: those and discrete ones.
         needs_guide: For an E-step, it has no posterior without the user's guide.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
         deterministic: For a half-step, it draws nothing, and does the same if given the same. Exact ones do.

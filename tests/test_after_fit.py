@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyro
 import pytest
 from pyro.infer import Predictive
-from test_matrix import KITS, STEPS, make
+from test_matrix import KITS, STEPS, TAKES, make
 
 import pyro_emvae as emvae
 from pyro_emvae import EM
@@ -16,7 +16,7 @@ FEW = {"continuous": 5, "discrete": 7, "conjugate": 7}
 
 
 def takes(traits, kind: str) -> bool:
-    return traits.latents in ("any", kind) or (traits.latents == "continuous" and kind == "conjugate")
+    return kind in TAKES.get(traits.latents, (traits.latents,)) or (traits.latents, kind) == ("continuous", "conjugate")
 
 
 def cells() -> list:

@@ -108,6 +108,7 @@ def conjugate() -> Kit:
 
 
 KITS = {"discrete": discrete, "continuous": continuous, "conjugate": conjugate}
+TAKES = {"any": tuple(KITS), "mean_field": ("discrete", "conjugate")}
 STEPS = entries("step")
 NEEDED: dict[str, Callable[[Kit], Any]] = {
     "statistics": lambda kit: kit.closed_form.statistics,
@@ -127,7 +128,7 @@ def cells() -> list:
         for kind in KITS
         for e in STEPS
         for m in STEPS
-        if "E" in e.traits.slots and "M" in m.traits.slots and e.traits.latents in ("any", kind)
+        if "E" in e.traits.slots and "M" in m.traits.slots and kind in TAKES.get(e.traits.latents, (e.traits.latents,))
     ]
 
 

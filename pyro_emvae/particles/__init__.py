@@ -4,7 +4,7 @@ from .checks import check_match, check_plates, choose_vectorize, subsample_value
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
-from .run import draw, replay
+from .run import draw, replay, stack_runs
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "reduce_to",
     "replay",
     "report",
+    "stack_runs",
     "subsample_values",
     "vectorizable",
 ]

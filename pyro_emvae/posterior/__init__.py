@@ -1,6 +1,9 @@
 r"""What an E-step hands on: draws, weights, expectations."""
 
 from ._conjugacy import solve_conjugate
+from ._factored import FactoredJoint
+from ._kept import gather_factors, is_local, scatter_factors
+from ._mean_field import Ascent, Update
 from ._newton import find_mode, solve_quadratic
 from ._plates import plate_nesting
 from .amortized import GuidePosterior
@@ -10,15 +13,19 @@ from .conjugate import ConjugatePosterior
 from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .guide import PosteriorGuide
+from .mean_field import MeanFieldPosterior, first_ascent
 from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
+    "Ascent",
     "CompleteData",
     "ConjugatePosterior",
     "EnumeratedPosterior",
+    "FactoredJoint",
     "GaussianPosterior",
     "GuidePosterior",
+    "MeanFieldPosterior",
     "Outer",
     "Posterior",
     "PosteriorGuide",
@@ -26,10 +33,15 @@ __all__ = [
     "SampledSite",
     "SamplesPosterior",
     "Support",
+    "Update",
     "complete_data",
     "find_mode",
+    "first_ascent",
+    "gather_factors",
+    "is_local",
     "lay_out",
     "plate_nesting",
+    "scatter_factors",
     "second_order_support",
     "solve_conjugate",
     "solve_quadratic",

@@ -6,10 +6,12 @@ from .closed_form import ClosedForm
 from .combined import combined
 from .conjugate import Conjugate
 from .enumerated import Enumerated
+from .fixed import Fixed
 from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
 from .lbfgs import LBFGS
+from .mean_field import MeanField
 from .monte_carlo import MonteCarlo
 from .phase import Phase
 from .ready_chains import hidden_markov
@@ -24,11 +26,13 @@ __all__ = [
     "Conjugate",
     "Damped",
     "Enumerated",
+    "Fixed",
     "Gaussian",
     "Gradient",
     "HalfStep",
     "Info",
     "Laplace",
+    "MeanField",
     "MonteCarlo",
     "Phase",
     "bernoulli_mixture",

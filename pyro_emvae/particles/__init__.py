@@ -5,19 +5,24 @@ from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
 from .run import draw, replay, stack_runs
+from .simulate import Place, Simulation, find_places, held, score_guide, simulate
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
     "ModuleWatch",
     "Particles",
+    "Place",
     "Recorder",
+    "Simulation",
     "Site",
     "check_match",
     "check_plates",
     "choose_vectorize",
     "config_estimators",
     "draw",
+    "find_places",
     "generators",
+    "held",
     "hold_batch",
     "is_subsample",
     "keep_buffers",
@@ -26,6 +31,8 @@ __all__ = [
     "reduce_to",
     "replay",
     "report",
+    "score_guide",
+    "simulate",
     "stack_runs",
     "subsample_values",
     "vectorizable",

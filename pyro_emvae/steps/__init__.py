@@ -18,6 +18,8 @@ from .ready_chains import hidden_markov
 from .ready_glm import glm_intercepts, linear_mixed, random_effects
 from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
+from .sleep import Sleep
+from .wake_sleep import WakeSleep
 
 __all__ = [
     "LBFGS",
@@ -35,6 +37,8 @@ __all__ = [
     "MeanField",
     "MonteCarlo",
     "Phase",
+    "Sleep",
+    "WakeSleep",
     "bernoulli_mixture",
     "categorical_mixture",
     "combined",

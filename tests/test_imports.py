@@ -34,7 +34,7 @@ LAYERS = (
     ("estimators", "guides"),
     ("loss", "engine", "checkpoint", "driver", "history", "monitor"),
     ("evidence", "uncertainty"),
-    ("svi", "steps", "acceleration", "looks", "restarts"),
+    ("svi", "steps", "acceleration", "growth", "looks", "restarts"),
     ("em",),
     ("compare", "diagnostics"),
     ("testing",),

@@ -220,7 +220,7 @@ def run(
                 shapes = shapes or _shapes(a, k)
                 record = iterate(a, k)
                 history.add(iteration, record)
-                ended = monitor.after(iteration, record.loss, last)
+                ended = monitor.after(iteration, record.loss, last) or monitor.hear(record.verdict)
                 judged = last if data is not None else _due(iteration, total, every)
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))

@@ -17,6 +17,7 @@ from .acceleration import Squarem
 from .convergence import Deterministic
 from .driver import Fit
 from .engine import State, choose
+from .growth import check_growth, grown
 from .history import Record
 from .looks import FullHistory, Look
 from .loss import MonteCarloELBO
@@ -111,6 +112,8 @@ class EM(Inference):
                 fix="Leave one of the two out.",
             )
         self.phases = read_phases(e_step, m_step, steps)
+        if getattr(self.e_step, "growth", None) is not None:
+            check_growth(self.phases)
         guide = _guide(model, guide, self.e_step)
         self._attach(
             model,
@@ -157,10 +160,21 @@ class EM(Inference):
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None) -> Record:
+        rule = getattr(self.e_step, "growth", None)
+        if rule is None or self.schedule == "joint":
+            return self._once(args, kwargs, look)[0]
+        self._prepare(args, kwargs)
+        key = next(phase.key for phase in self.phases if phase.step is self.e_step)
+        return grown(self.engine, self._once, key, rule, args, kwargs, look=look)
+
+    def _once(
+        self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None
+    ) -> tuple[Record, Posterior | None]:
+        """Make each phase once; return what the last M-step was given as well."""
         if self.schedule == "joint":
             checkpoint.restore_waiting(self.engine, args, kwargs)
             found = self.engine.step(None, args, kwargs)
-            return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
+            return (Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])), None
         self._prepare(args, kwargs)
         state = self._initial(self.engine.state, args, kwargs)
         seen = [look.before(args, kwargs)] if look else []
@@ -170,7 +184,7 @@ class EM(Inference):
             self.engine.steps = state.steps
             infos.append(info)
             seen += [look(posterior)] if look else []
-        return summarised(self.phases, infos, seen)
+        return summarised(self.phases, infos, seen), posterior
 
     def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         checkpoint.restore_waiting(self.engine, args, kwargs)
@@ -228,9 +242,10 @@ class EM(Inference):
             args: The data. Keyword arguments that are no option of `driver.run` go to model and guide as well.
             max_iter: Iterations at most; 500 by default on data that are arguments.
             stop: A rule of `convergence`, or None to make all iterations. ``"auto"``: `convergence.Deterministic` where
-                both half-steps are exact and each iteration sees all data; none otherwise, for the values of a
-                stochastic run say little about what is left, and how long to go on is then your decision:
-                ``stop=convergence.Windowed(...)``. A run that reached `max_iter` is never CONVERGED.
+                no half-step draws and each iteration sees all data; a Monte Carlo E-step's own rule (``growth=``) if it
+                has one; none otherwise, for the values of a stochastic run say little about what is left, and how long
+                to go on is then your decision: ``stop=convergence.Windowed(...)``. A run that reached `max_iter` is
+                never CONVERGED.
             on_decrease: What to do if exact half-steps lower the objective beyond rounding: ``"raise"``, ``"warn"`` or
                 ``"revert"`` to the parameters before. By default raise in float64 and warn in lower precision.
             accelerate: ``"squarem"``: each iteration is a cycle of three evaluations of the EM map
@@ -268,6 +283,8 @@ class EM(Inference):
         self._refuse("batch_size", once is not None and (history == "full" or "data" in options))
         fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
         fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
+        if getattr(self.e_step, "growth", None) is not None:
+            self._refuse("data", "data" in options)
         begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
         iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
 

@@ -124,6 +124,13 @@ class Monitor:
             return self._decrease(before, objective, 0)
         return self._judge()
 
+    def hear(self, verdict: Verdict | None) -> str | None:
+        """Take over what an iteration says of itself, unless another rule was asked for."""
+        if verdict is None or self.stop != "auto":
+            return None
+        self.verdict = verdict
+        return verdict.status
+
     def end(self, status: str, objective: float) -> tuple[str, float]:
         """Return the status of the run and the objective, given that at its last parameters."""
         if self.monotone and status in ENDS and self.objectives and self._fell(self.objectives[-1], objective):

@@ -34,7 +34,7 @@ LAYERS = (
     ("estimators", "guides"),
     ("loss", "engine", "checkpoint", "driver", "history", "monitor"),
     ("evidence", "uncertainty"),
-    ("svi", "steps", "acceleration", "looks", "restarts", "slices"),
+    ("svi", "steps", "acceleration", "growth", "looks", "restarts", "slices"),
     ("em",),
     ("compare", "diagnostics"),
     ("testing",),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_emvae import EM, steps
 from pyro_emvae._checks import StepError
+from pyro_emvae.steps.ready_mixtures import _products
 
 X = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
 
@@ -67,3 +68,12 @@ def test_an_argument_that_the_model_lacks_is_refused_and_nothing_moves():
     with pytest.raises(StepError, match="'y'"):
         seen_by(lambda stats, params, y: {})
     assert float(pyro.param("theta").detach()) == 0.0
+
+
+@pytest.mark.parametrize(("number", "width"), [(7, 3), (7, 4), (1, 1), (60_000, 3), (40, 30)])
+def test_sums_of_products_by_component(number, width):
+    """In chunks by the distinct products, or component by component: the same sums."""
+    torch.manual_seed(0)
+    r, x = torch.rand(number, 2, dtype=torch.float64), torch.randn(number, width, dtype=torch.float64)
+    expected = torch.einsum("nk,ni,nj->kij", r, x, x)
+    torch.testing.assert_close(_products(r, x), expected, rtol=1e-11, atol=1e-11)

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -55,6 +56,11 @@ class Support:
     mask: Any = None
     drawn: tuple[str, ...] = ()
 
+    @cached_property
+    def weights(self) -> Tensor:
+        """The weights themselves."""
+        return self.log_weights.exp()
+
     def expect(self, function: Callable[[Values], Any]) -> Any:
         """Return the expectation per datum of a tensor or `Outer`, or of each in a dict: ``(*plates, ...)``."""
         return _each(function(self.values), lambda x: self._average(x.product if isinstance(x, Outer) else x))
@@ -66,7 +72,7 @@ class Support:
     def _total(self, x: Tensor | Outer) -> Tensor:
         if not isinstance(x, Outer):
             return self._sum(self._average(x))
-        left, right, weights = x.left, x.right, self.log_weights.exp()
+        left, right, weights = x.left, x.right, self.weights
         if len(left) == 1:
             right, weights = self._average(right)[None], weights.new_ones(1)
         elif weights.numel() > len(weights):
@@ -80,8 +86,7 @@ class Support:
     def _average(self, x: Tensor) -> Tensor:
         if len(x) == 1:  # the weights sum to one
             return x[0]
-        rest = x.dim() - 1 - self.num_plates
-        weights = self.log_weights.exp()
+        rest, weights = x.dim() - 1 - self.num_plates, self.weights
         if weights.numel() == len(x):
             return torch.tensordot(weights.flatten(), x, 1)
         return (weights.reshape(weights.shape + (1,) * rest) * x).sum(0)

@@ -113,6 +113,8 @@ class EnumeratedPosterior(Posterior):
     @cached_property
     def _solved(self) -> tuple[Tensor, dict[str, Tensor]]:
         """The log evidence, and the posterior probability of each factor's outcomes."""
+        if self._alone is not None:
+            return self._solved_alone(*self._alone)
         leaves = {}
         for name, factor in self._touched.items():
             leaves[name] = leaf = factor.detach().clone().requires_grad_()
@@ -123,6 +125,33 @@ class EnumeratedPosterior(Posterior):
             grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, materialize_grads=True)
         evidence = self._rest + total.detach().double() * self._scale
         return evidence, dict(zip(leaves, grads, strict=True))
+
+    @cached_property
+    def _alone(self) -> tuple[float, Tensor] | None:
+        """The log normalizer and the packed log posterior of the only latent, by Bayes' rule; None if it is not alone.
+
+        A mixture needs no contraction: all factors are over the same plates and the same outcomes.
+        """
+        if len(self.latents) > 1 or len({self._ordinals[name] for name in self._touched}) > 1:
+            return None
+        with torch.no_grad():
+            terms = packed.broadcast_all(*self._touched.values())
+            dims = terms[0]._pyro_dims
+            joint = sum(terms[1:], terms[0])
+            normalizer = joint.logsumexp(dims.index(next(iter(self._symbols))), keepdim=True)
+            logits = joint - normalizer
+        logits._pyro_dims = dims
+        return float(normalizer.sum()), logits
+
+    def _solved_alone(self, normalizer: float, logits: Tensor) -> tuple[float, dict[str, Tensor]]:
+        probabilities, dims, found = logits.exp(), logits._pyro_dims, {}
+        for name, factor in self._touched.items():
+            mine = factor._pyro_dims
+            others = [place for place, dim in enumerate(dims) if dim not in mine]
+            part = probabilities.sum(others) if others else probabilities
+            kept = [dim for dim in dims if dim in mine]
+            found[name] = part if "".join(kept) == mine else part.permute(*[kept.index(dim) for dim in mine])
+        return self._rest + normalizer * float(self._scale), found
 
     def log_evidence_at_theta(self) -> Tensor:
         r"""Return $\log p_\theta(x)$ at the present theta, to be differentiated by it, twice too: scalar, nats."""
@@ -250,6 +279,8 @@ class EnumeratedPosterior(Posterior):
 
     def _table(self, names: list[str]) -> Tensor:
         """Return the joint log probability of latents: ``(*plates, outcomes of each)``."""
+        if self._alone is not None:
+            return self._unpacked(self._alone[1], self._alone[1]._pyro_dims, self._ordinals[names[0]], names)
         ordinal = frozenset.union(*[self._ordinals[name] for name in names])
         symbols = [_symbol(self.latents[name]) for name in names]
         found = self._marginalized(ordinal, symbols)
@@ -332,7 +363,8 @@ class EnumeratedPosterior(Posterior):
                 because="statistics are taken over joint outcomes per datum",
                 fix="Use an M-step that reads marginals: steps.Gradient(), or steps.hidden_markov() for a chain.",
             )
-        table = self._table(names).reshape(*self._table_plates(names), -1).movedim(-1, 0)
+        table = self._table(names)
+        table = table.reshape(*table.shape[: self.nesting], -1).movedim(-1, 0)
         digits = torch.cartesian_prod(*[torch.arange(size) for size in sizes]).reshape(-1, len(sizes))
         values = {}
         for place, (name, site) in enumerate(self.latents.items()):
@@ -343,9 +375,6 @@ class EnumeratedPosterior(Posterior):
         mask = first["mask"]
         mask = mask if isinstance(mask, Tensor) else None
         return Support(values, table, self.nesting, self._scale, mask, self.drawn)
-
-    def _table_plates(self, names: list[str]) -> tuple[int, ...]:
-        return tuple(self._table(names).shape[: self.nesting])
 
     def sample(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

@@ -72,7 +72,7 @@ class MixtureStatistics:
         if self.order == "squares":
             found["second"] = r.T @ x.square()
         if self.order == "products":
-            found["second"] = torch.stack([(weight[:, None] * x).T @ x for weight in r.T])
+            found["second"] = _products(r, x)
         return found
 
     def clusters(self, seed: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ class MixtureStatistics:
         if z[0, ..., 0].numel() > 1:
             return support.expect(lambda values: z)
         z = z.reshape(len(z), -1).to(support.log_weights)  # outcomes, the same for each datum
-        return torch.tensordot(support.log_weights.exp(), z, ([0], [0]))
+        return torch.tensordot(support.weights, z, ([0], [0]))
 
     def _indicators(self, values: Mapping[str, Tensor]) -> Tensor:
         if self.latent not in values:
@@ -124,6 +124,32 @@ class MixtureStatistics:
     def _features(self, args: tuple, kwargs: Mapping[str, Any], num_plates: int) -> Tensor:
         x = self.features(kwargs[self.data] if isinstance(self.data, str) else args[self.data])
         return x.reshape(*x.shape[:num_plates], -1)
+
+
+CHUNK = 2**18
+
+
+def _products(r: Tensor, x: Tensor) -> Tensor:
+    r"""Return $\sum_n r_{nk}x_nx_n^\top$: ``(K, D, D)``.
+
+    By one product of matrices with the distinct $x_{ni}x_{nj}$, of as many data at a time as fit into the cache; or, if
+    these are more numbers than $r_{nk}x_n$ for all k, by one product per component.
+    """
+    width = x.shape[-1]
+    if width + 1 > 2 * r.shape[-1]:
+        return torch.stack([(weight[:, None] * x).T @ x for weight in r.T])
+    size, rows = width * (width + 1) // 2, max(CHUNK * 2 // (width * (width + 1)), 1)
+    upper = x.new_zeros(r.shape[-1], size)
+    for part, weight in zip(x.split(rows), r.split(rows), strict=True):
+        columns, pairs, end = part.T.contiguous(), part.new_empty(size, len(part)), 0
+        for i in range(width):
+            start, end = end, end + width - i
+            torch.mul(columns[i:], columns[i], out=pairs[start:end])
+        upper += weight.T @ pairs.T
+    found = x.new_empty(r.shape[-1], width, width)
+    i, j = torch.triu_indices(width, width, device=x.device)
+    found[:, i, j] = found[:, j, i] = upper
+    return found
 
 
 def gaussian_mixture(

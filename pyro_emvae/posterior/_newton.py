@@ -12,10 +12,13 @@ from torch import Tensor
 from .._checks import StepError, fail
 from ._coordinates import Point
 from ._log_joint import LogJoint, Run
-from ._precision import Coupled, NotPositive, Precision, check_blocks, fixed_normal, precision
+from ._precision import Coupled, Factor, NotPositive, Precision, check_blocks, fixed_normal, precision
 from .gaussian import GaussianPosterior
 
 __all__ = ["find_mode", "solve_quadratic"]
+
+FAR = 100.0  # posterior standard deviations
+MOVES = 3
 
 
 @torch.enable_grad()
@@ -26,7 +29,7 @@ def solve_quadratic(
 
     From $z_0$, with $\Lambda^{-1}=TT^\top$ and white gradients $w=T^\top\nabla f(z_0)$, the log joint at
     $z_1=z_0+T(w+\epsilon)$ for random $\epsilon$ has to have the white gradient $-\epsilon$ and the value
-    $f(z_0)+\tfrac12|w|^2-\tfrac12|\epsilon|^2$.
+    $f(z_0)+\tfrac12|w|^2-\tfrac12|\epsilon|^2$. A $z_0$ that is far off is moved first.
 
     Args:
         obj: The half-step that asks, for its errors.
@@ -60,6 +63,8 @@ def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianP
         _check_at(joint, origin, curvature)
         found.refuse(joint, "a Gaussian has a positive definite precision", "Use a proper prior, or steps.Laplace().")
     white = factor.whiten(gradient)
+    if bool(_largest(white) > FAR):
+        origin, before, white = _nearer(joint, factor, origin, white)
     noise = fixed_normal(white, seed=0).times(2.0)
     there = origin + factor.color(white + noise)
     run = joint.at(there)
@@ -84,6 +89,18 @@ def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None) -> GaussianP
                 fix="Use steps.Laplace(), steps.MonteCarlo() or a guide.",
             )
     return GaussianPosterior(joint, there + factor.color(found), factor, log_p, vectorize=vectorize)
+
+
+def _nearer(joint: LogJoint, factor: Factor, origin: Point, white: Point) -> tuple[Point, Tensor, Point]:
+    """Return an origin at the mode as the factor has it, for far from it the differences of log p are lost in its
+    rounding; with log p and the white gradient there."""
+    for _ in range(MOVES):
+        origin = origin + factor.color(white)
+        run = joint.at(origin)
+        log_p, white = joint.log_p(run).detach(), factor.whiten(joint.gradient(run, twice=False))
+        if bool(_largest(white) <= FAR):
+            break
+    return origin, log_p, white
 
 
 def _check_at(joint: LogJoint, point: Point, found: Precision) -> None:

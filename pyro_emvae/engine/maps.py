@@ -42,11 +42,20 @@ class _MapTracer(Tracer):
         if func is aten.index_put_.default and _is_fill(*args, **kwargs):
             func, args = aten.masked_fill_.Tensor, (args[0], args[1][0], args[2].reshape(()))
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        self._note(args, kwargs)
         if func._schema.is_mutable:
             self.written.update(map(storage_of, _written(func, args, kwargs)))
         elif kwargs.get("generator") is not None and isinstance(out, Tensor):
             self.derived.discard(storage_of(out))  # a constant, which has to be the same when it is recorded again
         return out
+
+    def _note(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Note in which version an operation on the inputs saw what does not depend on them."""
+        used = list(_tensors((*args, *kwargs.values())))
+        fixed = [x for x in used if storage_of(x) not in self.derived]
+        if len(fixed) < len(used):
+            for x in fixed:
+                self.node_of(x).meta.setdefault("seen", x._version)
 
     def _read(self, func: Any, args: tuple) -> Any:
         """Let a number be read; one that depends on the map's inputs is noted."""
@@ -68,6 +77,15 @@ class _MapTracer(Tracer):
     def _keep(self, x: Tensor, node: fx.Node) -> None:
         super()._keep(x, node)
         node.meta["value"] = x
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _tensors(part)
 
 
 def _is_fill(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> bool:
@@ -107,7 +125,8 @@ class RecordedMap:
     @cached_property
     def nodes(self) -> list[fx.Node]:
         """The operations that are needed, in their order."""
-        return needed_for(list(self.traced.graph.nodes), [self.value, *(node for node, _ in self.guards)])
+        nodes = [node for node in self.traced.graph.nodes if "fixed" not in node.meta]
+        return needed_for(nodes, [self.value, *(node for node, _ in self.guards)])
 
     @property
     def bytes(self) -> int:
@@ -187,24 +206,26 @@ def _record(step: Callable[[], float], inputs: Sequence[Tensor], start: Sequence
 
 def _fold(tracer: _MapTracer) -> frozenset[fx.Node]:
     """Make constants of what does not depend on the inputs; return the operations whose results are written later."""
+    nodes = [(node, node.meta["value"]) for node in tracer.graph.nodes if "value" in node.meta]
+    early = {storage_of(x) for node, x in nodes if node.meta.get("seen", x._version) != x._version}
+    fixed = {storage_of(x) for _, x in nodes} - tracer.derived - early
     moving, known = set(), set()
-    for node in list(tracer.graph.nodes):
-        if "value" not in node.meta:
-            continue
-        storage = storage_of(node.meta["value"])
-        if storage in tracer.written:
+    for node, value in nodes:
+        storage = storage_of(value)
+        if storage in fixed and node.op == "call_function":
+            name = f"folded_{node.name}"
+            tracer.constants.register_buffer(name, value, persistent=False)
+            with tracer.graph.inserting_before(node):
+                node.replace_all_uses_with(tracer.graph.get_attr(name))
+            node.meta["fixed"] = True
+        elif storage in tracer.written:
             if node.op == "get_attr":
                 _refuse("a tensor from outside that is written in place")
             if node.op == "call_function" and storage not in known:
                 moving.add(node)
             known.add(storage)
-        elif node.op == "call_function" and storage not in tracer.derived:
-            name = f"folded_{node.name}"
-            tracer.constants.register_buffer(name, node.meta["value"], persistent=False)
-            with tracer.graph.inserting_before(node):
-                node.replace_all_uses_with(tracer.graph.get_attr(name))
-    for node in tracer.graph.nodes:
-        node.meta.pop("value", None)
+    for node, _ in nodes:
+        del node.meta["value"]
     return frozenset(moving)
 
 

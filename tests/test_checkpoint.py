@@ -28,8 +28,8 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, convergence, estimators, optimizers, steps
-from pyro_emvae._checks import CheckpointError, NonFiniteError, StepError
+from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, convergence, estimators, optimizers, restarts, steps
+from pyro_emvae._checks import CheckpointError, DegenerateError, NonFiniteError, StepError
 from pyro_emvae._registry import Traits, entries
 from pyro_emvae.monitor import Monitor
 from pyro_emvae.particles import quiet
@@ -346,6 +346,39 @@ def sampled() -> dict[str, Job]:
 JOBS |= registered("E") | registered("M") | sampled()
 
 
+def searching(**options: Any) -> Callable[[Any], dict[str, Any]]:
+    return lambda fitter: {"n_init": 4, "every": 3} | options
+
+
+SEARCHES = {  # many starts: of exact half-steps side by side, screened by 10 iterations, of others one by one
+    "search": Job(lambda: some_degenerate(), lambda: DOUBLE, 30, searching(stop=None, seed=4)),
+    "search_svi": Job(simple(adam), total=24, options=searching(seed=2)),
+    "search_em": Job(lambda: autoencoder(EM), lambda: X, 15, searching(init="noise")),
+    "search_accelerated": Job(textbook, total=14, options=searching(accelerate="squarem", stop=None)),
+    "search_loader": Job(lambda: autoencoder(SVI), seeded_loader, 4, searching(seed=1)),
+}
+DOUBLE = torch.randn(40, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def doubles(x: Tensor) -> None:
+    weights = pyro.param("weights", x.new_tensor([0.4, 0.6]), constraint=constraints.simplex)
+    means = pyro.param("means", lambda: torch.randn(2, dtype=x.dtype))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Categorical(weights))
+        pyro.sample("x", dist.Normal(means[k], 0.5), obs=x)
+
+
+def not_near(s: dict, params: dict) -> dict:
+    """Some noisy starts are degenerate, and are drawn again."""
+    if bool(params["means"][0] < params["means"][1] + 1.3):
+        raise DegenerateError("too near")
+    return {"weights": s["n"] / s["n"].sum(), "means": s["x"] / s["n"]}
+
+
+def some_degenerate() -> EM:
+    return EM(doubles, e_step="enumerated", m_step=steps.ClosedForm(closed_form().statistics, not_near))
+
+
 # What is compared -------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +404,7 @@ def observed(job: Job, fitter: Any, fit: Any) -> dict[str, Any]:
         "history": pickle.dumps(fit.history.drop_vars(["time", "iteration_time"]).to_dict()),
         "steps": copy.deepcopy(fitter.engine.steps),
         "counts": (fitter.engine.count, fitter.engine.skipped),
+        "restarts": None if fit.restarts is None else fit.restarts.astype(str).to_dict(),
     }
     batch = job.data()
     args = (batch,) if isinstance(batch, Tensor) else (X if "chain" not in fitter.model.__name__ else Y,)
@@ -409,7 +443,7 @@ def uninterrupted(job: Job, total: int | None = None) -> dict[str, Any]:
 def never_killed(name: str) -> dict[str, Any]:
     if name not in KNOWN:
         with quiet(), pyro.get_param_store().scope():
-            KNOWN[name] = uninterrupted(JOBS[name])
+            KNOWN[name] = uninterrupted((JOBS | SEARCHES)[name])
     return KNOWN[name]
 
 
@@ -472,6 +506,7 @@ def kill_at(place: str, count: int) -> None:
     wrap(os, "replace", "renamed", after=True)
     for owner in (SVI, EM):
         wrap(owner, "_iterate", "before an iteration")
+    wrap(restarts.Lockstep, "_advance", "before one of all starts")
     for entry in entries("step"):
         if "M" in entry.traits.slots and isinstance(entry.factory, type):
             wrap(entry.factory, "maximise", "between E and M")
@@ -483,7 +518,7 @@ def child(name: str, total: int, path: Path, result: Path, kill: tuple[str, int]
     if kill is not None:
         kill_at(*kill)
     afresh(os.getpid() if path.exists() else 0)
-    job = JOBS[name]
+    job = (JOBS | SEARCHES)[name]
     fitter = job.make()
     fit = job.run(fitter, total, checkpoint=path)
     result.write_bytes(pickle.dumps(observed(job, fitter, fit)))
@@ -553,6 +588,28 @@ def test_what_the_stopping_rule_and_the_acceleration_remember_survives(tmp_path,
     assert started(name, total, tmp_path) == 0
     assert difference(never_killed(name), result := result_in(tmp_path)) == ""
     assert result["status"][0] == status and result["status"][1] < total
+
+
+SEARCH_KILLS = {  # while starts are screened, and while the best goes on
+    "search": [
+        *[("before one of all starts", count) for count in (7, 5, 6)],
+        *[("renamed", 2), ("half written", 3), ("before one of all starts", 9)],
+    ],
+    "search_svi": [("before an iteration", 17), ("renamed", 3), ("not yet renamed", 5)],
+    "search_em": [("between E and M", 23), ("half written", 4), ("between E and M", 12)],
+    "search_accelerated": [("between E and M", 40), ("renamed", 4), ("before an iteration", 8)],
+    "search_loader": [("before an iteration", 8), ("renamed", 3), ("before an iteration", 4)],
+}
+
+
+@in_new_processes
+@pytest.mark.parametrize("name", SEARCH_KILLS)
+def test_a_search_killed_anywhere_is_the_search_that_was_not(tmp_path, name):
+    total = SEARCHES[name].total
+    for kill in SEARCH_KILLS[name]:
+        assert started(name, total, tmp_path, kill) == -signal.SIGKILL, kill
+    assert started(name, total, tmp_path) == 0
+    assert difference(never_killed(name), result_in(tmp_path)) == ""
 
 
 @in_new_processes
@@ -886,13 +943,6 @@ def test_another_way_to_iterate_is_refused(tmp_path, before, after, observed_val
     afresh(1)
     with pytest.raises(CheckpointError, match=observed_value):
         JOBS[after].run(JOBS[after].make(), checkpoint=path)
-
-
-def test_many_starts_have_no_file(tmp_path):
-    afresh(0)
-    with pytest.raises(CheckpointError, match="n_init=3"):
-        JOBS["textbook"].run(JOBS["textbook"].make(), n_init=3, checkpoint=tmp_path / "run.pt")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_tracked_from_later_on_is_unknown_before(tmp_path):

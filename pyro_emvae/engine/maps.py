@@ -2,6 +2,7 @@ r"""A deterministic map of parameters, recorded once and run for many parameter 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,8 @@ from .._checks import RecordingError, fail
 from ..particles import listen, quiet
 from .recording import difference_of
 from .simplify import is_random, needed_for
-from .trace import Traced, Tracer, storage_of, trace
+from .tape import taped
+from .trace import Traced, Tracer, storage_of
 
 __all__ = ["BatchedMap", "RecordedMap", "record_map"]
 
@@ -24,8 +26,9 @@ aten = torch.ops.aten
 class _MapTracer(Tracer):
     """Writes down a map: a boolean that Python reads becomes a guard, other numbers are noted."""
 
-    def __init__(self, inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, inputs: tuple[Tensor, ...], largest: float) -> None:
         super().__init__(inputs)
+        self.left = largest
         for x in inputs:
             self.nodes[id(x)].meta["value"] = x
         self.guards: list[tuple[fx.Node, bool]] = []
@@ -42,11 +45,20 @@ class _MapTracer(Tracer):
         if func is aten.index_put_.default and _is_fill(*args, **kwargs):
             func, args = aten.masked_fill_.Tensor, (args[0], args[1][0], args[2].reshape(()))
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        self._note(args, kwargs)
         if func._schema.is_mutable:
             self.written.update(map(storage_of, _written(func, args, kwargs)))
         elif kwargs.get("generator") is not None and isinstance(out, Tensor):
             self.derived.discard(storage_of(out))  # a constant, which has to be the same when it is recorded again
         return out
+
+    def _note(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Note in which version an operation on the inputs saw what does not depend on them."""
+        used = list(_tensors((*args, *kwargs.values())))
+        fixed = [x for x in used if storage_of(x) not in self.derived]
+        if len(fixed) < len(used):
+            for x in fixed:
+                self.node_of(x).meta.setdefault("seen", x._version)
 
     def _read(self, func: Any, args: tuple) -> Any:
         """Let a number be read; one that depends on the map's inputs is noted."""
@@ -65,9 +77,26 @@ class _MapTracer(Tracer):
     def _guard(self, node: fx.Node, found: bool) -> None:
         self.guards.append((node, found))
 
+    def _memory(self, x: Tensor) -> int:
+        """Return the bytes of a tensor, all of which are held while recording: not too many."""
+        size = super()._memory(x)
+        self.left -= size
+        if self.left < 0:
+            _refuse("an iteration that takes too much memory to be recorded")
+        return size
+
     def _keep(self, x: Tensor, node: fx.Node) -> None:
         super()._keep(x, node)
         node.meta["value"] = x
+
+
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """Yield the tensors among an operation's arguments."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, list | tuple):
+        for part in x:
+            yield from _tensors(part)
 
 
 def _is_fill(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> bool:
@@ -107,7 +136,8 @@ class RecordedMap:
     @cached_property
     def nodes(self) -> list[fx.Node]:
         """The operations that are needed, in their order."""
-        return needed_for(list(self.traced.graph.nodes), [self.value, *(node for node, _ in self.guards)])
+        nodes = [node for node in self.traced.graph.nodes if "fixed" not in node.meta]
+        return needed_for(nodes, [self.value, *(node for node, _ in self.guards)])
 
     @property
     def bytes(self) -> int:
@@ -135,19 +165,29 @@ class RecordedMap:
         return values[self.value].double() + zero, ok, *inputs
 
 
-def record_map(step: Callable[[], float], inputs: Sequence[Tensor], starts: Sequence[Sequence[Tensor]]) -> RecordedMap:
+def record_map(
+    step: Callable[[], float],
+    inputs: Sequence[Tensor],
+    starts: Sequence[Sequence[Tensor]],
+    largest: float = math.inf,
+) -> RecordedMap:
     r"""Record ``step``, which changes `inputs` in place and returns minus the one number that it reports.
 
     It is run from each of two starts, and refused if the two runs differ in an operation, a number or a branch.
     Afterwards inputs and generators are as before.
 
+    Args:
+        step, inputs: What is recorded.
+        starts: Two starts: values of the inputs.
+        largest: Bytes that the operations of a run may take together, for all of them are held while recording.
+
     Raises:
-        RecordingError: The step draws, takes a number from a tensor other than a boolean or a reported one, or the two
-            runs differ.
+        RecordingError: The step takes too much memory, it draws, it takes a number from a tensor that is neither a
+            boolean nor reported, or the two runs differ.
     """
     before = [x.detach().clone() for x in inputs]
     try:
-        first, second = (_record(step, inputs, start) for start in starts)
+        first, second = (_record(step, inputs, start, largest) for start in starts)
     finally:
         _write(inputs, before)
     difference = difference_of(first.traced, second.traced)
@@ -162,9 +202,11 @@ def _write(inputs: Sequence[Tensor], values: Sequence[Tensor]) -> None:
             live.copy_(value)
 
 
-def _record(step: Callable[[], float], inputs: Sequence[Tensor], start: Sequence[Tensor]) -> RecordedMap:
+def _record(
+    step: Callable[[], float], inputs: Sequence[Tensor], start: Sequence[Tensor], largest: float
+) -> RecordedMap:
     _write(inputs, start)
-    with quiet(validate=False), listen() as told, _MapTracer(tuple(inputs)) as tracer:
+    with quiet(validate=False), listen() as told, _MapTracer(tuple(inputs), largest) as tracer:
         loss = step()
     silent = {storage_of(x) for x, _ in told}
     if any(storage_of(x) not in silent for x in tracer.numbers):
@@ -187,24 +229,26 @@ def _record(step: Callable[[], float], inputs: Sequence[Tensor], start: Sequence
 
 def _fold(tracer: _MapTracer) -> frozenset[fx.Node]:
     """Make constants of what does not depend on the inputs; return the operations whose results are written later."""
+    nodes = [(node, node.meta["value"]) for node in tracer.graph.nodes if "value" in node.meta]
+    early = {storage_of(x) for node, x in nodes if node.meta.get("seen", x._version) != x._version}
+    fixed = {storage_of(x) for _, x in nodes} - tracer.derived - early
     moving, known = set(), set()
-    for node in list(tracer.graph.nodes):
-        if "value" not in node.meta:
-            continue
-        storage = storage_of(node.meta["value"])
-        if storage in tracer.written:
+    for node, value in nodes:
+        storage = storage_of(value)
+        if storage in fixed and node.op == "call_function":
+            name = f"folded_{node.name}"
+            tracer.constants.register_buffer(name, value, persistent=False)
+            with tracer.graph.inserting_before(node):
+                node.replace_all_uses_with(tracer.graph.get_attr(name))
+            node.meta["fixed"] = True
+        elif storage in tracer.written:
             if node.op == "get_attr":
                 _refuse("a tensor from outside that is written in place")
             if node.op == "call_function" and storage not in known:
                 moving.add(node)
             known.add(storage)
-        elif node.op == "call_function" and storage not in tracer.derived:
-            name = f"folded_{node.name}"
-            tracer.constants.register_buffer(name, node.meta["value"], persistent=False)
-            with tracer.graph.inserting_before(node):
-                node.replace_all_uses_with(tracer.graph.get_attr(name))
-    for node in tracer.graph.nodes:
-        node.meta.pop("value", None)
+    for node, _ in nodes:
+        del node.meta["value"]
     return frozenset(moving)
 
 
@@ -241,8 +285,7 @@ class BatchedMap:
             with torch.no_grad():
                 return torch.vmap(recorded)(zero, *[x.clone() for x in stacks])
 
-        traced = trace(run, tuple(inputs))
-        self.module = fx.GraphModule(traced.constants, traced.graph)
+        self.run = taped(run, tuple(inputs))
         for one, many in zip(recorded.outcome, self(inputs)[0], strict=True):
             near = torch.finfo(one.dtype).eps ** 0.5
             if not torch.allclose(many, one.expand_as(many), near, near * float(one.abs().max() if one.numel() else 0)):
@@ -251,5 +294,5 @@ class BatchedMap:
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """Return the new inputs, the value of each row in nats, and whether its branches are the recorded ones."""
         with torch.no_grad():
-            value, ok, *new = self.module(*inputs)
+            value, ok, *new = self.run(*inputs)
         return new, value, ok

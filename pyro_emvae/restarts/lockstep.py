@@ -19,7 +19,8 @@ __all__ = ["Lockstep", "Together"]
 
 LONGEST = 256  # iterates of a start that wait to be looked at
 BYTES = 64 * 2**20  # of the iterates that wait
-MANY = 64 * 2**20  # bytes of all operations together, beyond which nothing is gained by more starts at a time
+MANY = 128 * 2**20  # bytes of all operations together, beyond which nothing is gained by more starts at a time
+LARGEST = 512 * 2**20  # bytes of the operations of one start, which are held while they are recorded
 
 Leaves = dict[str, Tensor]
 Iterate = Callable[[tuple, Mapping[str, Any]], Record]
@@ -168,29 +169,25 @@ class Together:
                 self._record(engine, values)
         if self.recorded is None:
             self.iterate = None
-        size = 1 if self.recorded is None else max(1, MANY // max(1, self.recorded.bytes))
-        if self.recorded is not None and size == 1 < len(group):
-            self._leave(f"an iteration takes {self.recorded.bytes / 2**20:.0f} MiB by itself")
+        size = len(group) if self.recorded is None else max(1, MANY // max(1, self.recorded.bytes))
+        if self.recorded is None:
+            self.ways.add(f"one by one: {self.reason}")
+        else:
+            self.ways.add("side by side" if size >= len(group) else f"side by side, {size} at a time")
         return [group[k : k + size] for k in range(0, len(group), size)]
 
     def rows(self, engine: Engine, part: list[Start], ended: list[bool]) -> Lockstep | None:
         """Return what runs a part of a group side by side, None if they go one by one."""
         if self.recorded is None or all(ended):
-            if self.recorded is None:
-                self.ways.add(f"one by one: {self.reason}")
             return None
         live = {row.name: row.leaf for row in engine.parameters.rows}
         values = [[start.values[name].to(leaf) for name, leaf in live.items()] for start in part]
         try:
-            found = Lockstep(engine, self.iterate, self.recorded, values, [not end for end in ended])
+            return Lockstep(engine, self.iterate, self.recorded, values, [not end for end in ended])
         except Exception as error:
-            self._leave(_brief(error))
-            return self.rows(engine, part, ended)
-        self.ways.add("side by side")
-        return found
-
-    def _leave(self, reason: str) -> None:
-        self.iterate, self.recorded, self.reason = None, None, reason
+            self.iterate = self.recorded = None
+            self.ways = {f"one by one: {_brief(error)}"}
+            return None
 
     def _record(self, engine: Engine, values: Leaves) -> None:
         """Record an iteration from given values and from others near by."""
@@ -210,7 +207,7 @@ class Together:
 
         try:
             starts = [[at[name].to(leaf) for name, leaf in live.items()] for at in (values, near)]
-            self.recorded = record_map(step, list(live.values()), starts)
+            self.recorded = record_map(step, list(live.values()), starts, LARGEST)
         except Exception as error:
             self.reason = _brief(error)
 

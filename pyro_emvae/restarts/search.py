@@ -159,19 +159,22 @@ class Search:
 
     def _screen(self) -> None:
         """Make some iterations from every start; noisy ones that fail are drawn again with less noise."""
-        while waiting := [s for s in self.starts if not s.made]:
-            attempt = min(s.attempt for s in waiting)
-            group = [s for s in self.starts if s.attempt == attempt]
+        while group := self._waiting():
             for start in group:
                 if start.leaves is None:
                     start.leaves = self._place(start)
             self._run(group, min(self.screen, self.total), screening=True)
+
+    def _waiting(self) -> list[Start]:
+        """Return the starts of the first attempt that not all of them made; those that failed in one make the next."""
+        for attempt in range(len(HALVINGS)):
+            group = [s for s in self.starts if s.attempt == attempt]
+            if not all(s.made for s in group):
+                return group
             for start in group:
-                start.passed, start.screened = start.sound, start.objective
-                if start.status == "MAX_ITER" and start.sound and self.total > self.screen:
-                    start.status = "SCREENED"
-                if not start.sound and start.kind == "noise" and attempt + 1 < len(HALVINGS):
+                if not start.passed and start.kind == "noise" and attempt + 1 < len(HALVINGS):
                     start.begin_again()
+        return []
 
     def _place(self, start: Start) -> dict[str, torch.Tensor]:
         """Return where a start begins."""
@@ -198,9 +201,17 @@ class Search:
                 if start.status == "INTERRUPTED":
                     raise KeyboardInterrupt
                 start.made, start.finished = True, not screening
+                if screening:
+                    self._judge(start)
                 self._save(start.slot)
                 if rows:
                     rows.leave(place)
+
+    def _judge(self, start: Start) -> None:
+        """Note what the screening showed."""
+        start.passed, start.screened = start.sound, start.objective
+        if start.passed and start.status == "MAX_ITER" and self.total > self.screen:
+            start.status = "SCREENED"
 
     def _make(self, start: Start, number: int, screening: bool, iterate: Iterate | None) -> None:
         self.last = start

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import annealing
 from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
 from .checkpoint import Checkpoints, Position
 from .convergence import Verdict
@@ -153,6 +154,7 @@ def run(
     evaluate: Callable[[tuple, dict], float] | None = None,
     checkpoint: Any = None,
     resume: str | bool = "auto",
+    anneal: Any = None,
 ) -> Fit:
     r"""Iterate over data and return a `Fit`; the loop behind ``SVI.run`` and ``EM.run``.
 
@@ -185,8 +187,12 @@ def run(
         resume: ``"auto"``: go on from `checkpoint` if it exists, else start; iterations and epochs count from the
             first start, and a run that had come to its end returns its `Fit`. True: it has to exist. False: start
             anew, and replace it.
+        anneal: A schedule of `annealing`, or a function from iteration to factor, which reaches 1 within the run. What
+            is recorded is the objective without the factor; no rule judges before it is 1. The factors are the
+            history's ``anneal``.
 
     Raises:
+        EmvaeError: A schedule that does not reach 1 within the run.
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
         StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
             those before.
@@ -194,6 +200,7 @@ def run(
     """
     _check_options(data, callbacks, every)
     total = _length(num_iterations, data, num_epochs)
+    schedule = annealing.checked(anneal, total)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
     history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
@@ -206,6 +213,7 @@ def run(
     if seed is not None and not start.source:
         pyro.set_rng_seed(seed)
     engine.expect_changes()
+    engine.beta = None if schedule is None else torch.ones((), dtype=torch.float64)
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
     status, iteration, shapes = start.status if start.ended else "MAX_ITER", start.iteration, None
     bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
@@ -218,9 +226,11 @@ def run(
                     break
                 a, k = _to_device(a, k, device)
                 shapes = shapes or _shapes(a, k)
+                annealed = _set_factor(engine, schedule, iteration)
                 record = iterate(a, k)
+                record.facts = {**record.facts, **({} if schedule is None else {"anneal": float(engine.beta)})}
                 history.add(iteration, record)
-                ended = monitor.after(iteration, record.loss, last) or monitor.hear(record.verdict)
+                ended = monitor.after(iteration, record.loss, last, annealed) or monitor.hear(record.verdict)
                 judged = last if data is not None else _due(iteration, total, every)
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))
@@ -242,7 +252,7 @@ def run(
     except DegenerateError as error:
         status, monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
     finally:
-        engine.on_nonfinite, engine.on_setup = policy, None
+        engine.on_nonfinite, engine.on_setup, engine.beta = policy, None, None
     if not iteration and status == "MAX_ITER":
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
     if engine.skipped > keeper.skipped and status == "MAX_ITER":
@@ -253,6 +263,14 @@ def run(
     fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit
+
+
+def _set_factor(engine: Engine, schedule: annealing.Schedule | None, iteration: int) -> bool:
+    """Set the factor of an iteration, in the tensor that recorded steps read; return whether it is below 1."""
+    if schedule is None:
+        return False
+    engine.beta.fill_(schedule.factor(iteration))
+    return iteration < schedule.ends
 
 
 def _check_options(data: Any, callbacks: Any, every: Any) -> None:

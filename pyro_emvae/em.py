@@ -24,7 +24,7 @@ from .optimizers import BlockOptimizer
 from .parameters import SIDES, assign
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
-from .steps import HalfStep, Phase
+from .steps import Gradient, HalfStep, Phase
 from .steps.phase import check_blocks, read_phases, summarised
 from .svi import Inference, model_arguments, per_block, run_with
 
@@ -277,6 +277,8 @@ class EM(Inference):
         fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
+        if options.get("anneal") is not None:
+            self._check_annealing(accelerate, n_init)
         iterate = self._iterations(accelerate, history, args, options)
 
         def run(number: int | None, **changed: Any) -> Fit:
@@ -319,6 +321,20 @@ class EM(Inference):
         if history == "full":
             return lambda: FullHistory(self.engine, self._iterate)
         return lambda: self._iterate
+
+    def _check_annealing(self, accelerate: str | None, n_init: int) -> None:
+        """Refuse what does not go with a factor; steps that cannot have one say so when they are made."""
+        unfit = [p for p in self.phases if p.slot == "E" and p.takes_gradients and not isinstance(p.step, Gradient)]
+        for name, misfit in (("accelerate", accelerate), ("n_init", n_init != 1), (repr(unfit), unfit)):
+            if misfit:
+                fail(
+                    StepError,
+                    "EM",
+                    "anneal",
+                    got=f"anneal= with {name}",
+                    because="the factor changes the objective of each iteration, and what takes it has to know",
+                    fix="Leave one of the two out, or use steps.Enumerated(), steps.Gaussian() or steps.Gradient().",
+                )
 
     def _refuse(self, option: str, misfit: bool) -> None:
         if misfit:

@@ -24,6 +24,7 @@ LAYERS = (
         "optimizers",
         "families",
         "problems",
+        "annealing",
         "convergence",
         "psis",
         "information",

@@ -131,10 +131,22 @@ class EM(Inference):
         """The last E-step of an iteration, which `posterior` makes."""
         return [phase.step for phase in self.phases if phase.slot == "E"][-1]
 
+    @e_step.setter
+    def e_step(self, step: HalfStep) -> None:
+        self._exchange(self.e_step, step)
+
     @property
     def m_step(self) -> HalfStep:
         """The first M-step of an iteration."""
         return next(phase.step for phase in self.phases if phase.slot == "M")
+
+    @m_step.setter
+    def m_step(self, step: HalfStep) -> None:
+        self._exchange(self.m_step, step)
+
+    def _exchange(self, old: HalfStep, new: HalfStep) -> None:
+        self.phases = tuple(dataclasses.replace(p, step=new) if p.step is old else p for p in self.phases)
+        self.engine.half_steps = {phase.key: phase.step for phase in self.phases}
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""

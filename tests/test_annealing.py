@@ -320,7 +320,7 @@ def test_what_cannot_be_annealed_is_refused():
         problem = problems.linear_gaussian()
         pyro.clear_param_store()
         em = EM(problem.model, e_step=e_step, m_step="lbfgs")
-        with pytest.raises(StepError, match="be annealed with the factor 0.1"):
+        with pytest.raises(StepError, match=r"be annealed with the factor 0\.1"):
             em.run(*problem.args, max_iter=10, anneal=Geometric(3))
     for options in ({"accelerate": "squarem"}, {"n_init": 2}):
         with pytest.raises(StepError, match=next(iter(options))):

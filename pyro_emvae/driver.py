@@ -22,7 +22,7 @@ from .convergence import Verdict
 from .engine import Engine
 from .history import History, Record
 from .loss import MonteCarloELBO
-from .monitor import Monitor
+from .monitor import ENDS, Monitor
 from .particles import quiet
 
 __all__ = ["Fit", "History", "Progress", "Record", "run"]
@@ -152,6 +152,7 @@ def run(
     deterministic: bool = False,
     monotone: bool = False,
     evaluate: Callable[[tuple, dict], float] | None = None,
+    screen: Callable[[tuple, dict], str] | None = None,
     checkpoint: Any = None,
     resume: str | bool = "auto",
     anneal: Any = None,
@@ -181,6 +182,7 @@ def run(
             None: all iterations are made; ``"auto"``: see `Monitor`.
         on_decrease, deterministic, monotone: See `Monitor`.
         evaluate: Returns minus the objective at the present parameters, at the end of a run without noise.
+        screen: Returns what says that the parameters are no maximum, at the end of such a run; "" if nothing does.
         checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
             killed at any point, and is started again in the same way, gives the numbers of one that was not.
             Not in it: what callbacks, the model or a loader's workers keep in Python.
@@ -259,7 +261,9 @@ def run(
         status = "NAN"
     objective = history.iterations[-1][0] if history.iterations else math.nan
     if monitor.deterministic and evaluate is not None and status != "INTERRUPTED":
-        status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
+        there = _to_device(args, kwargs, device)
+        status, objective = monitor.end(status, -evaluate(*there))
+        status = monitor.screen(status, screen(*there) if screen is not None and status in ENDS else "")
     fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit

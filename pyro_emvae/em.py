@@ -14,6 +14,7 @@ from ._checks import BlockError, CheckpointError, EmvaeError, StepError, fail, p
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
+from .degeneracy import spike
 from .driver import Fit
 from .engine import State, choose
 from .growth import check_growth, grown
@@ -209,6 +210,12 @@ class EM(Inference):
         with quiet():
             return phase.run(self.engine, state, None, args, kwargs)[2].loss
 
+    def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
+        with quiet():
+            posterior = self.posterior(*args, **kwargs)
+            return spike(self.engine.parameters, lambda: posterior.expected_log_joint(100))
+
     @property
     def is_exact(self) -> bool:
         """Whether all half-steps are exact."""
@@ -285,7 +292,7 @@ class EM(Inference):
             max_iter = 500
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
             stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
-        fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": self._evaluate}
+        fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": self._evaluate, "screen": self._screen}
         fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)

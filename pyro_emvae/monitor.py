@@ -142,6 +142,13 @@ class Monitor:
             objective = self.objectives[-1] if status == "REVERTED" else objective
         return "DECREASED" if self.decreased and status in ENDS else status, objective
 
+    def screen(self, status: str, found: str) -> str:
+        """Return the status of the run, given what says that its parameters are no maximum, if anything does."""
+        if not found:
+            return status
+        self.verdict = dataclasses.replace(self.verdict, status="DEGENERATE", reason=found)
+        return "DEGENERATE"
+
     # Its state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ LAYERS = (
     ),
     ("posterior",),
     ("estimators", "guides"),
-    ("loss", "engine", "checkpoint", "driver", "history", "monitor"),
+    ("loss", "engine", "checkpoint", "degeneracy", "driver", "history", "monitor"),
     ("evidence", "uncertainty"),
     ("svi", "steps", "acceleration", "growth", "looks", "restarts"),
     ("em",),

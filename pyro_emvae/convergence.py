@@ -25,7 +25,8 @@ STATUSES = {
     "MAX_ITER": "all iterations were made; no claim of convergence",
     "DECREASED": "an iteration lowered an objective that it cannot lower, and the run went on",
     "REVERTED": "an iteration lowered it; the parameters are those before it",
-    "DEGENERATE": "an update left the inside of a parameter's constraint, such as a variance of zero",
+    "DEGENERATE": "an update left the inside of a parameter's constraint, such as a variance of zero, "
+    "or the run ended on a spike of an unbounded likelihood",
     "NAN": "updates were left out because something was not finite",
     "STOPPED": "a callback stopped the run",
     "INTERRUPTED": "Ctrl-C",

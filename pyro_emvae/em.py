@@ -15,6 +15,7 @@ from ._checks import BlockError, EmvaeError, StepError, fail, positive_int
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
+from .degeneracy import spike
 from .driver import Fit
 from .engine import State, choose
 from .growth import check_growth, grown
@@ -26,7 +27,7 @@ from .parameters import SIDES
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .slices import Slices
-from .steps import HalfStep, Phase
+from .steps import Gradient, HalfStep, Phase
 from .steps.phase import check_blocks, read_phases, summarised
 from .svi import Inference, model_arguments, per_block, run_with
 
@@ -133,10 +134,22 @@ class EM(Inference):
         """The last E-step of an iteration, which `posterior` makes."""
         return [phase.step for phase in self.phases if phase.slot == "E"][-1]
 
+    @e_step.setter
+    def e_step(self, step: HalfStep) -> None:
+        self._exchange(self.e_step, step)
+
     @property
     def m_step(self) -> HalfStep:
         """The first M-step of an iteration."""
         return next(phase.step for phase in self.phases if phase.slot == "M")
+
+    @m_step.setter
+    def m_step(self, step: HalfStep) -> None:
+        self._exchange(self.m_step, step)
+
+    def _exchange(self, old: HalfStep, new: HalfStep) -> None:
+        self.phases = tuple(dataclasses.replace(p, step=new) if p.step is old else p for p in self.phases)
+        self.engine.half_steps = {phase.key: phase.step for phase in self.phases}
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
@@ -198,6 +211,12 @@ class EM(Inference):
         phase = next(phase for phase in self.phases if phase.step is self.e_step)
         with quiet():
             return phase.run(self.engine, state, None, args, kwargs)[2].loss
+
+    def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
+        with quiet():
+            posterior = self.posterior(*args, **kwargs)
+            return spike(self.engine.parameters, lambda: posterior.expected_log_joint(100))
 
     @property
     def is_exact(self) -> bool:
@@ -282,9 +301,11 @@ class EM(Inference):
         once = None if batch_size is None else Slices(self.engine, self.phases, self._prepare, batch_size)
         self._refuse("batch_size", once is not None and (history == "full" or "data" in options))
         fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
-        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
+        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone, "screen": self._screen}
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
+        if options.get("anneal") is not None:
+            self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1, "batch_size": batch_size})
         begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
         iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
 
@@ -326,6 +347,20 @@ class EM(Inference):
         if history == "full":
             return lambda: FullHistory(self.engine, once)
         return lambda: once
+
+    def _check_annealing(self, asked: Mapping[str, Any]) -> None:
+        """Refuse what does not go with a factor; steps that cannot have one say so when they are made."""
+        unfit = [p for p in self.phases if p.slot == "E" and p.takes_gradients and not isinstance(p.step, Gradient)]
+        for name, misfit in (asked | {repr(unfit): unfit}).items():
+            if misfit:
+                fail(
+                    StepError,
+                    "EM",
+                    "anneal",
+                    got=f"anneal= with {name}",
+                    because="the factor changes the objective of each iteration, and what takes it has to know",
+                    fix="Leave one of the two out, or use steps.Enumerated(), steps.Gaussian() or steps.Gradient().",
+                )
 
     def _refuse(self, option: str, misfit: bool) -> None:
         if misfit:

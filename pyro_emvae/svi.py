@@ -250,6 +250,7 @@ OPTIONS = (
     "on_decrease",
     "checkpoint",
     "resume",
+    "anneal",
 )
 
 

@@ -2,6 +2,7 @@ r"""The exact posterior of discrete latents, by Pyro's enumeration."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import OrderedDict
@@ -127,7 +128,7 @@ class EnumeratedPosterior(Posterior):
         return evidence, dict(zip(leaves, grads, strict=True))
 
     @cached_property
-    def _alone(self) -> tuple[float, Tensor] | None:
+    def _alone(self) -> tuple[Tensor, Tensor] | None:
         """The log normalizer and the packed log posterior of the only latent, by Bayes' rule; None if it is not alone.
 
         A mixture needs no contraction: all factors are over the same plates and the same outcomes.
@@ -141,9 +142,9 @@ class EnumeratedPosterior(Posterior):
             normalizer = joint.logsumexp(dims.index(next(iter(self._symbols))), keepdim=True)
             logits = joint - normalizer
         logits._pyro_dims = dims
-        return float(normalizer.sum()), logits
+        return normalizer.sum().double(), logits
 
-    def _solved_alone(self, normalizer: float, logits: Tensor) -> tuple[float, dict[str, Tensor]]:
+    def _solved_alone(self, normalizer: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         probabilities, dims, found = logits.exp(), logits._pyro_dims, {}
         for name, factor in self._touched.items():
             mine = factor._pyro_dims
@@ -151,7 +152,23 @@ class EnumeratedPosterior(Posterior):
             part = probabilities.sum(others) if others else probabilities
             kept = [dim for dim in dims if dim in mine]
             found[name] = part if "".join(kept) == mine else part.permute(*[kept.index(dim) for dim in mine])
-        return self._rest + normalizer * float(self._scale), found
+        return self._rest + normalizer * self._scale, found
+
+    def tempered(self, beta: float) -> EnumeratedPosterior:
+        """Return the posterior of the factors to the power of beta; its ``log_evidence`` is NaN, it has an entropy.
+
+        Where latents are masked the entropy is NaN as well.
+        """
+        new = copy.copy(self)
+        for name in ("log_evidence", "entropy", "_solved", "_alone", "_sites_of"):
+            vars(new).pop(name, None)
+        new._touched = {name: packed.scale_and_mask(f, scale=beta) for name, f in self._touched.items()}
+        new.is_exact, log_z = beta == 1.0, float(new._solved[0]) - self._rest
+        masked = any(self.mask(name) is not None for name in self.latents)
+        with torch.no_grad():
+            expected = float(new._expected(self.trace)) - self._rest
+        vars(new).update(log_evidence=math.nan, entropy=math.nan if masked else log_z - beta * expected)
+        return new
 
     def log_evidence_at_theta(self) -> Tensor:
         r"""Return $\log p_\theta(x)$ at the present theta, to be differentiated by it, twice too: scalar, nats."""

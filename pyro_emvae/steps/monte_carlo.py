@@ -64,8 +64,8 @@ class MonteCarlo(HalfStep):
         StepError: The sampler does not take a latent; a minibatch that cannot be placed; no guide for importance.
         NonFiniteError: A weight is not finite, or all of a datum's are zero.
 
-    Source: Wei and Tanner 1990 for Monte Carlo EM; Caffo, Jank and Jones 2005 for its number of draws;
-    Kingma and Welling 2013, appendix D, with HMC.
+    Source: Wei and Tanner 1990 for Monte Carlo EM; Caffo, Jank and Jones 2005 for its number of draws; Kingma and
+    Welling 2013, appendix D, with HMC.
 
     Example:
         >>> MonteCarlo("hmc", num_particles=5, num_leapfrog=10)

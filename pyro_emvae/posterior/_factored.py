@@ -186,19 +186,23 @@ class FactoredJoint:
         """Which values the model may be run at in one run: ``"all"``, those of ``"discrete"`` latents, ``"none"``."""
         return self.known.get(("at_once", self.model), "none")
 
-    def run(self, values: Mapping[str, Tensor], count: int, common: bool = False) -> Particles:
+    def run(self, values: Mapping[str, Tensor], count: int, how: str = "") -> Particles:
         """Run the model at rows of values ``(S, *batch, *event)``, with the random numbers of the first run.
 
-        ``common``: all rows have the same continuous values.
+        Args:
+            values: By latent.
+            count: S.
+            how: As `at_once`; with ``"discrete"`` all rows have the same continuous values.
         """
+        how = how or ("all" if self.at_once == "all" else "none")
         with torch.random.fork_rng(devices=[]), hold_batch(self.batch):
             torch.set_rng_state(self.generator)
-            if count > 1 and common:
+            if count > 1 and how == "discrete":
                 given = {
                     name: value[0] if name in self.leaves else self.pad(name, value) for name, value in values.items()
                 }
                 return self._replay(given, count)
-            if count > 1 and self.at_once == "all":
+            if count > 1 and how == "all":
                 return self._replay({name: self.pad(name, value) for name, value in values.items()}, count)
             runs = []
             for s in range(count):
@@ -240,7 +244,7 @@ class FactoredJoint:
                     values[name] = _take(nodes[i].values[name], rows.digits[i][part])
                 else:
                     values[name] = site.value.detach().expand(len(part), *site.value.shape)
-            run, weighted = self.run(values, len(part), common=self.at_once == "discrete"), {}
+            run, weighted = self.run(values, len(part), self.at_once), {}
             for name in sites:
                 involved = {place[latent] for latent in self.reached[name]} & nodes.keys()
                 site = run.model[name]

@@ -26,7 +26,7 @@ class _Found(Factor):
 
 @dataclass(frozen=True)
 class VectorFactor(_Found):
-    r"""A normal with full covariance: $f'(z)=h-\Lambda z$, from differences along the columns of L, $LL^\top=\Sigma$."""
+    r"""A normal with full covariance $LL^\top$: $f'(z)=h-\Lambda z$, from differences along the columns of L."""
 
     name: str
     loc: Tensor = field(repr=False)
@@ -268,7 +268,7 @@ def _near(mean: Tensor, noise: Tensor) -> Tensor:
 
 
 def _by_precision(at: list[Tensor], slopes: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Solve $f'(\Lambda)=c\Lambda^{-1}-\tfrac12A$ from the values at $\Lambda_0$ and $2\Lambda_0$; prove it at a third."""
+    r"""Solve $f'(\Lambda)=c\Lambda^{-1}-\tfrac12A$ from $\Lambda_0$ and $2\Lambda_0$, and prove it at a third."""
     size = at[0].shape[-1]
     c = 2 * ((slopes[0] - slopes[1]) * at[0]).sum((-2, -1)) / size
     first, last = (c[..., None, None] * torch.linalg.inv(at[k]) for k in (0, 2))

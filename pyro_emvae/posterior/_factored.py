@@ -14,8 +14,7 @@ from .._checks import NonFiniteError, StepError, fail
 from .._pyro import Messenger, scale_and_mask
 from ..parameters import reach
 from ..particles import Particles, Site, draw, hold_batch, is_subsample, replay, stack_runs
-from ._conjugacy import _family
-from ._factors import DiscreteFactor
+from ._factors import DiscreteFactor, family_of
 from ._families import Factor
 from ._plates import Batch
 from .enumerated import _sites, _trace
@@ -122,7 +121,7 @@ class FactoredJoint:
 
     def start(self) -> list[Factor]:
         """Return a factor for each latent, at its prior mean or with its prior's probabilities."""
-        kinds = {n: _family(s.fn) or DiscreteFactor for n, s in self.latents.items()}
+        kinds = {n: family_of(s.fn) or DiscreteFactor for n, s in self.latents.items()}
         return [kinds[name].start(name, site.fn) for name, site in self.latents.items()]
 
     def moved_by(self, names: Sequence[str]) -> list[str]:
@@ -187,19 +186,23 @@ class FactoredJoint:
         """Which values the model may be run at in one run: ``"all"``, those of ``"discrete"`` latents, ``"none"``."""
         return self.known.get(("at_once", self.model), "none")
 
-    def run(self, values: Mapping[str, Tensor], count: int, common: bool = False) -> Particles:
+    def run(self, values: Mapping[str, Tensor], count: int, how: str = "") -> Particles:
         """Run the model at rows of values ``(S, *batch, *event)``, with the random numbers of the first run.
 
-        ``common``: all rows have the same continuous values.
+        Args:
+            values: By latent.
+            count: S.
+            how: As `at_once`; with ``"discrete"`` all rows have the same continuous values.
         """
+        how = how or ("all" if self.at_once == "all" else "none")
         with torch.random.fork_rng(devices=[]), hold_batch(self.batch):
             torch.set_rng_state(self.generator)
-            if count > 1 and common:
+            if count > 1 and how == "discrete":
                 given = {
                     name: value[0] if name in self.leaves else self.pad(name, value) for name, value in values.items()
                 }
                 return self._replay(given, count)
-            if count > 1 and self.at_once == "all":
+            if count > 1 and how == "all":
                 return self._replay({name: self.pad(name, value) for name, value in values.items()}, count)
             runs = []
             for s in range(count):
@@ -241,7 +244,7 @@ class FactoredJoint:
                     values[name] = _take(nodes[i].values[name], rows.digits[i][part])
                 else:
                     values[name] = site.value.detach().expand(len(part), *site.value.shape)
-            run, weighted = self.run(values, len(part), common=self.at_once == "discrete"), {}
+            run, weighted = self.run(values, len(part), self.at_once), {}
             for name in sites:
                 involved = {place[latent] for latent in self.reached[name]} & nodes.keys()
                 site = run.model[name]
@@ -304,7 +307,7 @@ class _Start(Messenger):
                 first = _outcomes(self.obj, name, fn)[0]
                 msg["value"], msg["done"] = first.expand(fn.shape()), True
             return
-        family = _family(fn)
+        family = family_of(fn)
         if family is None:
             _refuse(self.obj, name, fn)
         mean = family.start(name, fn).marginal(name).mean.expand(fn.shape())
@@ -329,7 +332,7 @@ def _refuse(obj: str, name: str, fn: Any, cause: BaseException | None = None) ->
         f"give {name!r} a factor",
         got=f"{type(fn).__name__}{tuple(fn.shape())}",
         because="a factor is of a latent with a few outcomes, or one that is a probability, a positive number, a real "
-        "number or a point of a simplex, one per element of its plates",
+        "number or vector, a point of a simplex or a positive definite matrix, one per element of its plates",
         fix="Put the elements into a pyro.plate in place of .to_event(); or use steps.Laplace(), steps.MonteCarlo() or "
         "a guide.",
         cause=cause,

@@ -10,6 +10,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from .._checks import StepError, fail, nearest
 from ._conjugacy import _as_factor, _family
@@ -24,6 +25,7 @@ from ._families import (
     Values,
     _hermite,
 )
+from ._vectors import NormalWishartFactor, VectorFactor, WishartFactor
 from .enumerated import _distribution
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "as_factor",
     "blend",
     "displaced",
+    "family_of",
     "gaussian_nodes",
     "natural_gradient",
     "tensors",
@@ -137,6 +140,8 @@ def _with_them(f: Factor, eta: list[Tensor]) -> Factor:
 _NATURAL: dict[type, tuple[Callable, Callable]] = {
     NormalFactor: (_normal, _from_normal),
     NormalGammaFactor: (_normal_gamma, _from_normal_gamma),
+    VectorFactor: (VectorFactor.natural, VectorFactor.member),
+    NormalWishartFactor: (NormalWishartFactor.natural, NormalWishartFactor.member),
 }
 
 
@@ -183,15 +188,37 @@ def displaced(factor: Factor, noise: Callable[[Tensor], Tensor]) -> Factor:
         return replace(factor, logits=factor.logits + noise(factor.logits))
     if isinstance(factor, NormalFactor):
         return replace(factor, loc=factor.loc + factor.scale * noise(factor.loc))
-    if isinstance(factor, NormalGammaFactor):
-        scale = (factor.b / (factor.a * factor.count)).sqrt()
-        return replace(factor, m=factor.m + scale * noise(factor.m))
+    if isinstance(factor, VectorFactor):
+        return replace(factor, loc=factor.around({factor.name: noise(factor.loc)}, wide=True)[factor.name])
+    if isinstance(factor, WishartFactor):
+        return replace(factor, inverse=factor.inverse * (0.5 * noise(factor.df)).exp()[..., None, None])
     if isinstance(factor, GammaFactor):
         return replace(factor, b=factor.b * (0.5 * noise(factor.b)).exp())
     if isinstance(factor, BetaFactor | DirichletFactor):
         moved = {name: x * (0.5 * noise(x)).exp() for name, x in tensors(factor).items()}
         return with_tensors(factor, moved)
     return factor
+
+
+def family_of(fn: Any) -> type[Factor] | None:
+    """Return the family of a continuous latent by the support of its prior."""
+    support = None if fn.has_enumerate_support else fn.support
+    if support is constraints.positive_definite and fn.event_dim == 2:
+        return WishartFactor
+    if isinstance(support, constraints.independent) and support.base_constraint is constraints.real:
+        return VectorFactor if fn.event_dim == 1 else None
+    return _family(fn)
+
+
+def _made(kind: type[Factor], name: str, fn: Any, prior: Any) -> Factor:
+    if kind is DiscreteFactor:
+        return DiscreteFactor.of(name, fn, prior)
+    if kind is VectorFactor:
+        root = fn.scale_tril if hasattr(fn, "scale_tril") else torch.diag_embed(fn.variance.sqrt())
+        return VectorFactor(name, fn.mean.detach(), root.detach())
+    if kind is WishartFactor:
+        return WishartFactor(name, fn.df.detach(), fn.precision_matrix.detach())
+    return _as_factor(name, fn)
 
 
 def as_factor(joint: Any, name: str, fn: Any) -> Factor:
@@ -206,12 +233,12 @@ def as_factor(joint: Any, name: str, fn: Any) -> Factor:
             because="init= has distributions of the model's latents",
             fix=nearest(name, joint.latents),
         )
-    kind = _family(site.fn) or DiscreteFactor
+    kind = family_of(site.fn) or DiscreteFactor
     try:
         if fn.event_shape != site.fn.event_shape:
             raise ValueError(f"event shape {tuple(fn.event_shape)} in place of {tuple(site.fn.event_shape)}")
         wide = fn.expand(joint.shape(name))
-        found = DiscreteFactor.of(name, wide, site.fn) if kind is DiscreteFactor else _as_factor(name, wide)
+        found = _made(kind, name, wide, site.fn)
         if type(found) is not kind:
             raise TypeError(f"a {kind.__name__.removesuffix('Factor')} factor")
     except (AttributeError, RuntimeError, TypeError, ValueError) as cause:

@@ -18,8 +18,11 @@ from ._factored import FactoredJoint, Nodes
 from ._factors import DiscreteFactor, blend, gaussian_nodes, natural_gradient, tensors, with_tensors
 from ._families import Factor, GammaFactor, NormalFactor, NormalGammaFactor
 from ._meetings import is_quadratic, meeting_dims
+from ._vectors import NormalWishartFactor, VectorFactor, WishartFactor
 
 __all__ = ["Ascent", "Update", "paired"]
+
+PAIRS = {(GammaFactor, NormalFactor), (WishartFactor, VectorFactor)}
 
 
 @dataclass(frozen=True)
@@ -195,7 +198,9 @@ class Ascent:
         return new, float(torch.where(inside.to(miss.device), miss, 0.0).max())
 
     def _levels(self, factor: Factor) -> dict[str, Tensor]:
-        """Return values at four levels about the mean: ``(4, *batch, *event)``."""
+        """Return values at a few levels about the mean: ``(levels, *batch, *event)``."""
+        if isinstance(factor, VectorFactor | WishartFactor | NormalWishartFactor):
+            return factor.levels()
         levels, rows = torch.tensor(LEVELS, dtype=torch.float64), []
         for level in range(len(LEVELS)):
             noise = {}
@@ -339,11 +344,11 @@ class Ascent:
 
 
 def paired(joint: FactoredJoint, factors: Sequence[Factor], update: Update) -> list[Factor]:
-    """Join a precision and a mean into one Normal-Gamma factor, where that is conjugate."""
+    """Join a precision and a mean into one Normal-Gamma or Normal-Wishart factor, where that is conjugate."""
     found = {name: f for f in factors for name in f.names}
     for name in joint.latents:
         near = [found[n] for n in joint.reached[name] - {name}]
-        if type(found[name]) is not NormalFactor or len(near) != 1 or type(near[0]) is not GammaFactor:
+        if len(near) != 1 or (type(near[0]), type(found[name])) not in PAIRS:
             continue
         first = near[0].name
         if joint.shape(first) != joint.shape(name):
@@ -359,8 +364,13 @@ def paired(joint: FactoredJoint, factors: Sequence[Factor], update: Update) -> l
     return _unique(found.values())
 
 
-def _as_pair(precision: GammaFactor, mean: NormalFactor) -> NormalGammaFactor:
+def _as_pair(precision: Any, mean: Any) -> NormalGammaFactor | NormalWishartFactor:
     """Return the pair whose means, and deviation of the mean, are those of two factors."""
+    if isinstance(mean, VectorFactor):
+        expected = precision.df[..., None, None] * torch.linalg.inv(precision.inverse)
+        spread = (mean.scale_tril * (expected @ mean.scale_tril)).sum((-2, -1))
+        count = mean.loc.shape[-1] / spread
+        return NormalWishartFactor(precision.name, mean.name, precision.df, precision.inverse, mean.loc, count)
     tau = precision.a / precision.b
     count = (tau * mean.scale.square()).reciprocal()
     return NormalGammaFactor(precision.name, mean.name, precision.a, precision.b, mean.loc, count)

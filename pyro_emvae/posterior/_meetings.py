@@ -2,16 +2,52 @@ r"""Which elements of one latent meet in a site, and whether they do so in a qua
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from ..particles import quiet
 from ._factored import FactoredJoint
 from ._factors import DiscreteFactor
 from ._families import Factor, NormalFactor
 
-__all__ = ["is_quadratic", "meeting_dims"]
+__all__ = ["at_once", "is_quadratic", "meeting_dims"]
+
+
+def at_once(joint: FactoredJoint, factors: Sequence[Factor]) -> str:
+    """Return which values the model may be run at in one run: ``"all"``, those of ``"discrete"`` latents, ``"none"``.
+
+    Two rows of values are run together and one by one, and have to agree at each site.
+    """
+    rows = [_random(joint, factors, level) for level in range(2)]
+    every = {name: torch.stack([row[name] for row in rows]) for name in joint.latents}
+    if _agree(joint, every, common=False):
+        return "all"
+    if len(joint.leaves) == len(joint.latents):
+        return "none"
+    same = {name: x[:1].expand(x.shape) if name in joint.leaves else x for name, x in every.items()}
+    return "discrete" if _agree(joint, same, common=True) else "none"
+
+
+def _agree(joint: FactoredJoint, values: Mapping[str, Tensor], common: bool) -> bool:
+    with quiet(train=False, validate=False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        looped = joint.run(values, 2, how="none")
+        try:
+            together = joint.run(values, 2, how="discrete" if common else "all")
+        except Exception:  # any failure of the user's code under an extra dim is the answer
+            return False
+    tolerance = 1e-4 if joint.dtype == torch.float32 else 1e-8
+    for name, site in looped.model.items():
+        one, two = looped.rows(site.scaled), together.rows(together.model[name].scaled)
+        if one.dim() != two.dim() or any(n != m and 1 not in (n, m) for n, m in zip(one.shape, two.shape, strict=True)):
+            return False
+        size = max(1.0, float(one.nan_to_num().abs().max()))
+        if not torch.allclose(one, two.expand_as(one) if two.shape != one.shape else two, tolerance, tolerance * size):
+            return False
+    return True
 
 
 def meeting_dims(joint: FactoredJoint, factors: Sequence[Factor], place: int) -> tuple[int, ...]:
@@ -90,11 +126,12 @@ def _vanish(joint: FactoredJoint, values: Mapping[str, list[Tensor]], sites: Seq
 
 def _random(joint: FactoredJoint, factors: Sequence[Factor], level: int) -> dict[str, Tensor]:
     """Return a value for each latent, on the scale of its factor, from fixed random numbers."""
-    generator = torch.Generator().manual_seed(level)
+    generator, outcomes = (torch.Generator().manual_seed(seed) for seed in (level, 99))
     values: dict[str, Tensor] = {}
     for factor in factors:
         if isinstance(factor, DiscreteFactor):
-            chosen = torch.randint(len(factor.outcomes), factor.logits.shape[:-1], generator=generator)
+            chosen = torch.randint(len(factor.outcomes), factor.logits.shape[:-1], generator=outcomes)
+            chosen = (chosen + level) % len(factor.outcomes)
             values[factor.name] = factor.outcomes[chosen.to(factor.outcomes.device)]
             continue
         noise = {

@@ -8,15 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .._checks import StepError, fail, nearest
-from ..particles import Particles, hold_batch, vectorizable
+from ..particles import Particles
 from ._factored import FactoredJoint
 from ._factors import as_factor, displaced
-from ._families import Factor
 from ._mean_field import Ascent, Update, paired
+from ._meetings import at_once
 from .base import Posterior, Support
 from .conjugate import MAX_NODES, ConjugatePosterior, _pad, _repeat
 
@@ -157,24 +156,9 @@ def first_ascent(
     factors = [displaced(factor, noise) for factor in joint.start()]
     key = ("at_once", joint.model)
     if key not in joint.known:
-        joint.known[key] = _at_once(joint, factors)
+        joint.known[key] = at_once(joint, factors)
     given = {name: as_factor(joint, name, fn) for name, fn in (init or {}).items()}
     factors = [given.get(factor.names[0], factor) for factor in factors]
     if pairs != "none":
         factors = paired(joint, factors, update)
     return Ascent(joint, factors, update)
-
-
-def _at_once(joint: FactoredJoint, factors: list[Factor]) -> str:
-    """Return which values the model may be run at in one run, so that it gives what single runs give."""
-    product = ConjugatePosterior(joint, factors, math.nan)
-    with hold_batch(joint.batch):
-        if vectorizable(joint.model, product._guide, joint.args, joint.kwargs)[0]:
-            return "all"
-        discrete = [factor for factor in factors if factor.names[0] not in joint.leaves]
-        if not discrete:
-            return "none"
-        fixed = {name: joint.latents[name].value.detach() for name in joint.leaves}
-        model = poutine.condition(joint.model, fixed)
-        guide = ConjugatePosterior(joint, discrete, math.nan)._guide
-        return "discrete" if vectorizable(model, guide, joint.args, joint.kwargs)[0] else "none"

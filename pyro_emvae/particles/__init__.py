@@ -4,7 +4,7 @@ from .checks import check_match, check_plates, choose_vectorize, subsample_value
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .run import draw, replay
-from .simulate import Place, Simulation, find_places, held, score_guide, simulate
+from .simulate import Place, Simulation, find_places, held, score, simulate
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
     "quiet",
     "reduce_to",
     "replay",
-    "score_guide",
+    "score",
     "simulate",
     "subsample_values",
     "vectorizable",

@@ -13,20 +13,24 @@ from .ready_chains import hidden_markov
 from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 from .sleep import Sleep
+from .until import Criterion, HeldOut, MutualInformation
 from .wake_sleep import WakeSleep
 
 __all__ = [
     "Averaged",
     "ClosedForm",
     "Conjugate",
+    "Criterion",
     "Damped",
     "Enumerated",
     "Gaussian",
     "Gradient",
     "HalfStep",
+    "HeldOut",
     "Info",
     "Laplace",
     "MonteCarlo",
+    "MutualInformation",
     "Sleep",
     "WakeSleep",
     "bernoulli_mixture",

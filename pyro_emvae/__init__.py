@@ -34,7 +34,8 @@ from .compare import GradientComparison, compare_gradients
 from .diagnostics import Explanation, explain, to_arviz
 from .driver import Fit
 from .em import EM
-from .evidence import Estimate, Gap, elbo, elbo_gap, log_evidence
+from .evidence import ActiveUnits, Estimate, Gap, active_units, elbo, elbo_gap, log_evidence, mutual_information
+from .information import Information
 from .loss import MonteCarloELBO
 from .particles import config_estimators
 from .svi import SVI
@@ -43,6 +44,7 @@ from .uncertainty import StandardErrors, standard_errors
 __all__ = [
     "EM",
     "SVI",
+    "ActiveUnits",
     "BlockError",
     "DataError",
     "EmvaeError",
@@ -52,6 +54,7 @@ __all__ = [
     "Fit",
     "Gap",
     "GradientComparison",
+    "Information",
     "ModelError",
     "MonteCarloELBO",
     "NonFiniteError",
@@ -61,6 +64,7 @@ __all__ = [
     "StepError",
     "Traits",
     "__version__",
+    "active_units",
     "compare_gradients",
     "config_estimators",
     "convergence",
@@ -71,6 +75,7 @@ __all__ = [
     "families",
     "guides",
     "log_evidence",
+    "mutual_information",
     "objectives",
     "optimizers",
     "plots",

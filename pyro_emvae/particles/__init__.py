@@ -5,7 +5,7 @@ from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
 from .run import draw, replay, stack_runs
-from .simulate import Place, Simulation, find_places, held, score_guide, simulate
+from .simulate import Place, Simulation, find_places, held, score, simulate
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "reduce_to",
     "replay",
     "report",
-    "score_guide",
+    "score",
     "simulate",
     "stack_runs",
     "subsample_values",

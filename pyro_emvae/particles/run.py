@@ -49,7 +49,7 @@ def draw(
     """
     kwargs = kwargs or {}
     if num_particles == 1 or vectorize:
-        wrap = _plate_wrapper(num_particles, max_plate_nesting)
+        wrap = plate_wrapper(num_particles, max_plate_nesting)
         return run_pair(wrap(model), wrap(guide), args, kwargs, num_particles, max_plate_nesting, treat, values)
     return stack_runs(
         [run_pair(model, guide, args, kwargs, 1, max_plate_nesting, treat, values) for _ in range(num_particles)]
@@ -80,7 +80,7 @@ def replay(
     )
 
 
-def _plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable], Callable]:
+def plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable], Callable]:
     if num_particles == 1:
         return lambda fn: fn
     return lambda fn: pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting)(fn)

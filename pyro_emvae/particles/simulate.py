@@ -15,10 +15,10 @@ from .._checks import StepError, fail
 from .._pyro import Messenger
 from .handlers import Recorder, is_subsample
 from .quiet import ModuleWatch, quiet
-from .run import make_site, split_messenger_guide
+from .run import make_site, plate_wrapper, split_messenger_guide
 from .sites import Site
 
-__all__ = ["Place", "Simulation", "find_places", "held", "score_guide", "simulate"]
+__all__ = ["Place", "Simulation", "find_places", "held", "score", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -95,32 +95,26 @@ def simulate(program: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Simul
     )
 
 
-def score_guide(
-    guide: Callable, simulation: Simulation, args: tuple, kwargs: Mapping[str, Any]
+def score(
+    guide: Callable,
+    values: Mapping[str, Tensor],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    num_particles: int = 1,
+    max_plate_nesting: int | None = None,
 ) -> tuple[dict[str, Site], dict[str, Tensor]]:
-    r"""Return the guide's sites at the simulated latents given the simulated data, and the leaves that it met.
+    r"""Return the guide's sites at given values of latents and plates, and the leaves that it met.
 
-    Raises:
-        StepError: A site of the guide that was not simulated.
+    Args:
+        values: By name; with several particles, these first. A site without one is drawn.
+        num_particles, max_plate_nesting: As for `draw`.
     """
-    given = {n: (v, None) for n, v in (simulation.values | simulation.batch).items()}
-    with Recorder(given) as run:
-        guide(*args, **kwargs)
+    with Recorder({n: (v, None) for n, v in values.items()}) as run:
+        plate_wrapper(num_particles, max_plate_nesting)(guide)(*args, **kwargs)
     messages = run.messages
     if isinstance(poutine.unwrap(guide), Messenger):
         messages = split_messenger_guide(messages)[1]
-    sites = {n: make_site(m) for n, m in messages.items() if not is_subsample(m)}
-    for name, site in sites.items():
-        if name not in simulation.values and not site.is_observed:
-            fail(
-                StepError,
-                "Sleep",
-                f"score site {name!r} of the guide",
-                got=f"no such site among the simulated {sorted(simulation.values)}",
-                because="log q of the latents themselves is needed, and an auxiliary site has no simulated value",
-                fix="Draw the latents in the guide by pyro.sample under the model's names.",
-            )
-    return sites, run.params
+    return {n: make_site(m) for n, m in messages.items() if not is_subsample(m)}, run.params
 
 
 # Where the data are -------------------------------------------------------------------------------------------------

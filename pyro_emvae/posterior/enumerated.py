@@ -167,7 +167,7 @@ class EnumeratedPosterior(Posterior):
         masked = any(self.mask(name) is not None for name in self.latents)
         with torch.no_grad():
             expected = float(new._expected(self.trace)) - self._rest
-        vars(new).update(log_evidence=math.nan, entropy=math.nan if masked else log_z - beta * expected)
+        vars(new).update(log_evidence=math.nan, entropy=math.nan if masked else float(log_z - beta * expected))
         return new
 
     def log_evidence_at_theta(self) -> Tensor:

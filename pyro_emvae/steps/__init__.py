@@ -19,6 +19,7 @@ from .ready_glm import glm_intercepts, linear_mixed, random_effects
 from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 from .sleep import Sleep
+from .until import Criterion, HeldOut, MutualInformation
 from .wake_sleep import WakeSleep
 
 __all__ = [
@@ -26,16 +27,19 @@ __all__ = [
     "Averaged",
     "ClosedForm",
     "Conjugate",
+    "Criterion",
     "Damped",
     "Enumerated",
     "Fixed",
     "Gaussian",
     "Gradient",
     "HalfStep",
+    "HeldOut",
     "Info",
     "Laplace",
     "MeanField",
     "MonteCarlo",
+    "MutualInformation",
     "Phase",
     "Sleep",
     "WakeSleep",

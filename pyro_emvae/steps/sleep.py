@@ -14,7 +14,7 @@ from .._registry import Traits, register
 from ..engine import Engine, State
 from ..loss import Evaluation, States, remember
 from ..parameters import GUIDE
-from ..particles import Particles, Place, Simulation, find_places, score_guide, simulate
+from ..particles import Particles, Place, Simulation, Site, find_places, score, simulate
 from ..posterior import GuidePosterior, Posterior
 from .base import HalfStep, Info
 
@@ -129,7 +129,8 @@ class Dream:
         else:
             dreamt = simulate(self.program, args, kwargs)
             args, kwargs = _arguments(dreamt, args, kwargs)
-        sites, params = score_guide(guide, dreamt, args, kwargs)
+        sites, params = score(guide, dreamt.values | dreamt.batch, args, kwargs)
+        _check_simulated(sites, dreamt)
         log_q: Tensor | float = sum(site.scaled.sum() for site in sites.values())
         met = {"guide": params, "model": dreamt.params}
         return torch.as_tensor(log_q), Particles(1, 0, sites, {}, met)
@@ -139,6 +140,19 @@ class Dream:
         if key not in self._places:
             remember(self._places, key, find_places(model, args, kwargs))
         return self._places[key]
+
+
+def _check_simulated(sites: Mapping[str, Site], dreamt: Simulation) -> None:
+    for name, site in sites.items():
+        if name not in dreamt.values and not site.is_observed:
+            fail(
+                StepError,
+                "Sleep",
+                f"score site {name!r} of the guide",
+                got=f"no such site among the simulated {sorted(dreamt.values)}",
+                because="log q of the latents themselves is needed, and an auxiliary site has no simulated value",
+                fix="Draw the latents in the guide by pyro.sample under the model's names.",
+            )
 
 
 def _kind(x: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_emvae import EM, steps
 from pyro_emvae._checks import DataError, EmvaeError, StepError
+from pyro_emvae.posterior import solve_quadratic
 
 F64 = torch.float64
 
@@ -108,6 +109,54 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(tmp_path):
         em.run(x, max_iter=total, stop=None, batch_size=30, checkpoint=tmp_path / "run.pt", every=1)
     for name, value in em.blocks.constrained().items():
         assert torch.equal(value, expected[name])
+
+
+def counted(runs: list[int]):
+    def model(x: Tensor) -> None:
+        runs.append(len(x))
+        factors(x)
+
+    return model
+
+
+def test_a_quarter_of_the_slices_is_verified_in_turn():
+    """A verified E-step runs the model twice: all slices at first and at the end, one of the four in between."""
+    runs: list[int] = []
+    em = EM(counted(runs), e_step="gaussian", m_step=steps.linear_gaussian(noise_form="diagonal"))
+    em.run(data(), max_iter=1, stop=None, batch_size=30)
+    runs.clear()
+    em.run(data(), max_iter=5, stop=None, batch_size=30)
+    assert len(runs) == 2 * 3 + 8 + 4 * 5 + 8
+    runs.clear()
+    em.run(data(), max_iter=5, stop=None, batch_size=1000)
+    assert len(runs) == 2 * (5 + 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # the update is no M-step
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_a_model_that_bends_later_is_refused(number):
+    """The log joint is quadratic at the initial theta only: found in the next iterations, whichever slice is due."""
+
+    def model(x: Tensor) -> None:
+        bend = pyro.param("bend", torch.tensor(0.0, dtype=F64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + bend * z**2, 1.0), obs=x[:, 0])
+
+    bending = steps.ClosedForm(lambda values, x: {"z": values["z"]}, lambda s, p: {"bend": p["bend"] + 0.001})
+    em = EM(model, e_step="gaussian", m_step=bending)
+    with pytest.raises(StepError, match="misses a quadratic"):
+        em.run(data(), max_iter=6, stop=None, on_decrease="warn", batch_size=math.ceil(101 / number))
+
+
+def test_the_numbers_do_not_depend_on_whether_they_are_verified():
+    x = data()
+    found = [solve_quadratic("Gaussian", factors, (x,), {}, verify=verify) for verify in (True, False)]
+    assert found[0].log_evidence == found[1].log_evidence
+    assert torch.equal(found[0].mean.local, found[1].mean.local)
+    far = x + 1e5
+    found = [solve_quadratic("Gaussian", factors, (far,), {}, verify=verify) for verify in (True, False)]
+    assert found[0].log_evidence == found[1].log_evidence
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------

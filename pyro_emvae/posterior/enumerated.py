@@ -101,7 +101,7 @@ class EnumeratedPosterior(Posterior):
     @cached_property
     def log_evidence(self) -> float:
         """log p(x), in nats, with the model's scales."""
-        return self._solved[0]
+        return float(self._solved[0])
 
     @cached_property
     def entropy(self) -> float:
@@ -126,7 +126,7 @@ class EnumeratedPosterior(Posterior):
         return evidence, dict(zip(leaves, grads, strict=True))
 
     @cached_property
-    def _alone(self) -> tuple[float, Tensor] | None:
+    def _alone(self) -> tuple[Tensor, Tensor] | None:
         """The log normalizer and the packed log posterior of the only latent, by Bayes' rule; None if it is not alone.
 
         A mixture needs no contraction: all factors are over the same plates and the same outcomes.
@@ -140,9 +140,9 @@ class EnumeratedPosterior(Posterior):
             normalizer = joint.logsumexp(dims.index(next(iter(self._symbols))), keepdim=True)
             logits = joint - normalizer
         logits._pyro_dims = dims
-        return float(normalizer.sum()), logits
+        return normalizer.sum(), logits
 
-    def _solved_alone(self, normalizer: float, logits: Tensor) -> tuple[float, dict[str, Tensor]]:
+    def _solved_alone(self, normalizer: Tensor, logits: Tensor) -> tuple[Any, dict[str, Tensor]]:
         probabilities, dims, found = logits.exp(), logits._pyro_dims, {}
         for name, factor in self._touched.items():
             mine = factor._pyro_dims
@@ -150,7 +150,7 @@ class EnumeratedPosterior(Posterior):
             part = probabilities.sum(others) if others else probabilities
             kept = [dim for dim in dims if dim in mine]
             found[name] = part if "".join(kept) == mine else part.permute(*[kept.index(dim) for dim in mine])
-        return self._rest + normalizer * float(self._scale), found
+        return self._rest + normalizer.double() * float(self._scale), found
 
     def log_evidence_at_theta(self) -> Tensor:
         r"""Return $\log p_\theta(x)$ at the present theta, to be differentiated by it, twice too: scalar, nats."""

@@ -8,6 +8,7 @@ from pyro import poutine
 
 import pyro_emvae as emvae
 
+from . import exact_em
 from .svi import stepper, vae_problem
 from .timing import Call, Case
 
@@ -43,4 +44,5 @@ def hmc(ours: bool) -> Call:
 CASES = (
     Case("e_phase", "E-step of the VAE (one gradient) against a joint step", 1.0, e_phase),
     Case("hmc", "HMC E-step, 1,000 data, 10 leapfrogs, against 10 plain gradients by z", 3.0, hmc),
+    *exact_em.CASES,
 )

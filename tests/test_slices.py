@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -261,3 +265,45 @@ def test_float32():
     _, expected = fitted("mixture", x)
     _, found = fitted("mixture", x, batch_size=20)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import gc, torch
+torch.set_num_threads(1)
+from benchmarks import exact_em
+fits = {"ours": lambda n: exact_em.fit_mixture(n, 4_000 if n > 4_000 else 500), "theirs": exact_em.sklearn_mixture}
+call = fits["SIDE"](100_000)
+fits["SIDE"](1_000)()  # what is imported or kept once does not count
+import pyro
+pyro.clear_param_store()
+gc.collect()
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+call()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_mixture_in_slices(record_result):
+    """The peak over what the data take, against scikit-learn's GaussianMixture: N = 1e5, D = k = 10, float64."""
+    pytest.importorskip("sklearn")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    peaks = {}
+    for side in ("ours", "theirs"):
+        command = [sys.executable, "-W", "ignore", "-c", PEAK.replace("SIDE", side)]
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        peaks[side] = float(run.stdout.split()[-1])
+    ratio = peaks["ours"] / peaks["theirs"]
+    figure = f"{peaks['ours']:.0f} MB against {peaks['theirs']:.0f} MB, ratio {ratio:.2f}"
+    record_result(
+        "Gaussian mixture in slices, N = 1e5, D = k = 10: memory beside the data, against scikit-learn", figure
+    )
+    assert ratio <= 1.5

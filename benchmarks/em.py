@@ -14,6 +14,7 @@ from pyro.distributions import constraints
 
 import pyro_emvae as emvae
 
+from . import exact_em
 from .svi import stepper, vae_problem
 from .timing import Call, Case
 
@@ -97,4 +98,5 @@ CASES = (
         restarts(20_000, 10, max_iter=20, stop=None),
     ),
     Case("hmc", "HMC E-step, 1,000 data, 10 leapfrogs, against 10 plain gradients by z", 3.0, hmc),
+    *exact_em.CASES,
 )

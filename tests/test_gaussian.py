@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from pyro_emvae import EM, log_evidence, problems, steps
 from pyro_emvae._checks import EmvaeError, StepError
+from pyro_emvae.convergence import Deterministic
 from pyro_emvae.parameters import MODEL
 from pyro_emvae.particles import subsample_values
 from pyro_emvae.posterior import Outer, PosteriorGuide, Support
@@ -492,6 +493,28 @@ def test_factor_analysis_on_iris_equals_scikit_learn(iris):
     assert em.posterior(iris).log_evidence / 150 == pytest.approx(best / 150, abs=1e-10)
     gain = -em.step(iris) - best, -em.step(iris) - best
     assert gain[0] == pytest.approx(0.0, abs=1e-8) and 0.0 <= gain[1] < 1e-2
+
+
+RUNS = [
+    {"max_iter": 150},
+    {"max_iter": 150, "stop": Deterministic(tol=1e-3)},
+    {"max_iter": 50, "accelerate": "squarem"},
+]
+
+
+@pytest.mark.parametrize("options", RUNS)
+def test_a_heywood_case_creeps_and_is_not_called_converged(iris, options):
+    """With one factor a noise variance of iris goes to zero; the likelihood's supremum is -422.3776, and never had."""
+    em = EM(
+        factor_model(iris, 1, number([0.3] * 4)), e_step="gaussian", m_step=steps.linear_gaussian(noise_form="diagonal")
+    )
+    fit = em.run(iris, **options)
+    found = {name: value.detach() for name, value in em.blocks.constrained().items()}
+    covariance = found["weight"] @ found["weight"].T + found["sigma"].square().diag()
+    exact = dist.MultivariateNormal(found["bias"], covariance).log_prob(iris).sum()
+    assert float(fit.objective) / 150 == pytest.approx(float(exact) / 150, abs=1e-10)
+    assert fit.status in ("MAX_ITER", "SLOW") and -425.0 < float(fit.objective) < -422.3776
+    assert float(found["sigma"].min()) < 0.15
 
 
 def series(y):

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +17,7 @@ from torch import Tensor
 
 from pyro_emvae import EM, steps
 from pyro_emvae._checks import DataError, EmvaeError, StepError
+from pyro_emvae.posterior import solve_quadratic
 
 F64 = torch.float64
 
@@ -108,6 +113,54 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(tmp_path):
         em.run(x, max_iter=total, stop=None, batch_size=30, checkpoint=tmp_path / "run.pt", every=1)
     for name, value in em.blocks.constrained().items():
         assert torch.equal(value, expected[name])
+
+
+def counted(runs: list[int]):
+    def model(x: Tensor) -> None:
+        runs.append(len(x))
+        factors(x)
+
+    return model
+
+
+def test_a_quarter_of_the_slices_is_verified_in_turn():
+    """A verified E-step runs the model twice: all slices at first and at the end, one of the four in between."""
+    runs: list[int] = []
+    em = EM(counted(runs), e_step="gaussian", m_step=steps.linear_gaussian(noise_form="diagonal"))
+    em.run(data(), max_iter=1, stop=None, batch_size=30)
+    runs.clear()
+    em.run(data(), max_iter=5, stop=None, batch_size=30)
+    assert len(runs) == 2 * 3 + 8 + 4 * 5 + 8
+    runs.clear()
+    em.run(data(), max_iter=5, stop=None, batch_size=1000)
+    assert len(runs) == 2 * (5 + 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # the update is no M-step
+@pytest.mark.parametrize("number", [2, 3, 7])
+def test_a_model_that_bends_later_is_refused(number):
+    """The log joint is quadratic at the initial theta only: found in the next iterations, whichever slice is due."""
+
+    def model(x: Tensor) -> None:
+        bend = pyro.param("bend", torch.tensor(0.0, dtype=F64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(z + bend * z**2, 1.0), obs=x[:, 0])
+
+    bending = steps.ClosedForm(lambda values, x: {"z": values["z"]}, lambda s, p: {"bend": p["bend"] + 0.001})
+    em = EM(model, e_step="gaussian", m_step=bending)
+    with pytest.raises(StepError, match="misses a quadratic"):
+        em.run(data(), max_iter=6, stop=None, on_decrease="warn", batch_size=math.ceil(101 / number))
+
+
+def test_the_numbers_do_not_depend_on_whether_they_are_verified():
+    x = data()
+    found = [solve_quadratic("Gaussian", factors, (x,), {}, verify=verify) for verify in (True, False)]
+    assert found[0].log_evidence == found[1].log_evidence
+    assert torch.equal(found[0].mean.local, found[1].mean.local)
+    far = x + 1e5
+    found = [solve_quadratic("Gaussian", factors, (far,), {}, verify=verify) for verify in (True, False)]
+    assert found[0].log_evidence == found[1].log_evidence
 
 
 # Refusals -----------------------------------------------------------------------------------------------------------
@@ -212,3 +265,45 @@ def test_float32():
     _, expected = fitted("mixture", x)
     _, found = fitted("mixture", x, batch_size=20)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Memory -------------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import gc, torch
+torch.set_num_threads(1)
+from benchmarks import exact_em
+fits = {"ours": lambda n: exact_em.fit_mixture(n, 4_000 if n > 4_000 else 500), "theirs": exact_em.sklearn_mixture}
+call = fits["SIDE"](100_000)
+fits["SIDE"](1_000)()  # what is imported or kept once does not count
+import pyro
+pyro.clear_param_store()
+gc.collect()
+def status(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1]) / 1024
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+call()
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_a_mixture_in_slices(record_result):
+    """The peak over what the data take, against scikit-learn's GaussianMixture: N = 1e5, D = k = 10, float64."""
+    pytest.importorskip("sklearn")
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux")
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    peaks = {}
+    for side in ("ours", "theirs"):
+        command = [sys.executable, "-W", "ignore", "-c", PEAK.replace("SIDE", side)]
+        run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        peaks[side] = float(run.stdout.split()[-1])
+    ratio = peaks["ours"] / peaks["theirs"]
+    figure = f"{peaks['ours']:.0f} MB against {peaks['theirs']:.0f} MB, ratio {ratio:.2f}"
+    record_result(
+        "Gaussian mixture in slices, N = 1e5, D = k = 10: memory beside the data, against scikit-learn", figure
+    )
+    assert ratio <= 1.5

@@ -78,7 +78,7 @@ class LogJoint:
         single: bool = False,
     ) -> None:
         self.obj, self.model, self.args, self.kwargs = obj, model, args, dict(kwargs)
-        self.constrained, self.batch = constrained, {}
+        self.constrained, self.single, self.batch = constrained, single, {}
         self.generator = torch.get_rng_state()
         with Batch() as batch:
             self.start: Run | None = self._run({})

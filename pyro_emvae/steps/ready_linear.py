@@ -68,14 +68,13 @@ def linear_gaussian(
         z = _latent("steps.linear_gaussian", values, latent)
         _check_shape(latent, z, x)
         z = z if bias is None else torch.cat([z, torch.ones_like(z[..., :1])], -1)
-        seen = (~x.isnan())[None].to(z)
-        x = x.nan_to_num()[None]
-        return {
-            "n": seen,
-            "xx": x.square(),
-            "xz": Outer(x, z),
-            "zz": Outer(z, z) if bool(seen.all()) else Outer(seen, Outer(z, z).product.flatten(-2)),
-        }
+        missing = x.isnan()[None]
+        if not bool(missing.any()):
+            x = x[None]
+            return {"n": x.new_ones(()).expand(x.shape), "xx": x.square(), "xz": Outer(x, z), "zz": Outer(z, z)}
+        seen, x = (~missing).to(z), x.nan_to_num()[None]
+        squares = Outer(seen, Outer(z, z).product.flatten(-2))
+        return {"n": seen, "xx": x.square(), "xz": Outer(x, z), "zz": squares}
 
     def linear_gaussian_update(sums: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         width = sums["xz"].shape[-1]

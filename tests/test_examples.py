@@ -29,6 +29,7 @@ OUTPUTS = {
     "em_mixture": {"elbo.png", "components.png", "restarts.csv"},
     "em_ppca": {"acceleration.png", "latent_map.png"},
     "mean_field": {"deviations.png"},
+    "monte_carlo_em": {"draws.png"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 

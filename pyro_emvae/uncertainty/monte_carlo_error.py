@@ -143,8 +143,8 @@ def batch_means(path: np.ndarray, num_batches: int, gains: np.ndarray | None = N
     half = _cuts(gains, 2)[0]
     parts = (half, count - half)
     move = path[half:].mean(0) - path[:half].mean(0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        effective = count * path.var(0, ddof=1) / variance
+    with np.errstate(divide="ignore", invalid="ignore"):  # a path that never moves has no error
+        effective = np.where(variance == 0, count, count * path.var(0, ddof=1) / variance)
         drift = np.where(move == 0, 0.0, move / np.sqrt(variance * (1 / parts[0] + 1 / parts[1])))
     return mean, np.sqrt(variance / count), effective, drift
 
@@ -187,10 +187,10 @@ def _gains(fit: Fit, gain: Callable[[int], float] | None, count: int) -> np.ndar
 
 def _note(effective: dict[str, np.ndarray], drift: dict[str, np.ndarray], batches: int) -> str:
     notes = []
-    least = min(float(np.nanmin(x, initial=math.inf)) for x in effective.values())
+    least = min(float(np.min(x, initial=math.inf)) for x in effective.values())
     if least < batches:
         notes.append(f"the iterates are worth {least:.0f} independent ones, fewer than the batches: run further")
-    most = max(float(np.nanmax(np.abs(x), initial=0.0)) for x in drift.values())
+    most = max(float(np.max(np.abs(x), initial=0.0)) for x in drift.values())
     if most > FEW:
         notes.append(f"they drift, by {most:.1f} standard errors: start the mean later")
     return "; ".join(notes)

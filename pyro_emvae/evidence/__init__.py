@@ -4,6 +4,7 @@ from .bounds import elbo, elbo_gap, log_evidence
 from .estimate import Estimate, Gap, PerDatum
 from .importance import EvidenceMethod, Importance
 from .layout import Request
+from .quadrature import Quadrature
 
 __all__ = [
     "Estimate",
@@ -11,6 +12,7 @@ __all__ = [
     "Gap",
     "Importance",
     "PerDatum",
+    "Quadrature",
     "Request",
     "elbo",
     "elbo_gap",

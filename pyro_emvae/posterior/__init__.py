@@ -1,6 +1,7 @@
 r"""What an E-step hands on: draws, weights, expectations."""
 
 from ._conjugacy import solve_conjugate
+from ._density import BlockDensity
 from ._newton import find_mode, solve_quadratic
 from ._plates import plate_nesting
 from .amortized import GuidePosterior
@@ -14,6 +15,7 @@ from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
+    "BlockDensity",
     "CompleteData",
     "ConjugatePosterior",
     "EnumeratedPosterior",

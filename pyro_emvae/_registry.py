@@ -43,6 +43,7 @@ class Traits:
         latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"``, ``"continuous"``, or those with a
             ``"conjugate"`` prior.
         needs_guide: For an E-step, it has no posterior without the user's guide.
+        amortized: For an E-step, the guide has to be amortized: parameters of one datum alone learn nothing.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
     """
 
@@ -62,6 +63,7 @@ class Traits:
     arguments: tuple[str, ...] = ()
     latents: str = "any"
     needs_guide: bool = False
+    amortized: bool = False
     exact: bool = False
 
 

@@ -11,7 +11,7 @@ from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from .._checks import NonFiniteError, fail
-from ..loss import MonteCarloELBO, States, raise_non_finite
+from ..loss import States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
 
 __all__ = ["Gradient", "differentiate", "gradient", "norm_of"]
@@ -44,14 +44,14 @@ def gradient(
     r"""Take the gradient of a loss eagerly; change nothing but buffers.
 
     Args:
-        loss: A `MonteCarloELBO` or anything with Pyro's ``loss_and_grads``.
+        loss: Anything with ``evaluate``, as `MonteCarloELBO` has it, or with Pyro's ``loss_and_grads``.
         only: The leaves to differentiate (a block); all that were met by default.
         loss_and_grads: Called in place of ``loss.loss_and_grads``.
 
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite; names the first site or parameter.
     """
-    if not isinstance(loss, MonteCarloELBO):
+    if not hasattr(loss, "evaluate"):
         return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
     evaluation = loss.evaluate(model, guide, args, kwargs, loss.state)
     value = -float(evaluation.objective.detach())

@@ -85,7 +85,7 @@ def record(
         RecordingError: The loss cannot be recorded (a data-dependent branch or ``.item()``), or two recordings differ
             in an operation, a number or a constant; names the line of the model.
     """
-    if not isinstance(loss, MonteCarloELBO):
+    if not hasattr(loss, "evaluate"):
         fail(
             RecordingError,
             "SVI",

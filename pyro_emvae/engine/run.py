@@ -159,7 +159,8 @@ class Engine:
     def _gradient(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Gradient:
         only = None if block is None else self.parameters.leaves(block)
         own = self.loss_and_grads if loss is self.loss else None
-        if self.backend == "eager" or not self._is_warm(block, args, kwargs, loss) or _in_context():
+        is_host = self.backend == "eager" or getattr(loss, "is_host", False)
+        if is_host or not self._is_warm(block, args, kwargs, loss) or _in_context():
             return self._eager(loss, args, kwargs, only, own)
         recording = self._recording(block, args, kwargs, loss)
         generator = torch.get_rng_state()

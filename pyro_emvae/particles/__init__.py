@@ -4,25 +4,32 @@ from .checks import check_match, check_plates, choose_vectorize, subsample_value
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .run import draw, replay
+from .simulate import Place, Simulation, find_places, held, score_guide, simulate
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
     "ModuleWatch",
     "Particles",
+    "Place",
     "Recorder",
+    "Simulation",
     "Site",
     "check_match",
     "check_plates",
     "choose_vectorize",
     "config_estimators",
     "draw",
+    "find_places",
     "generators",
+    "held",
     "hold_batch",
     "is_subsample",
     "keep_buffers",
     "quiet",
     "reduce_to",
     "replay",
+    "score_guide",
+    "simulate",
     "subsample_values",
     "vectorizable",
 ]

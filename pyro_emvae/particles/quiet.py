@@ -97,12 +97,17 @@ class ModuleWatch:
                     return f"{type(module).__name__}.{name}"
         return None
 
+    def restore_modes(self) -> None:
+        """Put modes back."""
+        if self.train is not None:
+            for module, (training, _) in self.saved.items():
+                module.training = training
+
     def restore(self) -> None:
         """Put modes and buffers back: the same tensors with the same values."""
+        self.restore_modes()
         with torch.no_grad():
-            for module, (training, buffers) in self.saved.items():
-                if self.train is not None:
-                    module.training = training
+            for module, (_, buffers) in self.saved.items():
                 for name, (tensor, value) in buffers.items():
                     module._buffers[name] = tensor
                     if not torch.equal(tensor, value):

@@ -92,7 +92,7 @@ def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values) 
     if isinstance(messenger, Messenger):
         with guide_run:
             result = guide(*args, **kwargs)
-        model_msgs, guide_msgs = _split_messenger_guide(guide_run.messages)
+        model_msgs, guide_msgs = split_messenger_guide(guide_run.messages)
         model_params, ignored, constraints = {}, [], guide_run.constraints
         subsample = {n: guide_run.messages[n]["value"] for n in guide_run.subsampled}
     else:
@@ -111,8 +111,8 @@ def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values) 
     return Particles(
         num_particles,
         nesting,
-        {n: _site(m) for n, m in guide_msgs.items() if not is_subsample(m)},
-        {n: _site(m) for n, m in model_msgs.items() if not is_subsample(m)},
+        {n: make_site(m) for n, m in guide_msgs.items() if not is_subsample(m)},
+        {n: make_site(m) for n, m in model_msgs.items() if not is_subsample(m)},
         {"guide": guide_run.params, "model": model_params},
         result,
         (tuple(guide_run.cuts),),
@@ -122,7 +122,7 @@ def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values) 
     )
 
 
-def _split_messenger_guide(messages: dict[str, dict]) -> tuple[dict, dict]:
+def split_messenger_guide(messages: dict[str, dict]) -> tuple[dict, dict]:
     """Split the single run of an effect-handler guide: the prior is kept in its annotations."""
     model, guide = {}, {}
     for name, msg in messages.items():
@@ -155,7 +155,7 @@ def _nesting(messages: Iterable[dict]) -> int:
     return -min(dims) if dims else 0
 
 
-def _site(msg: dict) -> Site:
+def make_site(msg: dict) -> Site:
     fn, value = msg["fn"], msg["value"]
     try:
         log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])

@@ -12,6 +12,8 @@ from .monte_carlo import MonteCarlo
 from .ready_chains import hidden_markov
 from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
+from .sleep import Sleep
+from .wake_sleep import WakeSleep
 
 __all__ = [
     "Averaged",
@@ -25,6 +27,8 @@ __all__ = [
     "Info",
     "Laplace",
     "MonteCarlo",
+    "Sleep",
+    "WakeSleep",
     "bernoulli_mixture",
     "categorical_mixture",
     "gaussian_mixture",

@@ -62,10 +62,12 @@ class HalfStep(ABC):
         r"""M: raise the objective over theta with the posterior held."""
         self._refuse("M")
 
-    def infer(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Posterior | None:
+    def infer(
+        self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: Callable | None = None
+    ) -> Posterior | None:
         """Return an E-step's posterior on given data at the present theta, changing nothing.
 
-        None: the posterior is the guide's.
+        None: the posterior is the guide's. A step whose trait ``needs_guide`` is true is given the guide.
         """
         return None
 

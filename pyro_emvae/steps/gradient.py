@@ -34,7 +34,7 @@ class Gradient(HalfStep):
         Gradient(num_steps=5)
     """
 
-    traits: ClassVar[Traits] = Traits(slots=("E", "M"))
+    traits: ClassVar[Traits] = Traits(slots=("E", "M"), needs_guide=True)
 
     def __init__(self, num_steps: int = 1, optim: Any = None, loss: Any = None, num_particles: int = 100) -> None:
         self.num_steps = positive_int("steps.Gradient", "num_steps", num_steps)

@@ -81,8 +81,8 @@ class MonteCarlo(HalfStep):
 
     def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
         own = state.steps.get("E", {})
+        target = self.look(problem.model, args, kwargs, problem.guide)
         with _evaluation():
-            target = self._look(problem.model, args, kwargs, problem.guide)
             if not self.sampler.persistent:
                 draws, _ = self.sampler.sample(target, None, self.num_particles)
             else:
@@ -102,6 +102,11 @@ class MonteCarlo(HalfStep):
                 draws, _ = self.sampler.sample(target, None, self.num_particles)
                 self._memo = (memo, self._posterior(target, draws))
         return self._memo[1]
+
+    def look(self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: Callable | None) -> Target:
+        """Return the posterior that is drawn from, with its units and the batch, from a run of the model."""
+        with _evaluation():
+            return self._look(model, args, kwargs, guide)
 
     def _look(self, model: Callable, args: tuple, kwargs: Mapping[str, Any], guide: Callable | None) -> Target:
         with torch.no_grad():

@@ -4,7 +4,7 @@ from .base import Draws, Facts, Sampler, Target, look
 from .chains import check_same_data, fingerprint, gather, scatter
 from .gibbs import Gibbs
 from .hmc import HMC
-from .importance import Importance, Prior
+from .importance import Importance, Prior, check_weights, per_unit
 from .nuts import NUTS
 
 __all__ = [
@@ -19,9 +19,11 @@ __all__ = [
     "Sampler",
     "Target",
     "check_same_data",
+    "check_weights",
     "fingerprint",
     "gather",
     "look",
+    "per_unit",
     "scatter",
 ]
 

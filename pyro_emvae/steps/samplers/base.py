@@ -105,12 +105,13 @@ class Target:
 
     # Runs of the model ----------------------------------------------------------------------------------------------
 
-    def draw(self, guide: Callable, num_particles: int) -> Particles:
-        """Draw from a guide and replay the model, on this batch."""
+    def draw(self, guide: Callable, num_particles: int, treat: Callable[[dict], str] | None = None) -> Particles:
+        """Draw from a guide and replay the model, on this batch; see `Recorder` for `treat`."""
         vectorize, nesting = self.facts.vectorize, self.nesting
         with hold_batch(self.batch):
             pair = (self.model, guide, self.args, self.kwargs)
-            return draw(*pair, num_particles=num_particles, vectorize=vectorize, max_plate_nesting=nesting)
+            options = {"num_particles": num_particles, "vectorize": vectorize, "max_plate_nesting": nesting}
+            return draw(*pair, treat=treat, **options)
 
     def lay_out(self, particles: Particles) -> Values:
         """Return the latents' values ``(S, *plates, *event)``."""

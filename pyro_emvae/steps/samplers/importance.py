@@ -17,7 +17,7 @@ from ...psis import psis, tail_size
 from .base import Draws, Sampler, Target
 from .chains import Chains
 
-__all__ = ["Importance", "Prior"]
+__all__ = ["Importance", "Prior", "check_weights", "per_unit"]
 
 MIN_TAIL = 5
 
@@ -95,10 +95,10 @@ def weighted(target: Target, guide: Callable, num_particles: int) -> Draws:
     """
     particles = target.draw(guide, num_particles)
     check_match(particles)
-    log_p, constant = _terms(target, particles, "model")
-    log_q, outside = _terms(target, particles, "guide")
+    log_p, constant = per_unit(target, particles, "model")
+    log_q, outside = per_unit(target, particles, "guide")
     log_weights = log_p - log_q
-    _check(log_weights, particles)
+    check_weights(log_weights, particles)
     total = log_weights.logsumexp(0)
     normalized = log_weights - total
     weights = normalized.exp()
@@ -117,7 +117,7 @@ def weighted(target: Target, guide: Callable, num_particles: int) -> Draws:
     )
 
 
-def _terms(target: Target, particles: Particles, side: str) -> tuple[Tensor, Any]:
+def per_unit(target: Target, particles: Particles, side: str) -> tuple[Tensor, Any]:
     """Return one side's log density per unit ``(S, units)``, and the sum of its sites outside the units' plates."""
     count, rows, constant = particles.num_particles, [], 0.0
     for site in getattr(particles, side).values():
@@ -129,7 +129,7 @@ def _terms(target: Target, particles: Particles, side: str) -> tuple[Tensor, Any
     return torch.stack(rows).sum(0), constant
 
 
-def _check(log_weights: Tensor, particles: Particles) -> None:
+def check_weights(log_weights: Tensor, particles: Particles) -> None:
     bad = torch.isnan(log_weights) | torch.isposinf(log_weights)
     empty = log_weights.amax(0).isneginf()
     if not bool(bad.any() or empty.any()):

@@ -3,11 +3,14 @@ r"""Every example runs from an empty directory with its loops shortened, and wri
 from __future__ import annotations
 
 import csv
+import gzip
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.xdist_group("subprocesses")
@@ -30,6 +33,7 @@ OUTPUTS = {
     "em_ppca": {"acceleration.png", "latent_map.png"},
     "mean_field": {"deviations.png"},
     "monte_carlo_em": {"draws.png"},
+    "vae_as_em": {"evidence.png", "evidence.csv"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -43,14 +47,18 @@ def example(request: pytest.FixtureRequest) -> Path:
 def finished(example: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Run an example in a process of its own and return its working directory and what it printed."""
     directory = tmp_path_factory.mktemp(example.stem)
+    return directory, run(example, directory)
+
+
+def run(example: Path, directory: Path, *options: str) -> str:
+    """Run an example, its loops shortened, and return what it printed."""
     environment = {**os.environ, "PYRO_EMVAE_SMOKE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     # No file may need netCDF4: a clean machine has h5netcdf only.
-    run = "import runpy, sys; sys.modules['netCDF4'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
-    process = subprocess.run(
-        [sys.executable, "-c", run, str(example)], cwd=directory, env=environment, capture_output=True, text=True
-    )
+    code = "import runpy, sys; sys.modules['netCDF4'] = None; runpy.run_path(sys.argv[1], run_name='__main__')"
+    command = [sys.executable, "-c", code, str(example), *options]
+    process = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
-    return directory, process.stdout
+    return process.stdout
 
 
 def files(directory: Path, ending: str) -> list[Path]:
@@ -103,3 +111,18 @@ def test_netcdf(finished: tuple[Path, str]) -> None:
         assert set(data["fit_stats"]["phase"].values.ravel()) <= {0, 1, 2}
         assert bool(data["fit_stats"]["elbo"].notnull().all())
         data.close()
+
+
+def test_reads_mnist_from_a_folder(tmp_path: Path) -> None:
+    """The figures of a run on 120 images of 6 x 5 pixels, written as MNIST is."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 120), ("t10k", 30)):
+        sizes = struct.pack(">III", count, 6, 5)
+        pixels = random.integers(0, 256, 30 * count, dtype=np.uint8).tobytes()
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + sizes + pixels))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(b"\0\0\x08\x01" + struct.pack(">I", count) + bytes(count))
+    printed = run(ROOT / "examples" / "vae_as_em.py", tmp_path, "--data", str(tmp_path))
+    assert "120 images of 30 pixels" in printed
+    written = (tmp_path / "results" / "vae_as_em" / "evidence.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(written.splitlines()))
+    assert {row["method"] for row in rows} == {"AEVB", "wake-sleep", "MCEM"} and {row["N"] for row in rows} == {"120"}

@@ -5,6 +5,7 @@ from .bounds import elbo, elbo_gap, log_evidence
 from .estimate import Estimate, Gap, PerDatum
 from .importance import EvidenceMethod, Importance
 from .layout import Request
+from .quadrature import Quadrature
 
 __all__ = [
     "ActiveUnits",
@@ -13,6 +14,7 @@ __all__ = [
     "Gap",
     "Importance",
     "PerDatum",
+    "Quadrature",
     "Request",
     "active_units",
     "elbo",

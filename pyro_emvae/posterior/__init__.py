@@ -1,6 +1,7 @@
 r"""What an E-step hands on: draws, weights, expectations."""
 
 from ._conjugacy import solve_conjugate
+from ._density import BlockDensity
 from ._factored import FactoredJoint
 from ._kept import gather_factors, is_local, scatter_factors
 from ._mean_field import Ascent, Update
@@ -19,6 +20,7 @@ from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
     "Ascent",
+    "BlockDensity",
     "CompleteData",
     "ConjugatePosterior",
     "EnumeratedPosterior",

@@ -16,6 +16,7 @@ from .digits import Digits, digits_vae, load_digits_binary
 from .discrete import bernoulli, bernoulli_vector, categorical, discrete_two_level
 from .gaussian import masked, normal_normal, subsampled
 from .hierarchical import local_global, local_global_subsampled, mixed_two_level, two_level
+from .idx import load_idx_binary, read_idx
 from .linear_gaussian import linear_gaussian, linear_gaussian_full
 from .regression import eight_schools, logistic_regression
 from .skewed import skewed, skewed_gamma
@@ -34,12 +35,14 @@ __all__ = [
     "linear_gaussian",
     "linear_gaussian_full",
     "load_digits_binary",
+    "load_idx_binary",
     "local_global",
     "local_global_subsampled",
     "logistic_regression",
     "masked",
     "mixed_two_level",
     "normal_normal",
+    "read_idx",
     "skewed",
     "skewed_gamma",
     "subsampled",

@@ -13,7 +13,7 @@ from .._checks import EmvaeError, fail, nearest, positive_int
 from ._problem import Maker, Problem, ProblemTraits, problem
 from .regression import sklearn_datasets
 
-__all__ = ["Decoder", "Digits", "Encoder", "digits_vae", "load_digits_binary"]
+__all__ = ["Decoder", "Digits", "Encoder", "binarized", "digits_vae", "load_digits_binary"]
 
 PIXELS = 64
 WEIGHT_SCALE = 0.1
@@ -22,7 +22,7 @@ BINARIZE = ("threshold", "stochastic")
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """Binary images, one of 64 zeros and ones per row, and the digits that they show."""
+    """Binary images, one per row of zeros and ones, and the digits that they show."""
 
     train: Tensor = field(repr=False)
     test: Tensor = field(repr=False)
@@ -62,12 +62,11 @@ def load_digits_binary(
         [0.0, 1.0]
     """
     grey, labels = (torch.as_tensor(a) for a in sklearn_datasets("load_digits_binary").load_digits(return_X_y=True))
-    _check_split(binarize, num_train, len(grey))
+    _check_split(num_train, len(grey))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(grey), generator=generator)
-    level = grey.double() / 16
-    cut = torch.rand(level.shape, generator=generator, dtype=torch.float64) if binarize == "stochastic" else 0.5
-    images = (level > cut)[order].to(device, dtype)
+    level = binarized("load_digits_binary", grey.double() / 16, binarize, generator)
+    images = level[order].to(device, dtype)
     labels = labels[order].to(device)
     return Digits(
         train=images[:num_train],
@@ -79,16 +78,23 @@ def load_digits_binary(
     )
 
 
-def _check_split(binarize: str, num_train: int, total: int) -> None:
+def binarized(obj: str, level: Tensor, binarize: str, generator: torch.Generator) -> Tensor:
+    """Return which grey levels between 0 and 1 lie above one half, or above uniform random numbers."""
     if binarize not in BINARIZE:
         fail(
             EmvaeError,
-            "load_digits_binary",
+            obj,
             f"binarize by {binarize!r}",
             got="an unknown name",
             because="there are two ways",
             fix=nearest(binarize, BINARIZE),
         )
+    return level > (
+        torch.rand(level.shape, generator=generator, dtype=level.dtype) if binarize == "stochastic" else 0.5
+    )
+
+
+def _check_split(num_train: int, total: int) -> None:
     if positive_int("load_digits_binary", "num_train", num_train) >= total:
         fail(
             EmvaeError,

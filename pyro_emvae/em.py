@@ -212,11 +212,12 @@ class EM(Inference):
         with quiet():
             return phase.run(self.engine, state, None, args, kwargs)[2].loss
 
-    def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    def _screen(self, slices: Slices | None, args: tuple, kwargs: Mapping[str, Any]) -> str:
         """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
+        calls = [(args, kwargs)] if slices is None else slices.of(args, kwargs)
+        held = functools.cache(lambda: [self.posterior(*a, **k) for a, k in calls])
         with quiet():
-            posterior = self.posterior(*args, **kwargs)
-            return spike(self.engine.parameters, lambda: posterior.expected_log_joint(100))
+            return spike(self.engine.parameters, lambda: sum(p.expected_log_joint(100) for p in held()))
 
     @property
     def is_exact(self) -> bool:
@@ -301,7 +302,11 @@ class EM(Inference):
         once = None if batch_size is None else Slices(self.engine, self.phases, self._prepare, batch_size)
         self._refuse("batch_size", once is not None and (history == "full" or "data" in options))
         fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
-        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone, "screen": self._screen}
+        fixed |= {
+            "deterministic": self.is_deterministic,
+            "monotone": self.is_monotone,
+            "screen": functools.partial(self._screen, once),
+        }
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
         if options.get("anneal") is not None:

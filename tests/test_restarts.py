@@ -352,6 +352,22 @@ def test_callbacks_and_validation_see_the_runs_to_the_end_alone():
     assert seen == [10, 11, 12, 13] and fit.num_iterations == 14
 
 
+@pytest.mark.filterwarnings("ignore:`EM` cannot raise the objective")
+def test_what_a_callback_changes_counts():
+    factor = {"value": 1.0}
+
+    def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"theta": s["recombined"] / s["all"] * factor["value"]}
+
+    def change(progress: Any) -> None:
+        factor["value"] = 0.5
+
+    fit = linkage_em(update).run(
+        LINKAGE, n_init=2, seed=0, max_iter=14, stop=None, on_decrease="warn", callbacks=change
+    )
+    assert 0.28 < float(fit.params["theta"]) < 0.29  # 0.627 without it
+
+
 # Maps ----------------------------------------------------------------------------------------------------------------
 
 
@@ -760,6 +776,10 @@ def test_resume_wants_a_file(tmp_path):
         stored(tmp_path, resume=True)
     with pytest.raises(CheckpointError, match="missing"):
         stored(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="'maybe'"):
+        stored(tmp_path, resume="maybe")
+    with pytest.raises(CheckpointError, match="no path"):
+        mixture_em(2, "full").run(IRIS, n_init=2, resume=True)
 
 
 def test_another_model_is_refused_and_nothing_has_changed(tmp_path):

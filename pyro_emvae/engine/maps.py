@@ -43,7 +43,8 @@ class _MapTracer(Tracer):
         if func in (aten._local_scalar_dense.default, aten.equal.default):
             return self._read(func, args)
         if func is aten.index_put_.default and _is_fill(*args, **kwargs):
-            func, args = aten.masked_fill_.Tensor, (args[0], args[1][0], args[2].reshape(()))
+            filled = self.__torch_dispatch__(aten.where.self, types, (args[1][0], args[2], args[0]))
+            func, args = aten.copy_.default, (args[0], filled)
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self._note(args, kwargs)
         if func._schema.is_mutable:
@@ -103,7 +104,7 @@ def _is_fill(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate
     """Whether an assignment by index is one number where a mask of the same shape is true."""
     mask = indices[0]
     full = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape
-    return len(indices) == 1 and full and values.numel() == 1 and not accumulate
+    return len(indices) == 1 and full and not values.dim() and values.dtype == x.dtype and not accumulate
 
 
 def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -88,6 +88,7 @@ def find(
         path=options.get("checkpoint"),
         resume=options.get("resume", "auto"),
         every=options.get("every"),
+        watched=bool(options.get("callbacks")),
     )()
 
 

@@ -36,14 +36,15 @@ class Search:
     Each start is a run of its own, with the parameters, buffers, optimizers' and half-steps' state and generators that
     the search began with, and its own seed; going on after the screening is resuming it, so that the best start is bit
     for bit the run from there alone. Runs of exact half-steps go side by side (`Lockstep`) where an iteration can be
-    recorded and the data are few; what callbacks see, and the table, are the same either way.
+    recorded, a few at a time where data are many; the table is the same either way. With `callbacks`, which are called
+    in the runs to the end, those go one by one: a recorded iteration would not see what a callback changes.
 
     Args:
         engine: What the iterations change. At the end it has the state of the best start.
         run: ``run(number, iterate=None, **options) -> Fit``: makes a run up to so many iterations, or with a loader
             epochs.
         n_init: Starts.
-        total: Iterations, or with a loader epochs, of a run; None: until the stopping rule holds.
+        total: Iterations, or with a loader epochs, of a run.
         initial: Where starts begin.
         seed: Start k has seed ``seed + k``; None: 0 for the initial values, and the generators are not seeded.
         screen: Iterations, or with a loader epochs, of the screening.
@@ -53,6 +54,7 @@ class Search:
         data: The loader, whose generators belong to a run.
         path, resume: A file for the whole search; see `driver.run`.
         every: Iterations between checkpoints.
+        watched: Whether callbacks look at the runs to the end.
 
     Raises:
         StepError: All starts failed, with the reason of each; or none has an objective to be compared by. Parameters
@@ -65,7 +67,7 @@ class Search:
     engine: Engine
     run: Callable[..., Fit]
     n_init: int
-    total: int | None
+    total: int
     initial: Initial
     seed: int | None = None
     screen: int = 10
@@ -76,12 +78,14 @@ class Search:
     path: Any = None
     resume: Any = "auto"
     every: int | None = None
+    watched: bool = False
     starts: list[Start] = field(init=False, default_factory=list)
     origin: Mapping[str, Any] = field(init=False, default_factory=dict)
     last: Start | None = field(init=False, default=None)
 
     def __call__(self) -> Fit:
         """Search, and return the fit of the best start with the table of all."""
+        checkpoint.Checkpoints(self.engine, self.path, self.resume)  # refuses what cannot be
         self.file = None if self.path is None else checkpoint.writable(self.path)
         self._meet()
         before, loader = checkpoint.pack(self.engine), checkpoint.loader_state(self.data)
@@ -193,7 +197,8 @@ class Search:
         """Make the runs of a group up to `number` iterations."""
         for part in self.together.parts(self.engine, self.origin, self.starts[0].leaves, group):
             ended = [s.made if screening else s.finished for s in part]
-            rows = self.together.rows(self.engine, part, ended)
+            alone = self.watched and not screening
+            rows = None if alone else self.together.rows(self.engine, part, ended)
             for place, start in enumerate(part):
                 if ended[place]:
                     continue

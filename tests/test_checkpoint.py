@@ -343,7 +343,17 @@ def sampled() -> dict[str, Job]:
     return found
 
 
+def bayesian(x: Tensor) -> None:
+    """A mixture whose unknowns are all latent, in minibatches."""
+    with pyro.plate("components", 2):
+        means = pyro.sample("means", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x), subsample_size=4) as rows:
+        k = pyro.sample("k", dist.Categorical(torch.tensor([0.4, 0.6])))
+        pyro.sample("x", dist.Normal(means[k], 1.0), obs=x[rows])
+
+
 JOBS |= registered("E") | registered("M") | sampled()
+JOBS["by_minibatches"] = Job(lambda: EM(bayesian, e_step=steps.MeanField(), m_step=steps.Fixed()))
 
 
 def searching(**options: Any) -> Callable[[Any], dict[str, Any]]:

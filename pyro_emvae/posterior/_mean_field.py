@@ -304,7 +304,7 @@ class Ascent:
 
     @torch.no_grad()
     def elbo(self) -> tuple[float, float]:
-        r"""Return $E_q[\log p(x,z)-\log q(z)]$ with scales and masks, and the size of its terms, in nats."""
+        r"""Return $E_q[\log p(x,z)-\log q(z)]$ with scales and masks, and how far rounding may move it, in nats."""
         terms: list[Tensor] = []
 
         def use(run: Particles, weighted: dict[str, Tensor], part: Tensor) -> None:
@@ -318,7 +318,8 @@ class Ascent:
             for name in factor.names:
                 site = self.joint.latents[name]
                 terms.append(scale_and_mask(factor.entropy(name), site.scale, site.mask).double())
-        return float(sum(term.sum() for term in terms)), float(sum(term.abs().sum() for term in terms))
+        size = sum(float(term.abs().sum()) for term in terms)
+        return float(sum(term.sum() for term in terms)), torch.finfo(self.joint.dtype).eps * size
 
     def _all_rows(self, use: Callable[[Particles, dict[str, Tensor], Tensor], None]) -> None:
         nodes = {i: self.nodes(i) for i in range(len(self.factors))}

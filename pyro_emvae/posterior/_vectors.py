@@ -113,6 +113,9 @@ class WishartFactor(_Found):
     def conditional(self, name: str, values: Values) -> Any:
         return dist.Wishart(self.df, precision_matrix=self.inverse)
 
+    def entropy(self, name: str) -> Tensor:
+        return _wishart_entropy(self.df, self.inverse)
+
     def around(self, noise: Values, wide: bool) -> dict[str, Tensor]:
         return {self.name: _near(_mean(self), noise[self.name])}
 
@@ -167,7 +170,7 @@ class NormalWishartFactor(_Found):
 
     def entropy(self, name: str) -> Tensor:
         if name == self.precision:
-            return self.conditional(name, {}).entropy()
+            return _wishart_entropy(self.df, self.inverse)
         size = self.inverse.shape[-1]
         log_det = _mean(self).logdet() - size * _gap(self.df, size)
         return 0.5 * (size * (1 + math.log(2 * math.pi) - self.count.log()) - log_det)
@@ -289,6 +292,15 @@ def _gap(df: Tensor, size: int) -> Tensor:
     r"""Return $(\log|E\Lambda|-E\log|\Lambda|)/D$."""
     i = torch.arange(size, dtype=torch.float64, device=df.device)
     return df.log() - math.log(2) - torch.digamma(0.5 * (df.double()[..., None] - i)).mean(-1).to(df)
+
+
+def _wishart_entropy(df: Tensor, inverse: Tensor) -> Tensor:
+    """Return the entropy; torch's own warns where the degrees of freedom are near their bound."""
+    size = inverse.shape[-1]
+    log_v = -inverse.logdet()
+    log_det = size * (df.log() - _gap(df, size)) + log_v
+    log_b = -0.5 * df * (log_v + size * math.log(2)) - torch.mvlgamma(0.5 * df, size)
+    return 0.5 * df * size - 0.5 * (df - size - 1) * log_det - log_b
 
 
 def _ratios(df: Tensor, size: int) -> Tensor:

@@ -151,7 +151,12 @@ def first_ascent(
     generator = torch.Generator().manual_seed(seed)
 
     def noise(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+        """Return the quantiles of a standard normal in random order, so that few components are apart."""
+        count = like.numel()
+        if count < 2:
+            return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
+        levels = (torch.randperm(count, generator=generator).double() + 0.5) / count
+        return torch.special.ndtri(levels).reshape(like.shape).to(like)
 
     factors = [displaced(factor, noise) for factor in joint.start()]
     key = ("at_once", joint.model)

@@ -33,7 +33,7 @@ from .samplers import fingerprint
 __all__ = ["MeanField"]
 
 COUNT, DATA = "count", "data"
-FRESH_SWEEPS = 1000
+FRESH_SWEEPS, TRIAL = 1000, 5
 
 
 class MeanField(HalfStep):
@@ -62,7 +62,7 @@ class MeanField(HalfStep):
 
     Args:
         num_sweeps: Sweeps per E-step at most; a later E-step goes on from the last one's factors.
-        tol: Nats; sweeps end when one gains no more.
+        tol: Nats; sweeps end when one gains no more, and not more than the one before it.
         update: ``"exact"``, or ``"natural_gradient"`` for Normal factors,
             $\eta\leftarrow(1-\rho)\eta+\rho\hat\eta$ with
             $\hat\lambda=-E_q[f'']$ and $\hat\lambda\hat m=\hat\lambda m+E_q[f']$, for models that are not conjugate in
@@ -72,7 +72,8 @@ class MeanField(HalfStep):
         pairs: ``"normal_gamma"``, or ``"none"``: a precision and a mean have a factor each.
         delay, forgetting: Of the steps on minibatches: at least 0, and in (0.5, 1].
         init: Distributions by site at which factors start, or a function of the data that returns them. By default the
-            prior, moved by noise.
+            prior, moved by noise; where `num_sweeps` is at least 10, five sweeps are tried that begin with the first
+            factor, five that begin with the last, and the better ones kept.
         seed: Of that noise.
 
     `infer`, that is `EM.posterior`, starts anew, and sweeps until it has settled; the result is kept until theta or
@@ -163,7 +164,9 @@ class MeanField(HalfStep):
             count = int(own.get(COUNT, 0))
             later = joint.batch and count > 0
             shared = [i for i, f in enumerate(ascent.factors) if later and not is_local(joint, f)]
-            found = self._settle(ascent, self.num_sweeps, shared, self.gain(count), fresh=said or not count)
+            found = self._settle(
+                ascent, self.num_sweeps, shared, self.gain(count), fresh=not count, twice=said or not count
+            )
         new = {**own, **scatter_factors(own, joint, ascent.factors, index), COUNT: torch.tensor(count + 1)}
         if not said:
             new[DATA] = print_
@@ -183,22 +186,40 @@ class MeanField(HalfStep):
         shared: Sequence[int] = (),
         rate: float = 1.0,
         fresh: bool = True,
+        twice: bool = True,
     ) -> MeanFieldPosterior:
         """Sweep until the bound gains no more than `tol`; then move what the data of a minibatch share a part."""
         mine = [i for i in range(len(ascent.factors)) if i not in shared]
         final = self.update.kind == "exact" and ascent.are_independent(mine)
-        last, settled, count = -math.inf, not mine, 0
+        if fresh and not final and self.init_ is None and num_sweeps >= 2 * TRIAL:
+            _begin(ascent, mine)
+        last, gain, settled, count = -math.inf, math.inf, not mine, 0
         while not settled and count < num_sweeps:
-            ascent.sweep(mine, twice=fresh and count == 0)
-            elbo, size = ascent.elbo()
-            count += 1
-            rounding = 4 * torch.finfo(ascent.joint.dtype).eps * size
-            settled = final or abs(elbo - last) <= self.tol + rounding
-            last = elbo
+            ascent.sweep(mine, twice=twice and count == 0)
+            elbo, rounding = ascent.elbo()
+            before, gain = gain, abs(elbo - last)
+            grows = gain > max(before, rounding)  # as it does on the way from a saddle, where components are alike
+            settled = final or (gain <= self.tol + rounding and not grows)
+            last, count = elbo, count + 1
         for place in shared:
             ascent.move(place, rate, twice=True)
         elbo = ascent.elbo()[0] if shared else last
         return MeanFieldPosterior(ascent, elbo, count, settled)
+
+
+def _begin(ascent: Ascent, places: Sequence[int]) -> None:
+    """Make a few sweeps, the first one in the order of the model or in reverse, and keep what is better.
+
+    Where components are alike but for noise, it depends on the prior whether data should first choose among components,
+    or components be found from random choices of the data.
+    """
+    start, found = list(ascent.factors), []
+    for first in (list(places), list(reversed(places))):
+        ascent.factors = list(start)
+        for turn in range(TRIAL):
+            ascent.sweep(first if turn == 0 else places, twice=turn == 0)
+        found.append((ascent.elbo()[0], ascent.factors))
+    ascent.factors = max(found, key=lambda each: each[0])[1]
 
 
 @dataclass(frozen=True)

@@ -227,6 +227,11 @@ def own_steps() -> EM:
     return EM(mixture, mixture_guide, e_step=e_step, m_step=steps.Gradient(2, optim=torch.optim.NAdam, loss=decaying()))
 
 
+def aggressive(batches: Any = None, rule: type = steps.MutualInformation, data: Tensor = Y) -> steps.Gradient:
+    """An inner loop that is over after a few iterations: before, at and after a checkpoint."""
+    return steps.Gradient(until=rule(data, every=1, patience=1, window=2, max_steps=6), batches=batches)
+
+
 class ShuffledByPython:
     """Batches in an order of Python's generator."""
 
@@ -312,6 +317,11 @@ JOBS = {
     "enumerated": Job(lambda: EM(mixture, optim=adam(), e_step=steps.Enumerated())),
     "own_state": Job(lambda: EM(chain, chain_guide, adam(), e_step=Walk())),
     "loader": Job(lambda: autoencoder(EM), loader, 3),
+    "aggressive": Job(simple(adam, EM, e_step=aggressive()), total=6),
+    "aggressive_loader": Job(lambda: autoencoder(EM, e_step=aggressive(loader(), data=X)), loader, 3),
+    "aggressive_held_out": Job(simple(adam, EM, e_step=aggressive(rule=steps.HeldOut)), total=6),
+    "wake_and_sleep": Job(lambda: EM(mixture, mixture_guide, adam(), e_step=steps.WakeSleep(3, insomnia=0.5))),
+    "graph_sleep": Job(simple(adam, EM, e_step=steps.Sleep(num_steps=2), backend="graph")),
     "seeded_loader": Job(lambda: autoencoder(SVI), seeded_loader, 3),
     "persistent_workers": Job(lambda: autoencoder(SVI), lambda: loader(num_workers=1, persistent_workers=True), 3),
     "python_loader": Job(lambda: autoencoder(SVI), ShuffledByPython, 3),

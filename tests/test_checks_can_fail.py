@@ -2,6 +2,7 @@ r"""Every check can fail: planted defects, and the name of the check that has to
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -12,6 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from test_estimators import assert_zero_at_posterior
+from test_wake_sleep import B, K, N, assert_wake_phi
 from torch import Tensor
 
 from pyro_emvae import steps
@@ -409,7 +411,29 @@ class InitReturnsATensor(steps.Gradient):
         return torch.zeros(2)
 
 
+class LeakingSleep(steps.Sleep):
+    """Dreams that are attached to theta, and an update of all that they reach."""
+
+    def expect(self, problem, state, *args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules["pyro_emvae.particles.simulate"], "held", lambda program: program)
+            problem.step(None, args, kwargs, loss=self.dream)
+        return state, GuidePosterior(problem.model, problem.guide, args, kwargs), Info()
+
+
+class SleepsInTraining(steps.Sleep):
+    """Dreams of the model in training mode: batch norm counts them."""
+
+    def expect(self, problem, state, *args, **kwargs):
+        result = super().expect(problem, state, *args, **kwargs)
+        with poutine.block():
+            problem.model(*args, **kwargs)
+        return result
+
+
 STEPS = [
+    (LeakingSleep(), "E", "E-step .* moved 'decoder.*' of the model"),
+    (SleepsInTraining(), "E", "E-step .* moved 'decoder.*running_mean' of the model"),
     (InitReturnsATensor(), "E", "`init` returned tensor"),
     (Joint(), "E", "E-step .* moved 'decoder.*' of the model"),
     (JointM(), "M", "M-step .* moved 'encoder.*|log_scale' of the guide"),
@@ -426,3 +450,28 @@ STEPS = [
 def test_check_step_catches(step: HalfStep, slot: str, check: str):
     with pytest.raises(AssertionError, match=check):
         check_step(step, slot, num_steps=10)
+
+
+class BatchWeights(steps.WakeSleep):
+    """One weight for the whole batch, as in Pyro's `ReweightedWakeSleep`."""
+
+    def expect(self, problem, state, *args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "softmax", lambda x, dim: x.sum(-1, keepdim=True).softmax(dim).expand_as(x))
+            return super().expect(problem, state, *args, **kwargs)
+
+
+class ScaleInsideTheWeights(steps.WakeSleep):
+    """N/B times the log weights before they are normalised."""
+
+    def expect(self, problem, state, *args, **kwargs):
+        with pytest.MonkeyPatch.context() as patch:
+            softmax = torch.softmax
+            patch.setattr(torch, "softmax", lambda x, dim: softmax(N / B * x, dim))
+            return super().expect(problem, state, *args, **kwargs)
+
+
+@pytest.mark.parametrize("step", [BatchWeights, ScaleInsideTheWeights])
+def test_wake_phi_is_checked_against_all_outcomes(step: type[HalfStep]):
+    with pytest.raises(AssertionError, match="the mean wake-phi gradient of 'weight' over all 64 outcomes"):
+        assert_wake_phi(step(num_particles=K))

@@ -25,7 +25,8 @@ STATUSES = {
     "MAX_ITER": "all iterations were made; no claim of convergence",
     "DECREASED": "an iteration lowered an objective that it cannot lower, and the run went on",
     "REVERTED": "an iteration lowered it; the parameters are those before it",
-    "DEGENERATE": "an update left the inside of a parameter's constraint, such as a variance of zero",
+    "DEGENERATE": "an update left the inside of a parameter's constraint, such as a variance of zero, "
+    "or the run ended on a spike of an unbounded likelihood",
     "NAN": "updates were left out because something was not finite",
     "STOPPED": "a callback stopped the run",
     "INTERRUPTED": "Ctrl-C",
@@ -315,7 +316,12 @@ class Ascent:
         alpha: Level of the lower bound.
         gamma: Level of the upper bound.
         growth: Factor of the number of draws.
-        tol: Gain that is not worth a step; nats.
+        tol: Gain that is not worth a step; nats, summed over the data.
+        patience: Steps in a row to be below `tol` before the run is called converged.
+        max_size: Draws per datum at most.
+
+    Raises:
+        EmvaeError: A level outside (0, 1), a tolerance that is not positive, a factor of at most 1.
 
     Source: Caffo, Jank and Jones 2005, sections 3 and 4.
 
@@ -329,8 +335,12 @@ class Ascent:
     gamma: float = 0.1
     growth: float = 4 / 3
     tol: float = 1e-3
+    patience: int = 3
+    max_size: int = 100_000
 
     def __post_init__(self) -> None:
+        positive_int("convergence.Ascent", "patience", self.patience)
+        positive_int("convergence.Ascent", "max_size", self.max_size, 2)
         _positive("Ascent", alpha=self.alpha, below=1.0)
         _positive("Ascent", gamma=self.gamma, below=1.0)
         _positive("Ascent", tol=self.tol, growth=self.growth - 1)

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from . import annealing
 from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
 from .checkpoint import Checkpoints, Position
 from .convergence import Verdict
 from .engine import Engine
 from .history import History, Record
 from .loss import MonteCarloELBO
-from .monitor import Monitor
+from .monitor import ENDS, Monitor
 from .particles import quiet
 
 __all__ = ["Fit", "History", "Progress", "Record", "run"]
@@ -151,8 +152,10 @@ def run(
     deterministic: bool = False,
     monotone: bool = False,
     evaluate: Callable[[tuple, dict], float] | None = None,
+    screen: Callable[[tuple, dict], str] | None = None,
     checkpoint: Any = None,
     resume: str | bool = "auto",
+    anneal: Any = None,
 ) -> Fit:
     r"""Iterate over data and return a `Fit`; the loop behind ``SVI.run`` and ``EM.run``.
 
@@ -179,14 +182,19 @@ def run(
             None: all iterations are made; ``"auto"``: see `Monitor`.
         on_decrease, deterministic, monotone: See `Monitor`.
         evaluate: Returns minus the objective at the present parameters, at the end of a run without noise.
+        screen: Returns what says that the parameters are no maximum, at the end of such a run; "" if nothing does.
         checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
             killed at any point, and is started again in the same way, gives the numbers of one that was not.
             Not in it: what callbacks, the model or a loader's workers keep in Python.
         resume: ``"auto"``: go on from `checkpoint` if it exists, else start; iterations and epochs count from the
             first start, and a run that had come to its end returns its `Fit`. True: it has to exist. False: start
             anew, and replace it.
+        anneal: A schedule of `annealing`, or a function from iteration to factor, which reaches 1 within the run. What
+            is recorded is the objective without the factor; no rule judges before it is 1. The factors are the
+            history's ``anneal``.
 
     Raises:
+        EmvaeError: A schedule that does not reach 1 within the run.
         DataError: No data: both or neither of arguments and `data`, or an empty loader.
         StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
             those before.
@@ -194,6 +202,7 @@ def run(
     """
     _check_options(data, callbacks, every)
     total = _length(num_iterations, data, num_epochs)
+    schedule = annealing.checked(anneal, total)
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
     history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
@@ -206,6 +215,7 @@ def run(
     if seed is not None and not start.source:
         pyro.set_rng_seed(seed)
     engine.expect_changes()
+    engine.beta = None if schedule is None else torch.ones((), dtype=torch.float64)
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
     status, iteration, shapes = start.status if start.ended else "MAX_ITER", start.iteration, None
     bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
@@ -218,9 +228,11 @@ def run(
                     break
                 a, k = _to_device(a, k, device)
                 shapes = shapes or _shapes(a, k)
+                annealed = _set_factor(engine, schedule, iteration)
                 record = iterate(a, k)
+                record.facts = {**record.facts, **({} if schedule is None else {"anneal": float(engine.beta)})}
                 history.add(iteration, record)
-                ended = monitor.after(iteration, record.loss, last)
+                ended = monitor.after(iteration, record.loss, last, annealed) or monitor.hear(record.verdict)
                 judged = last if data is not None else _due(iteration, total, every)
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))
@@ -242,17 +254,27 @@ def run(
     except DegenerateError as error:
         status, monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
     finally:
-        engine.on_nonfinite, engine.on_setup = policy, None
+        engine.on_nonfinite, engine.on_setup, engine.beta = policy, None, None
     if not iteration and status == "MAX_ITER":
         _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
     if engine.skipped > keeper.skipped and status == "MAX_ITER":
         status = "NAN"
     objective = history.iterations[-1][0] if history.iterations else math.nan
     if monitor.deterministic and evaluate is not None and status != "INTERRUPTED":
-        status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
+        there = _to_device(args, kwargs, device)
+        status, objective = monitor.end(status, -evaluate(*there))
+        status = monitor.screen(status, screen(*there) if screen is not None and status in ENDS else "")
     fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit
+
+
+def _set_factor(engine: Engine, schedule: annealing.Schedule | None, iteration: int) -> bool:
+    """Set the factor of an iteration, in the tensor that recorded steps read; return whether it is below 1."""
+    if schedule is None:
+        return False
+    engine.beta.fill_(schedule.factor(iteration))
+    return iteration < schedule.ends
 
 
 def _check_options(data: Any, callbacks: Any, every: Any) -> None:

@@ -15,8 +15,10 @@ from ._checks import BlockError, CheckpointError, EmvaeError, StepError, fail, p
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
+from .degeneracy import spike
 from .driver import Fit
 from .engine import State, choose
+from .growth import check_growth, grown
 from .history import Record
 from .looks import FullHistory, Look
 from .loss import MonteCarloELBO
@@ -25,7 +27,7 @@ from .parameters import SIDES, assign
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .slices import Slices
-from .steps import HalfStep, Phase
+from .steps import Gradient, HalfStep, Phase
 from .steps.phase import check_blocks, read_phases, summarised
 from .svi import Inference, model_arguments, per_block, run_with
 
@@ -111,6 +113,8 @@ class EM(Inference):
                 fix="Leave one of the two out.",
             )
         self.phases = read_phases(e_step, m_step, steps)
+        if getattr(self.e_step, "growth", None) is not None:
+            check_growth(self.phases)
         guide = _guide(model, guide, self.e_step)
         self._attach(
             model,
@@ -130,10 +134,22 @@ class EM(Inference):
         """The last E-step of an iteration, which `posterior` makes."""
         return [phase.step for phase in self.phases if phase.slot == "E"][-1]
 
+    @e_step.setter
+    def e_step(self, step: HalfStep) -> None:
+        self._exchange(self.e_step, step)
+
     @property
     def m_step(self) -> HalfStep:
         """The first M-step of an iteration."""
         return next(phase.step for phase in self.phases if phase.slot == "M")
+
+    @m_step.setter
+    def m_step(self, step: HalfStep) -> None:
+        self._exchange(self.m_step, step)
+
+    def _exchange(self, old: HalfStep, new: HalfStep) -> None:
+        self.phases = tuple(dataclasses.replace(p, step=new) if p.step is old else p for p in self.phases)
+        self.engine.half_steps = {phase.key: phase.step for phase in self.phases}
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
         """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
@@ -157,10 +173,21 @@ class EM(Inference):
         return self._iterate(args, kwargs).loss
 
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None) -> Record:
+        rule = getattr(self.e_step, "growth", None)
+        if rule is None or self.schedule == "joint":
+            return self._once(args, kwargs, look)[0]
+        self._prepare(args, kwargs)
+        key = next(phase.key for phase in self.phases if phase.step is self.e_step)
+        return grown(self.engine, self._once, key, rule, args, kwargs, look=look)
+
+    def _once(
+        self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None
+    ) -> tuple[Record, Posterior | None]:
+        """Make each phase once; return what the last M-step was given as well."""
         if self.schedule == "joint":
             checkpoint.restore_waiting(self.engine, args, kwargs)
             found = self.engine.step(None, args, kwargs)
-            return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
+            return (Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])), None
         self._prepare(args, kwargs)
         state = self._initial(self.engine.state, args, kwargs)
         seen = [look.before(args, kwargs)] if look else []
@@ -170,7 +197,7 @@ class EM(Inference):
             self.engine.steps = state.steps
             infos.append(info)
             seen += [look(posterior)] if look else []
-        return summarised(self.phases, infos, seen)
+        return summarised(self.phases, infos, seen), posterior
 
     def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         checkpoint.restore_waiting(self.engine, args, kwargs)
@@ -184,6 +211,12 @@ class EM(Inference):
         phase = next(phase for phase in self.phases if phase.step is self.e_step)
         with quiet():
             return phase.run(self.engine, state, None, args, kwargs)[2].loss
+
+    def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
+        with quiet():
+            posterior = self.posterior(*args, **kwargs)
+            return spike(self.engine.parameters, lambda: posterior.expected_log_joint(100))
 
     @property
     def is_exact(self) -> bool:
@@ -228,9 +261,10 @@ class EM(Inference):
             args: The data. Keyword arguments that are no option of `driver.run` go to model and guide as well.
             max_iter: Iterations at most; 500 by default on data that are arguments.
             stop: A rule of `convergence`, or None to make all iterations. ``"auto"``: `convergence.Deterministic` where
-                both half-steps are exact and each iteration sees all data; none otherwise, for the values of a
-                stochastic run say little about what is left, and how long to go on is then your decision:
-                ``stop=convergence.Windowed(...)``. A run that reached `max_iter` is never CONVERGED.
+                no half-step draws and each iteration sees all data; a Monte Carlo E-step's own rule (``growth=``) if it
+                has one; none otherwise, for the values of a stochastic run say little about what is left, and how long
+                to go on is then your decision: ``stop=convergence.Windowed(...)``. A run that reached `max_iter` is
+                never CONVERGED.
             on_decrease: What to do if exact half-steps lower the objective beyond rounding: ``"raise"``, ``"warn"`` or
                 ``"revert"`` to the parameters before. By default raise in float64 and warn in lower precision.
             accelerate: ``"squarem"``: each iteration is a cycle of three evaluations of the EM map
@@ -265,9 +299,15 @@ class EM(Inference):
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
             stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
         once = None if batch_size is None else Slices(self.engine, self.phases, self._prepare, batch_size)
-        self._refuse("batch_size", once is not None and (history == "full" or "data" in options))
+        whole = history == "full" or "data" in options or options.get("anneal") is not None
+        self._refuse("batch_size", once is not None and whole)
         fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
         fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
+        fixed["screen"] = once.screen if once else self._screen
+        if getattr(self.e_step, "growth", None) is not None:
+            self._refuse("data", "data" in options)
+        if options.get("anneal") is not None:
+            self._check_annealing(accelerate, n_init)
         begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
         iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
 
@@ -311,6 +351,20 @@ class EM(Inference):
         if history == "full":
             return lambda: FullHistory(self.engine, once)
         return lambda: once
+
+    def _check_annealing(self, accelerate: str | None, n_init: int) -> None:
+        """Refuse what does not go with a factor; steps that cannot have one say so when they are made."""
+        unfit = [p for p in self.phases if p.slot == "E" and p.takes_gradients and not isinstance(p.step, Gradient)]
+        for name, misfit in (("accelerate", accelerate), ("n_init", n_init != 1), (repr(unfit), unfit)):
+            if misfit:
+                fail(
+                    StepError,
+                    "EM",
+                    "anneal",
+                    got=f"anneal= with {name}",
+                    because="the factor changes the objective of each iteration, and what takes it has to know",
+                    fix="Leave one of the two out, or use steps.Enumerated(), steps.Gaussian() or steps.Gradient().",
+                )
 
     def _refuse(self, option: str, misfit: bool) -> None:
         if misfit:

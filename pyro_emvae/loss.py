@@ -292,8 +292,13 @@ class MonteCarloELBO(ELBO):
         args: tuple,
         kwargs: Mapping[str, Any],
         state: States | None = None,
+        beta: Tensor | None = None,
     ) -> Evaluation:
         r"""Evaluate objective and surrogate as a pure function of the parameters, the data and the estimators' state.
+
+        Args:
+            beta: A factor of the latents' terms, log p and log q alike, in the surrogate: what is climbed is annealed,
+                and the objective is not.
 
         Returns:
             The objective (scalar, nats), the surrogate to be *maximised* (its value is of no meaning), the particles,
@@ -303,8 +308,10 @@ class MonteCarloELBO(ELBO):
         terms = self.objective.terms(particles)
         objective = _total(terms) / self.num_particles
         rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        terms = terms if beta is None else _annealed(terms, particles, beta)
         if all(type(e) is Pathwise and not e.traits.splits_paths for _, e in rows):
-            return Evaluation(objective, objective, particles, state or {})
+            climbed = objective if beta is None else _total(terms) / self.num_particles
+            return Evaluation(objective, climbed, particles, state or {})
         return self._weigh(particles, terms, objective, rows, self.state if state is None else state)
 
     def _weigh(self, particles: Particles, terms: list[Term], objective: Tensor, rows: list, state: States):
@@ -404,6 +411,12 @@ def _sum(tensors: list[Tensor]) -> Tensor | float:
 
 def _total(terms: list[Term]) -> Tensor:
     return torch.as_tensor(_sum([term.value for term in terms]))
+
+
+def _annealed(terms: list[Term], particles: Particles, beta: Tensor) -> list[Term]:
+    """Multiply what belongs to latents, in model and guide."""
+    data = {name for name, site in particles.model.items() if site.is_observed}
+    return [t if t.kind == "log_p" and t.site in data else t._replace(value=beta * t.value) for t in terms]
 
 
 def _group(terms: list[Term]) -> dict[tuple, Tensor]:

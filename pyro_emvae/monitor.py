@@ -100,19 +100,23 @@ class Monitor:
         leaves = {name: leaf.detach().clone() for name, leaf in self.engine.parameters.leaves().items()}
         self._last.append((leaves, self.engine.steps if self.monotone else {}))
 
-    def after(self, iteration: int, loss: float, judged: bool = True) -> str | None:
+    def after(self, iteration: int, loss: float, judged: bool = True, annealed: bool = False) -> str | None:
         """Look at an iteration that is over; return the status that ends the run, or None.
 
         Args:
             iteration: Its number.
             loss: Minus the objective before the iteration, or with gradient steps of its draws.
             judged: Whether the rule is asked now; if not, the objective enters the mean of the epoch.
+            annealed: Whether it climbed another objective than the one that is judged; then it is not looked at.
         """
         if self.engine.parameters is None:  # every step so far was left out
             return None
         self.note()
         change = self._change()
         self.iterations.append((iteration, change))
+        if annealed:
+            self._epoch = []
+            return None
         self._epoch.append(-loss)
         if not judged:
             return None
@@ -124,12 +128,26 @@ class Monitor:
             return self._decrease(before, objective, 0)
         return self._judge()
 
+    def hear(self, verdict: Verdict | None) -> str | None:
+        """Take over what an iteration says of itself, unless another rule was asked for."""
+        if verdict is None or self.stop != "auto":
+            return None
+        self.verdict = verdict
+        return verdict.status
+
     def end(self, status: str, objective: float) -> tuple[str, float]:
         """Return the status of the run and the objective, given that at its last parameters."""
         if self.monotone and status in ENDS and self.objectives and self._fell(self.objectives[-1], objective):
             status = self._decrease(self.objectives[-1], objective, -2) or status
             objective = self.objectives[-1] if status == "REVERTED" else objective
         return "DECREASED" if self.decreased and status in ENDS else status, objective
+
+    def screen(self, status: str, found: str) -> str:
+        """Return the status of the run, given what says that its parameters are no maximum, if anything does."""
+        if not found:
+            return status
+        self.verdict = dataclasses.replace(self.verdict, status="DEGENERATE", reason=found)
+        return "DEGENERATE"
 
     # Its state ------------------------------------------------------------------------------------------------------
 

@@ -222,6 +222,7 @@ OPTIONS = (
     "on_decrease",
     "checkpoint",
     "resume",
+    "anneal",
 )
 
 

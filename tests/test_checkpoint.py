@@ -531,16 +531,8 @@ def test_killed_at_every_place(tmp_path, name):
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
 
-STEP_JOBS = [
-    "textbook",
-    "three_phases",
-    "own_state",
-    "own_steps",
-    "counts",
-    *registered("E"),
-    *registered("M"),
-    *sampled(),
-]
+STEP_JOBS = ["textbook", "three_phases", "own_state", "own_steps", "counts"]
+STEP_JOBS += [*registered("E"), *registered("M"), *sampled()]
 
 
 @in_new_processes

@@ -10,7 +10,7 @@ import torch
 from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 
-from .._checks import NonFiniteError, fail
+from .._checks import EmvaeError, NonFiniteError, fail
 from ..loss import MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
 
@@ -40,6 +40,7 @@ def gradient(
     *,
     only: Mapping[str, Tensor] | None = None,
     loss_and_grads: Callable | None = None,
+    beta: Tensor | None = None,
 ) -> Gradient:
     r"""Take the gradient of a loss eagerly; change nothing but buffers.
 
@@ -47,13 +48,15 @@ def gradient(
         loss: A `MonteCarloELBO` or anything with Pyro's ``loss_and_grads``.
         only: The leaves to differentiate (a block); all that were met by default.
         loss_and_grads: Called in place of ``loss.loss_and_grads``.
+        beta: A factor of the latents' terms; see `MonteCarloELBO.evaluate`.
 
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite; names the first site or parameter.
     """
     if not isinstance(loss, MonteCarloELBO):
+        _refuse_annealing(loss, beta)
         return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
-    evaluation = loss.evaluate(model, guide, args, kwargs, loss.state)
+    evaluation = loss.evaluate(model, guide, args, kwargs, loss.state, beta)
     value = -float(evaluation.objective.detach())
     if not math.isfinite(value):
         raise_non_finite(type(loss).__name__, value, evaluation.particles)
@@ -98,6 +101,19 @@ def norm_of(grads: Mapping[str, Tensor]) -> float:
                     fix="Look for sqrt, log or a division at zero on the way from that parameter to a site.",
                 )
     return norm
+
+
+def _refuse_annealing(loss: Any, beta: Tensor | None) -> None:
+    """Refuse a factor with a loss that cannot have one; a posterior that is held was annealed by its E-step."""
+    if beta is not None and not getattr(loss, "holds_posterior", False):
+        fail(
+            EmvaeError,
+            "run",
+            "anneal",
+            got=f"loss {type(loss).__name__}",
+            because="the factor multiplies the latents' terms inside the loss",
+            fix='Write loss=MonteCarloELBO(), or MonteCarloELBO(estimator="pyro") for the gradients of Trace_ELBO.',
+        )
 
 
 def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only) -> Gradient:

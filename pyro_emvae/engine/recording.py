@@ -76,10 +76,12 @@ def record(
     buffers: list[Tensor],
     args: tuple,
     kwargs: Mapping[str, Any],
+    beta: Tensor | None = None,
 ) -> Recording:
     r"""Record the gradient of `loss` by `leaves` as a graph, twice, and refuse if the two differ.
 
-    Generator, buffers, parameters and the loss's state are as before. Validation is off while recording.
+    Generator, buffers, parameters and the loss's state are as before. Validation is off while recording. A factor
+    `beta` is one of the buffers: an input of the graph, which is read from its tensor each time.
 
     Raises:
         RecordingError: The loss cannot be recorded (a data-dependent branch or ``.item()``), or two recordings differ
@@ -112,7 +114,7 @@ def record(
         rest = list(inputs[len(leaves) + len(buffers) :])
         state = pytree.tree_unflatten(rest[: len(flat_state)], state_spec)
         with _Recordable():
-            evaluation = loss.evaluate(model, guide, args, kwargs, state)
+            evaluation = loss.evaluate(model, guide, args, kwargs, state, beta)
         grads = differentiate(-evaluation.surrogate, leaves)
         reached[:] = list(grads)
         return (-evaluation.objective.detach(), *grads.values(), *pytree.tree_leaves(evaluation.state))

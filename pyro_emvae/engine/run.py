@@ -89,6 +89,7 @@ class Engine:
         self.failure: NonFiniteError | None = None
         self.reduce: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
         self.on_setup: Callable[[], Any] | None = None
+        self.beta: Tensor | None = None
         self._recordings: dict[Any, Recording] = {}
         self._warm: set[Any] = set()
         self._before: tuple | None = None
@@ -180,7 +181,8 @@ class Engine:
 
     def _eager(self, loss: Any, args: tuple, kwargs: Mapping[str, Any], only: Any, own: Callable | None) -> Gradient:
         try:
-            return gradient(self.model, self.guide, loss, args, kwargs, only=only, loss_and_grads=own)
+            pair = (self.model, self.guide)
+            return gradient(*pair, loss, args, kwargs, only=only, loss_and_grads=own, beta=self.beta)
         except ValueError as cause:
             if isinstance(loss, MonteCarloELBO) and not isinstance(cause, EmvaeError):
                 self._blame_non_finite(loss, args, kwargs, cause)
@@ -203,9 +205,8 @@ class Engine:
 
     def _record(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Recording:
         leaves = self.parameters.leaves(*(() if block is None else (block,)))
-        buffers = [b.tensor for b in self.parameters.buffers]
         try:
-            return record(self.model, self.guide, loss, leaves, buffers, args, kwargs)
+            return record(self.model, self.guide, loss, leaves, self._inputs(), args, kwargs, self.beta)
         except RecordingError:
             raise
         except Exception:  # the model does not run: say so as the eager backend does, with validation
@@ -213,12 +214,15 @@ class Engine:
                 self._eager(loss, args, kwargs, leaves, None)
             raise
 
+    def _inputs(self) -> list[Tensor]:
+        """Return the tensors that a recording reads from where they are: buffers, and the factor of annealing."""
+        return [b.tensor for b in self.parameters.buffers] + ([] if self.beta is None else [self.beta])
+
     def _recording(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Recording:
         modes = tuple(m.training for m in self.parameters.modules)
         key = (block, id(loss), signature(args, kwargs), modes)
         recording = self._recordings.get(key)
-        buffers = [id(b.tensor) for b in self.parameters.buffers]
-        if recording is None or buffers != [id(b) for b in recording.buffers]:
+        if recording is None or [id(b) for b in self._inputs()] != [id(b) for b in recording.buffers]:
             self._recordings.pop(key, None)
             recording = self._record(block, args, kwargs, loss)
             remember(self._recordings, key, recording)

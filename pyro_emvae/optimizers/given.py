@@ -118,7 +118,10 @@ def _check_closure(optimizer: type[torch.optim.Optimizer]) -> None:
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         because = "its step needs a closure: it is no first-order optimizer that SVI can step"
-        refuse("take a step of SVI", optimizer.__name__, because, FIX)
+        lbfgs = "In EM, write m_step=steps.LBFGS(), or " + FIX[0].lower() + FIX[1:]
+        refuse("take a step of SVI", optimizer.__name__, because, lbfgs if "LBFGS" in optimizer.__name__ else FIX)
+    if issubclass(optimizer, torch.optim.SparseAdam):
+        refuse("take a step of SVI", optimizer.__name__, "the gradients of a loss are dense", FIX)
 
 
 def _rule_class(entry: Entry) -> type[Rule] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import StepError, fail
 from ..particles import Particles, replay
 
 __all__ = ["Outer", "Posterior", "Support", "expected_log_joint"]
@@ -175,6 +176,21 @@ class Posterior(ABC):
     @abstractmethod
     def expected_log_joint(self, num_particles: int) -> Tensor:
         r"""Return $E[\log p_\theta(x,z)]$ at the present theta, to be differentiated by it: scalar, nats."""
+
+    def tempered(self, beta: float) -> Posterior:
+        r"""Return $q(z)\propto p_\theta(x,z)^\beta$ on the same data, at the theta of the E-step.
+
+        Raises:
+            StepError: This kind of posterior cannot be tempered.
+        """
+        fail(
+            StepError,
+            type(self).__name__,
+            f"be annealed with the factor {beta:.4g}",
+            got=f"a posterior of kind {self.kind!r}",
+            because="its power is not known",
+            fix="Anneal with steps.Enumerated(), steps.Gaussian() or steps.Gradient(), or leave anneal= out.",
+        )
 
     def particles(self, num_particles: int) -> Particles:
         """Return draws with the densities of model and guide."""

@@ -2,6 +2,7 @@ r"""The exact posterior of discrete latents, by Pyro's enumeration."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import OrderedDict
@@ -151,6 +152,22 @@ class EnumeratedPosterior(Posterior):
             kept = [dim for dim in dims if dim in mine]
             found[name] = part if "".join(kept) == mine else part.permute(*[kept.index(dim) for dim in mine])
         return self._rest + normalizer.double() * float(self._scale), found
+
+    def tempered(self, beta: float) -> EnumeratedPosterior:
+        """Return the posterior of the factors to the power of beta; its ``log_evidence`` is NaN, it has an entropy.
+
+        Where latents are masked the entropy is NaN as well.
+        """
+        new = copy.copy(self)
+        for name in ("log_evidence", "entropy", "_solved", "_alone", "_sites_of"):
+            vars(new).pop(name, None)
+        new._touched = {name: packed.scale_and_mask(f, scale=beta) for name, f in self._touched.items()}
+        new.is_exact, log_z = beta == 1.0, float(new._solved[0] - self._rest)
+        masked = any(self.mask(name) is not None for name in self.latents)
+        with torch.no_grad():
+            expected = float(new._expected(self.trace)) - self._rest
+        vars(new).update(log_evidence=math.nan, entropy=math.nan if masked else log_z - beta * expected)
+        return new
 
     def log_evidence_at_theta(self) -> Tensor:
         r"""Return $\log p_\theta(x)$ at the present theta, to be differentiated by it, twice too: scalar, nats."""

@@ -103,6 +103,16 @@ class GaussianPosterior(Posterior):
         event_dim = value.dim() - 1 - latent.nesting
         return log_jacobian(latent.transform, nodes, value, event_dim).mean(0).reshape(latent.batch)
 
+    def tempered(self, beta: float) -> GaussianPosterior:
+        """Return the same with the covariance over beta: the power of a Gaussian; its ``log_evidence`` is NaN."""
+        if not self.is_exact:
+            return super().tempered(beta)
+        factor = Factor(self.factor.local / beta**0.5, self.factor.slope, self.factor.common / beta**0.5)
+        new = GaussianPosterior(self.joint, self.mean, factor, self._log_p, vectorize=self._vectorize)
+        new.is_exact = beta == 1.0
+        vars(new).update(log_evidence=math.nan)
+        return new
+
     # Expectations ---------------------------------------------------------------------------------------------------
 
     def _nodes(self) -> Point:

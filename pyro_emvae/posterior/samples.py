@@ -52,6 +52,7 @@ class SamplesPosterior(Posterior):
         batch: Indices of the minibatch, by plate that subsamples.
         vectorize: Whether the model may be run on all draws at once.
         log_evidence: An estimate of log p(x) in nats, where the sampler has one; else NaN.
+        groups: Which draws depend on each other, a number per draw; None: none does, given theta.
         entropy: $\log\hat p(x)-E[\log p_\theta(x,z)]$ in nats, where there is an estimate of log p(x); else NaN. The
             objective after E is then the lower bound of importance sampling.
 
@@ -88,7 +89,9 @@ class SamplesPosterior(Posterior):
         vectorize: bool = True,
         log_evidence: float = math.nan,
         entropy: float = math.nan,
+        groups: Tensor | None = None,
     ) -> None:
+        self.groups = groups
         self.model, self.args, self.kwargs = model, args, dict(kwargs)
         self.draws, self.sites, self.units = support, dict(sites), tuple(units)
         self.kind, self.batch, self.vectorize = kind, dict(batch or {}), vectorize

@@ -9,6 +9,7 @@ from .enumerated import Enumerated
 from .gaussian import Gaussian
 from .gradient import Gradient
 from .laplace import Laplace
+from .lbfgs import LBFGS
 from .monte_carlo import MonteCarlo
 from .phase import Phase
 from .ready_chains import hidden_markov
@@ -17,6 +18,7 @@ from .ready_linear import linear_gaussian, local_level
 from .ready_mixtures import bernoulli_mixture, categorical_mixture, gaussian_mixture, poisson_mixture
 
 __all__ = [
+    "LBFGS",
     "Averaged",
     "ClosedForm",
     "Conjugate",

@@ -64,6 +64,7 @@ class _Expected:
     r"""The loss of an M-step with the posterior held: $-E[\log p_\theta(x,z)]-H(q)$, or without H if it is unknown."""
 
     is_host = True
+    holds_posterior = True
 
     def __init__(self, posterior: Posterior, num_particles: int) -> None:
         self.posterior, self.num_particles = posterior, num_particles

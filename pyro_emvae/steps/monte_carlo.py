@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._checks import EmvaeError, fail, nearest, positive_int
 from .._registry import Traits, register
+from ..convergence import Ascent
 from ..engine import Engine, State
 from ..particles import ModuleWatch, quiet
 from ..posterior import Posterior, SampledSite, SamplesPosterior, Support
@@ -46,6 +47,10 @@ class MonteCarlo(HalfStep):
         sampler: A name of the table, or an instance such as ``samplers.HMC(num_leapfrog=5)``.
         num_particles: S, draws per datum: weighted ones, or chains of which each gives one. By default that of the
             sampler, 100 for independent draws and 10 for chains. It may be raised between iterations.
+        growth: A `convergence.Ascent`: after each M-step the gain of the expected log joint is estimated, with its
+            standard error, from the E-step's draws. A step that may not have gone up is made again with more draws
+            than `num_particles`; gains below its `tol` end the run as CONVERGED. For all data, and M-steps that
+            maximise. The draws per datum are the history's ``num_particles``, and part of the step's own state.
         options: The sampler's arguments, such as ``num_leapfrog=5``.
 
     `infer`, that is `EM.posterior` and the guide of an EM without one, starts fresh chains from a fixed seed: theta and
@@ -59,7 +64,8 @@ class MonteCarlo(HalfStep):
         StepError: The sampler does not take a latent; a minibatch that cannot be placed; no guide for importance.
         NonFiniteError: A weight is not finite, or all of a datum's are zero.
 
-    Source: Wei and Tanner 1990 for Monte Carlo EM; Kingma and Welling 2013, appendix D, with HMC.
+    Source: Wei and Tanner 1990 for Monte Carlo EM; Caffo, Jank and Jones 2005 for its number of draws; Kingma and
+    Welling 2013, appendix D, with HMC.
 
     Example:
         >>> MonteCarlo("hmc", num_particles=5, num_leapfrog=10)
@@ -68,27 +74,42 @@ class MonteCarlo(HalfStep):
 
     traits: ClassVar[Traits] = Traits(slots=("E",), needs_guide=True)
 
-    def __init__(self, sampler: str | Sampler = "importance", num_particles: int | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        sampler: str | Sampler = "importance",
+        num_particles: int | None = None,
+        growth: Ascent | None = None,
+        **options: Any,
+    ) -> None:
         self.sampler = _sampler(sampler, options)
         count = self.sampler.num_particles if num_particles is None else num_particles
-        self.num_particles = positive_int("steps.MonteCarlo", "num_particles", count)
+        self.growth = _growth(growth)
+        self.num_particles = positive_int("steps.MonteCarlo", "num_particles", count, 1 if growth is None else 2)
         self.traits = Traits(slots=("E",), latents=self.sampler.latents, needs_guide=self.sampler.needs_guide)
         self._known: dict[Callable, Facts] = {}
         self._memo: tuple[Any, ...] | None = None
 
     def __repr__(self) -> str:
-        return f"MonteCarlo({self.sampler!r}, num_particles={self.num_particles})"
+        growth = "" if self.growth is None else f", growth={self.growth!r}"
+        return f"MonteCarlo({self.sampler!r}, num_particles={self.num_particles}{growth})"
+
+    def init(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self.growth is None:
+            return {}
+        return {"size": torch.tensor(self.num_particles), "stops": torch.tensor(0), "unclear": torch.tensor(0)}
 
     def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
         own = state.steps.get("E", {})
+        count, groups = int(own["size"]) if "size" in own else self.num_particles, None
         with _evaluation():
             target = self._look(problem.model, args, kwargs, problem.guide)
             if not self.sampler.persistent:
-                draws, _ = self.sampler.sample(target, None, self.num_particles)
+                draws, _ = self.sampler.sample(target, None, count)
             else:
-                draws, own = self._continue(target, own)
+                draws, own = self._continue(target, own, count)
+                groups = own.get("origin", _batches(count))
                 state = state.with_own("E", own)
-            posterior = self._posterior(target, draws)
+            posterior = self._posterior(target, draws, groups)
             info = self._info(draws, posterior)
         return state, posterior, info
 
@@ -118,18 +139,24 @@ class MonteCarlo(HalfStep):
         with torch.no_grad():
             return self.sampler.prepare(look(model, args, kwargs, self._known, guide))
 
-    def _continue(self, target: Target, own: Mapping[str, Tensor]) -> tuple[Draws, dict[str, Tensor]]:
-        """Draw, going on from the chains of the batch's data."""
+    def _continue(self, target: Target, own: Mapping[str, Tensor], count: int) -> tuple[Draws, dict[str, Tensor]]:
+        """Draw, going on from the chains of the batch's data.
+
+        Chains that begin where others are depend on these at first: ``origin`` is the chain that each comes from.
+        """
         rows = target.rows(target.kwargs.get("index"))
         print_ = fingerprint(target.args, target.kwargs) if rows is None else None
         if rows is None:
             check_same_data(own, print_)
         chains = gather(own, rows, math.prod(target.sizes))
-        draws, chains = self.sampler.sample(target, chains, self.num_particles)
-        new = scatter(own, rows, chains)
+        draws, chains = self.sampler.sample(target, chains, count)
+        new = scatter(own, rows, chains) | {name: own[name] for name in ("size", "stops", "unclear") if name in own}
+        if self.growth is not None and chains.position.shape[1] == count:
+            origin = own.get("origin", torch.arange(count))
+            new["origin"] = origin[torch.arange(count) % len(origin)]
         return draws, new if print_ is None else new | {"data": print_}
 
-    def _posterior(self, target: Target, draws: Draws) -> SamplesPosterior:
+    def _posterior(self, target: Target, draws: Draws, groups: Tensor | None = None) -> SamplesPosterior:
         first = next(iter(target.latents.values()))
         mask = first["mask"] if isinstance(first["mask"], Tensor) else None
         sites = {n: SampledSite(target.frames(n), m["fn"].event_dim) for n, m in target.latents.items()}
@@ -145,7 +172,27 @@ class MonteCarlo(HalfStep):
             vectorize=target.facts.vectorize,
             log_evidence=draws.log_evidence,
             entropy=draws.entropy,
+            groups=groups,
         )
+
+
+def _batches(count: int) -> Tensor:
+    """Return the number of the batch of each draw of one chain: about as many batches as draws in each."""
+    number = max(math.isqrt(count), 2)
+    return torch.arange(count) * number // count
+
+
+def _growth(growth: Any) -> Ascent | None:
+    if growth is not None and not isinstance(growth, Ascent):
+        fail(
+            EmvaeError,
+            "steps.MonteCarlo",
+            "let its number of draws grow",
+            got=f"growth={growth!r}",
+            because="a rule judges each step",
+            fix="Write growth=convergence.Ascent(tol=1e-3).",
+        )
+    return growth
 
 
 @contextlib.contextmanager

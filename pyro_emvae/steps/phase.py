@@ -7,12 +7,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from .._checks import BlockError, StepError, fail
 from .._registry import create
 from ..engine import Engine, State
 from ..engine import Gradient as Update
 from ..history import Record
 from ..parameters import GUIDE, MODEL, SHARED, UNUSED, Parameters
+from ..particles import keep_buffers
 from ..posterior import Posterior
 from .base import HalfStep, Info
 from .gradient import Gradient
@@ -121,9 +124,30 @@ class Phase:
         mine = state if self.key == self.slot else state.with_own(self.slot, steps[self.key])
         if self.slot == "E":
             mine, posterior, info = self.step.expect(problem, mine, *args, **kwargs)
+            if engine.beta is not None and not self.takes_gradients:
+                posterior, info = _tempered(posterior, info, float(engine.beta))
         else:
             mine, info = self.step.maximise(problem, mine, posterior, *args, **kwargs)
         return replace(mine, steps=steps | {self.key: mine.steps[self.slot]}), posterior, info
+
+
+def _tempered(posterior: Posterior, info: Info, beta: float) -> tuple[Posterior, Info]:
+    """Return a posterior to the power of beta, and the objective, which has no such power."""
+    if beta == 1.0:
+        return posterior, info
+    if beta == 0.0:
+        fail(
+            StepError,
+            "run",
+            f"anneal the posterior of kind {posterior.kind!r}",
+            got="a factor of 0",
+            because="the power 0 is no distribution, or one that forgets the data",
+            fix="Write annealing.Geometric(100), or annealing.Linear(100, start=0.1).",
+        )
+    posterior = posterior.tempered(beta)
+    with torch.no_grad(), keep_buffers():
+        objective = float(posterior.expected_log_joint(1)) + posterior.entropy
+    return posterior, info._replace(loss=-objective)
 
 
 class View:

@@ -212,12 +212,202 @@ class EM(Inference):
         with quiet():
             return phase.run(self.engine, state, None, args, kwargs)[2].loss
 
-    def _screen(self, slices: Slices | None, args: tuple, kwargs: Mapping[str, Any]) -> str:
+    def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
         """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
-        calls = [(args, kwargs)] if slices is None else slices.of(args, kwargs)
-        held = functools.cache(lambda: [self.posterior(*a, **k) for a, k in calls])
+        held = functools.cache(lambda: self.posterior(*args, **kwargs))
         with quiet():
-            return spike(self.engine.parameters, lambda: sum(p.expected_log_joint(100) for p in held()))
+            return spike(self.engine.parameters, lambda: held().expected_log_joint(100))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether all half-steps are exact."""
+        return self._all(lambda traits: traits.exact)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no half-step draws, so that the objective is a function of the parameters."""
+        return self._all(lambda traits: traits.exact or traits.deterministic)
+
+    @property
+    def is_monotone(self) -> bool:
+        """Whether no iteration on the same data can lower the objective."""
+        return self.is_deterministic and self._all(lambda traits: traits.exact or traits.monotone)
+
+    def _all(self, holds: Callable[[Traits], bool]) -> bool:
+        return self.schedule == "alternating" and all(holds(phase.step.traits) for phase in self.phases)
+
+    def _initial(self, state: State, args: tuple, kwargs: Mapping[str, Any]) -> State:
+        """Let a half-step that has no state of its own yet make one."""
+        for phase in self.phases:
+            state = phase.begin(self.engine, state, args, kwargs)
+        return state
+
+    def run(
+        self,
+        *args: Any,
+        max_iter: int | None = None,
+        stop: Any = "auto",
+        on_decrease: str | None = None,
+        accelerate: str | None = None,
+        batch_size: int | None = None,
+        history: str = "light",
+        n_init: int = 1,
+        init: str | Callable[..., Mapping[str, Tensor]] = "mixed",
+        **options: Any,
+    ) -> Fit:
+        r"""Iterate: ``run(x, max_iter=300)`` or ``run(data=loader, num_epochs=20)``.
+
+        Args:
+            args: The data. Keyword arguments that are no option of `driver.run` go to model and guide as well.
+            max_iter: Iterations at most; 500 by default on data that are arguments.
+            stop: A rule of `convergence`, or None to make all iterations. ``"auto"``: `convergence.Deterministic` where
+                no half-step draws and each iteration sees all data; a Monte Carlo E-step's own rule (``growth=``) if it
+                has one; none otherwise, for the values of a stochastic run say little about what is left, and how long
+                to go on is then your decision: ``stop=convergence.Windowed(...)``. A run that reached `max_iter` is
+                never CONVERGED.
+            on_decrease: What to do if exact half-steps lower the objective beyond rounding: ``"raise"``, ``"warn"`` or
+                ``"revert"`` to the parameters before. By default raise in float64 and warn in lower precision.
+            accelerate: ``"squarem"``: each iteration is a cycle of three evaluations of the EM map
+                (`acceleration.Squarem`), for exact half-steps.
+            batch_size: Data per slice, at most: E-step and statistics are made slice by slice, and the update once,
+                with the result of the whole. That saves memory and, as temporaries fit into the cache, time. For an
+                exact E-step and M-steps in closed form; what is data, and what is verified: see `slices.Slices`.
+            history: ``"light"`` costs no model run, and leaves what was not computed NaN; ``"full"`` evaluates the
+                objective before E, after E and after M on common random numbers.
+            n_init: Starts; with more than one, see `restarts.Search`. The table of all is ``fit.restarts``. Of exact
+                half-steps the best third goes on after 10 iterations, of others the best one after a twentieth.
+            init: ``init(seed)`` or ``init(seed, *data)``, which returns initial values by name, constrained, for a
+                start; ``"mixed"`` or ``"noise"``: see `restarts.Initial`. One start has the present values unless
+                `init` is a function.
+            options: Those of `driver.run`.
+
+        Raises:
+            StepError: The objective of exact half-steps went down; `accelerate` with half-steps that it does not fit;
+                all starts failed.
+        """
+        if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
+            fail(
+                EmvaeError,
+                "EM",
+                f"run on {args[0]!r}",
+                got="a whole number as the first datum",
+                because="run takes the data first, and the number of iterations by name",
+                fix=f"Write em.run(x, max_iter={args[0]}).",
+            )
+        if max_iter is None and "data" not in options:
+            max_iter = 500
+        if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
+            stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
+        once = None if batch_size is None else Slices(self.engine, self.phases, self._prepare, batch_size)
+        whole = history == "full" or "data" in options or options.get("anneal") is not None
+        self._refuse("batch_size", once is not None and whole)
+        fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
+        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
+        fixed["screen"] = once.screen if once else self._screen
+        if getattr(self.e_step, "growth", None) is not None:
+            check_growth(self.phases)
+        guide = _guide(model, guide, self.e_step)
+        self._attach(
+            model,
+            guide,
+            MonteCarloELBO() if loss is None else loss,
+            loss_and_grads,
+            optimizers=self._optimizers(optim),
+            blocks=blocks,
+            sides={phase.block: phase.side for phase in self.phases} | SIDES,
+            backend=backend,
+            on_nonfinite=on_nonfinite,
+        )
+        self.engine.half_steps = {} if schedule == "joint" else {phase.key: phase.step for phase in self.phases}
+
+    @property
+    def e_step(self) -> HalfStep:
+        """The last E-step of an iteration, which `posterior` makes."""
+        return [phase.step for phase in self.phases if phase.slot == "E"][-1]
+
+    @e_step.setter
+    def e_step(self, step: HalfStep) -> None:
+        self._exchange(self.e_step, step)
+
+    @property
+    def m_step(self) -> HalfStep:
+        """The first M-step of an iteration."""
+        return next(phase.step for phase in self.phases if phase.slot == "M")
+
+    @m_step.setter
+    def m_step(self, step: HalfStep) -> None:
+        self._exchange(self.m_step, step)
+
+    def _exchange(self, old: HalfStep, new: HalfStep) -> None:
+        self.phases = tuple(dataclasses.replace(p, step=new) if p.step is old else p for p in self.phases)
+        self.engine.half_steps = {phase.key: phase.step for phase in self.phases}
+
+    def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
+        """Make one optimizer per block that takes gradients: the half-step's own, or the one given."""
+        own: dict[str, Any] = {}
+        for phase in self.phases:
+            mine = getattr(phase.step, "optim", None)
+            own[phase.block] = own.get(phase.block) if mine is None else mine
+        needed = [p.block for p in self.phases if own[p.block] is None and self._takes_gradients(p)]
+        given = per_block(optim, "EM", needed, own) if isinstance(optim, Mapping) else dict.fromkeys(own, optim)
+        chosen = {block: given[block] if own[block] is None else own[block] for block in own}
+        return {block: BlockOptimizer(o) for block, o in chosen.items() if o is not None or block in needed}
+
+    def _takes_gradients(self, phase: Phase) -> bool:
+        return self.schedule == "joint" or phase.takes_gradients
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """Make one iteration and return minus the objective after E, before M, in nats.
+
+        If the M-step fails because something is not finite, the E-step before it stands.
+        """
+        return self._iterate(args, kwargs).loss
+
+    def _iterate(self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None) -> Record:
+        rule = getattr(self.e_step, "growth", None)
+        if rule is None or self.schedule == "joint":
+            return self._once(args, kwargs, look)[0]
+        self._prepare(args, kwargs)
+        key = next(phase.key for phase in self.phases if phase.step is self.e_step)
+        return grown(self.engine, self._once, key, rule, args, kwargs, look=look)
+
+    def _once(
+        self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None
+    ) -> tuple[Record, Posterior | None]:
+        """Make each phase once; return what the last M-step was given as well."""
+        if self.schedule == "joint":
+            checkpoint.restore_waiting(self.engine, args, kwargs)
+            found = self.engine.step(None, args, kwargs)
+            return (Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])), None
+        self._prepare(args, kwargs)
+        state = self._initial(self.engine.state, args, kwargs)
+        seen = [look.before(args, kwargs)] if look else []
+        posterior, infos = None, []
+        for phase in self.phases:
+            state, posterior, info = phase.run(self.engine, state, posterior, args, kwargs)
+            self.engine.steps = state.steps
+            infos.append(info)
+            seen += [look(posterior)] if look else []
+        return summarised(self.phases, infos, seen), posterior
+
+    def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        checkpoint.restore_waiting(self.engine, args, kwargs)
+        self.engine.refresh()
+        if self.engine.parameters is None:
+            self._setup(args, kwargs)
+
+    def _evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
+        """Return minus the objective after an exact E-step at the present theta."""
+        state = self._initial(self.engine.state, args, kwargs)
+        phase = next(phase for phase in self.phases if phase.step is self.e_step)
+        with quiet():
+            return phase.run(self.engine, state, None, args, kwargs)[2].loss
+
+    def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
+        held = functools.cache(lambda: self.posterior(*args, **kwargs))
+        with quiet():
+            return spike(self.engine.parameters, lambda: held().expected_log_joint(100))
 
     @property
     def is_exact(self) -> bool:
@@ -310,7 +500,7 @@ class EM(Inference):
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
         if options.get("anneal") is not None:
-            self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1, "batch_size": batch_size})
+            self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1})
         begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
         iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
 

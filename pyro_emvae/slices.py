@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import DataError, StepError, fail, positive_int
+from .degeneracy import spike
 from .engine import Engine, State
 from .engine.data import map_tensors, tensors_of
 from .history import Record
@@ -124,6 +125,30 @@ class Slices:
         with quiet():
             return sum(self.e_phase.run(self.engine, state, None, *call)[2].loss for call in self.of(args, kwargs))
 
+    def screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood: `degeneracy.spike`, slice by slice."""
+        leaves = [row.leaf for row in self.engine.parameters.rows if row.leaf.requires_grad]
+        start = [leaf.detach().clone() for leaf in leaves]
+
+        def expected() -> Tensor:
+            """The expected log joint at the leaves' present values, posteriors at those of the start."""
+            now, slopes = [leaf.detach().clone() for leaf in leaves], [torch.zeros_like(leaf) for leaf in leaves]
+            total = torch.zeros((), dtype=torch.float64)
+            for a, k in self.of(args, kwargs):
+                _write(leaves, start)
+                posterior = self.e_phase.step.infer(self.engine.model, a, k)
+                _write(leaves, now)
+                value = posterior.expected_log_joint(1)
+                total += value.detach().double()
+                if torch.is_grad_enabled():
+                    found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+                    slopes = [x + y for x, y in zip(slopes, found, strict=True)]
+            pairs = zip(leaves, slopes, strict=True)
+            return total + sum(((leaf - leaf.detach()) * slope).sum() for leaf, slope in pairs)
+
+        with quiet():
+            return spike(self.engine.parameters, expected)
+
     def _verify(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Compare two slices with both together, by log evidence and statistics."""
         size = min(self.batch_size, CHECKED, _length(args, kwargs) // 2)
@@ -162,6 +187,12 @@ class Slices:
 
 
 EVIDENCE = "log evidence"
+
+
+@torch.no_grad()
+def _write(leaves: list[Tensor], values: list[Tensor]) -> None:
+    for leaf, value in zip(leaves, values, strict=True):
+        leaf.copy_(value)
 
 
 def _added(one: Mapping[Any, Any], two: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from pyro_emvae import EM, steps
 from pyro_emvae._checks import DataError, EmvaeError, StepError
+from pyro_emvae.parameters import assign
 from pyro_emvae.posterior import solve_quadratic
+from pyro_emvae.slices import Slices
 
 F64 = torch.float64
 
@@ -163,6 +165,20 @@ def test_the_numbers_do_not_depend_on_whether_they_are_verified():
     assert found[0].log_evidence == found[1].log_evidence
 
 
+def test_a_spike_is_found_slice_by_slice():
+    """A component on one datum: half of its scale would be better. Nothing is changed by the trial."""
+    x = data()
+    em = EM(mixture, e_step="enumerated", m_step=steps.gaussian_mixture(2))
+    em.step(x)
+    assert Slices(em.engine, em.phases, em._prepare, 30).screen((x,), {}) == em._screen((x,), {}) == ""
+    narrow = torch.stack([0.01 * torch.eye(2, dtype=F64), torch.eye(2, dtype=F64)])
+    assign(em.blocks, {"means": torch.stack([x[0], x.mean(0)]), "scales": narrow})
+    before = {row.name: row.leaf.detach().clone() for row in em.blocks.rows}
+    found = Slices(em.engine, em.phases, em._prepare, 30).screen((x,), {})
+    assert found == em._screen((x,), {}) and "half of it is better" in found
+    assert all(torch.equal(row.leaf, before[row.name]) for row in em.blocks.rows)
+
+
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
@@ -243,7 +259,7 @@ def test_half_steps_that_do_not_add_up_are_refused():
         drawn.run(data(), max_iter=2, batch_size=10)
 
 
-@pytest.mark.parametrize("options", [{"history": "full"}, {"data": [data()]}])
+@pytest.mark.parametrize("options", [{"history": "full"}, {"data": [data()]}, {"anneal": lambda t: 1.0}])
 def test_options_that_need_the_whole_posterior_are_refused(options):
     em = EM(mixture, e_step="enumerated", m_step=steps.gaussian_mixture(2))
     args = () if "data" in options else (data(),)

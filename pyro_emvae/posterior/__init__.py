@@ -15,11 +15,13 @@ from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .guide import PosteriorGuide
 from .mean_field import MeanFieldPosterior, first_ascent
+from .point_masses import AtPointMasses
 from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
     "Ascent",
+    "AtPointMasses",
     "BlockDensity",
     "CompleteData",
     "ConjugatePosterior",

@@ -56,8 +56,8 @@ class Estimate:
 
     Args:
         value: The estimate.
-        standard_error: Of the particles, for the minibatch at hand; NaN from a single particle. Of `Quadrature`: how far
-            two lattices are apart.
+        standard_error: Of the particles, for the minibatch at hand; NaN from a single particle. Of `Quadrature`:
+            how far two lattices are apart.
         kind: What the value's *expectation* is to log p(x): ``"lower"``, ``"upper"``, ``"exact"``, or ``"none"``: no
             bound, for the reason in ``note``.
         num_particles: K, the draws of the guide; the nodes of a quadrature.

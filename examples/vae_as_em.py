@@ -6,9 +6,13 @@ to get one: an encoder trained on the bound (AEVB), an encoder trained on the de
 encoder but a Markov chain per datum (Monte Carlo EM). Which gives the most log p(x), by data seen and by time? The
 paper has curves and no numbers, from an estimate that needs Markov chains too. Here it is an integral by quadrature.
 
-Answer: ANSWER
+Answer: MCEM, with 1,000 images, by far as to data seen: after 10,000 it is where AEVB is after 300,000, at -19.15 nats
+per test image against -19.16. That took 7 seconds against 5, so as to time the two are even there; MCEM then goes on
+(-17.96 after 100,000, 24 seconds). Wake-sleep comes last (-20.48 after 300,000), though nearest to its own bound.
+As in the paper MCEM does best on few data; each of its iterations takes 15 gradients, and chains of its own per datum.
 
-Running time: RUNNING. With MNIST, `python examples/vae_as_em.py --data DIR` on its four IDX files, hours.
+Running time: four minutes or so on one core, most of them MCEM's. With MNIST, `python examples/vae_as_em.py --data DIR`
+on a folder with its four IDX files, hours.
 """
 
 # %%

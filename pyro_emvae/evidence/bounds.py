@@ -93,7 +93,8 @@ def log_evidence(
 
     Args:
         model, guide: As in Pyro; ``*args, **kwargs`` are the data. All guide sites count in log q, auxiliary ones too.
-        method: A registered name or an instance; see `Importance`.
+        method: ``"importance"``, ``"quadrature"`` (at most four latent coordinates per datum; takes no guide: None) or
+            an instance; see `Importance` and `Quadrature`.
         num_particles: K.
         vectorize_particles, max_plate_nesting, chunk_size, seed: As for `elbo`, which makes the same draws from the
             same of these.

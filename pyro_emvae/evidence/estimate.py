@@ -56,10 +56,11 @@ class Estimate:
 
     Args:
         value: The estimate.
-        standard_error: Of the particles, for the minibatch at hand; NaN from a single particle.
+        standard_error: Of the particles, for the minibatch at hand; NaN from a single particle. Of `Quadrature`:
+            how far two lattices are apart.
         kind: What the value's *expectation* is to log p(x): ``"lower"``, ``"upper"``, ``"exact"``, or ``"none"``: no
             bound, for the reason in ``note``.
-        num_particles: K, the draws of the guide.
+        num_particles: K, the draws of the guide; the nodes of a quadrature.
         ess: Effective sample size of the weights, the smallest over the data; None for an ELBO.
         khat: Pareto tail index of the weights, the largest over the data; above 0.7 neither the value nor its standard
             error can be trusted, and it prints as unreliable; -inf for equal weights. None for an ELBO, or where there

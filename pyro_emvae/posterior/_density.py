@@ -33,8 +33,20 @@ class BlockDensity:
         vectorize: Run many coordinates at once (True), one by one (False), or whichever is right (None).
         max_plate_nesting: Number of plate dims; found out if None.
 
+    Shape: coordinates ``(S, blocks, width)`` -> ``(S, blocks)``, nats.
+
     Raises:
         StepError: A latent is discrete; the factors of a block have different scales.
+
+    Example:
+        >>> import pyro
+        >>> def model(x):
+        ...     with pyro.plate("data", 2):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> density = BlockDensity("example", model, (torch.tensor([1.0, 2.0]),), {})
+        >>> density.shape, density.at(torch.zeros(3, 2, 1))[0]
+        ((2, 1), tensor([-2.3379, -3.8379]))
     """
 
     def __init__(

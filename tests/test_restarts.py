@@ -223,7 +223,7 @@ def test_side_by_side_is_as_one_by_one(monkeypatch, name):
         pyro.clear_param_store()
         em, x = TOGETHER[name]()
         track = next(iter(em.run(x, max_iter=1, stop=None).params))
-        fits.append(em.run(x, n_init=5, seed=2, max_iter=60, track=track))
+        fits.append(em.run(x, n_init=4, seed=2, max_iter=30, track=track))
     one, other = fits
     assert one.provenance["restarts"] == "side by side"
     assert other.provenance["restarts"] == "one by one: an iteration that takes too much memory to be recorded"

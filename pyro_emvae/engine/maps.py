@@ -185,6 +185,18 @@ def record_map(
     Raises:
         RecordingError: The step takes too much memory, it draws, it takes a number from a tensor that is neither a
             boolean nor reported, or the two runs differ.
+
+    Example:
+        >>> from pyro_emvae.particles import report
+        >>> x = torch.tensor(2.0)
+        >>> def newton():  # for the square root of 2
+        ...     value = (x * x - 2).abs()
+        ...     x.copy_((x + 2 / x) / 2)
+        ...     return -report(value)
+        >>> recorded = record_map(newton, [x], [[torch.tensor(1.0)], [torch.tensor(2.0)]])
+        >>> (new,), value, kept = BatchedMap(recorded, 3)([torch.tensor([1.0, 2.0, 4.0])])
+        >>> new, value, x
+        (tensor([1.5000, 1.5000, 2.2500]), tensor([ 1.,  2., 14.], dtype=torch.float64), tensor(2.))
     """
     before = [x.detach().clone() for x in inputs]
     try:

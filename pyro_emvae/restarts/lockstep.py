@@ -135,6 +135,9 @@ def _equal(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
 class Together:
     r"""Decides which starts go side by side, and says why others do not.
 
+    An iteration is recorded once: see `engine.record_map`. An exact E-step of your own is recorded if it tells its loss
+    by `particles.report`, the log evidence as a tensor in and a number out.
+
     Args:
         iterate: One exact iteration without a state of its own; None: starts go one by one.
         args, kwargs: The data.

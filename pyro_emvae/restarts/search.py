@@ -62,6 +62,21 @@ class Search:
         CheckpointError: The file belongs to another search.
 
     Source: Biernacki, Celeux and Govaert 2003, for short runs before long ones.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_emvae import SVI
+        >>> def model(x): pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
+        >>> def guide(x): pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(-9.0)), 0.7))
+        >>> pyro.clear_param_store()
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}))
+        >>> start = lambda seed: {"loc": torch.tensor(3.0 * seed)}
+        >>> fit = svi.run(100, torch.tensor(1.0), n_init=3, init=start, seed=0)
+        >>> print(fit.restarts[["start", "init", "status", "iterations", "agrees"]])
+           start   init    status  iterations agrees
+        0      0  given  MAX_ITER         100   True
+        1      1  given  SCREENED          10   None
+        2      2  given  SCREENED          10   None
     """
 
     engine: Engine

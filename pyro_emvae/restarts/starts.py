@@ -123,7 +123,7 @@ def table(starts: list[Start], best: Start, attributes: Mapping[str, Any]) -> An
             "degenerate": s.status == "DEGENERATE",
             "iterations": s.iterations,
             "agrees": _agrees(s, best),
-            "reason": s.reason,
+            "reason": s.reason.split(" This is because ")[0],
         }
         for s in starts
     ]

@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 
-from pyro_emvae import EM, convergence, steps
+from pyro_emvae import EM, convergence, standard_errors, steps
 from pyro_emvae._checks import EmvaeError, StepError
 from pyro_emvae.posterior import Ascent, FactoredJoint, MeanFieldPosterior, Update, first_ascent
 from pyro_emvae.steps import mean_field
@@ -459,6 +459,12 @@ def test_with_an_exact_m_step_the_bound_rises_to_its_maximum(num_sweeps):
     )
     assert fit.objective == pytest.approx(posterior.elbo, abs=1e-5)
     assert posterior.kind == "mean_field" and not posterior.is_exact and posterior.converged
+
+
+def test_standard_errors_say_that_they_are_approximate():
+    em = EM(correlated, e_step=steps.MeanField(), m_step=steps.ClosedForm(mean_statistics, mean_update))
+    found = standard_errors(em.run(X, max_iter=100), X)
+    assert found.kind == "approximate" and 0 < float(found.standard_error[0]) < 1
 
 
 def test_the_expected_log_joint_is_differentiated_by_theta():

@@ -66,6 +66,11 @@ class MeanFieldPosterior(Posterior):
         self.num_sweeps, self.converged = num_sweeps, converged
         self._product = ConjugatePosterior(joint, self.factors, elbo)
 
+    @property
+    def vectorize(self) -> bool:
+        """Whether the model may be run at all values at once."""
+        return self._ascent.joint.at_once == "all"
+
     @cached_property
     def entropy(self) -> float:
         """Entropy in nats, with the model's scales; of masked latents none."""
@@ -118,7 +123,7 @@ class MeanFieldPosterior(Posterior):
         return self._product.sample()
 
     def particles(self, num_particles: int) -> Particles:
-        self._product._vectorize.setdefault(self.model, self._ascent.joint.at_once == "all")
+        self._product._vectorize.setdefault(self.model, self.vectorize)
         return self._product.particles(num_particles)
 
     def expected_log_joint(self, num_particles: int = 100) -> Tensor:
@@ -129,7 +134,7 @@ def first_ascent(
     joint: FactoredJoint,
     update: Update = EXACT,
     *,
-    pairs: str = "normal_gamma",
+    pairs: str = "conjugate",
     init: Mapping[str, Any] | None = None,
     seed: int = 0,
 ) -> Ascent:
@@ -141,7 +146,7 @@ def first_ascent(
     Args:
         joint: The model.
         update: How factors are moved.
-        pairs: ``"normal_gamma"``: a mean and its precision are one factor where that is conjugate; ``"none"``: never.
+        pairs: ``"conjugate"``: a mean and its precision are one factor where that is conjugate; ``"none"``: never.
         init: Distributions by site, for those that are to start there.
         seed: Of the noise.
 

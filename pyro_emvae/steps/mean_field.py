@@ -43,16 +43,24 @@ class MeanField(HalfStep):
 
     A sweep moves each factor to its best given the others, in the order of the model. Where the model is conjugate in
     each latent given the others, that is in closed form, and found from the model itself: the expected log joint is
-    $\eta_j\cdot t_j(z_j)+c$, and its derivatives at four values give $\eta_j$ and prove the form. Latents may be
-    discrete (all outcomes are tried), real (Normal), positive (Gamma), probabilities (Beta), or points of a simplex
-    (Dirichlet); a mean and its precision are one Normal-Gamma factor where that is conjugate. Elements of a latent that
-    meet in a site, such as the weights of a regression, are moved one after the other.
+    $\eta_j\cdot t_j(z_j)+c$, and its derivatives at a few values give $\eta_j$ and prove the form.
+
+    | latent | factor |
+    |---|---|
+    | discrete, with a finite support | all its outcomes |
+    | real, a real vector | Normal, multivariate normal with full covariance |
+    | positive, a positive definite matrix | Gamma, Wishart |
+    | a probability, a point of a simplex | Beta, Dirichlet |
+    | a precision and a mean, where that is conjugate | one Normal-Gamma, or Normal-Wishart |
+
+    Elements of a latent that meet in a site, such as the weights of a regression in a plate, have a factor each and are
+    moved one after the other.
 
     When to use: local latents that depend on each other, where the exact posterior costs too much; latents that all
     data share (variational Bayes), in minibatches too. Variances come out too small where latents are correlated. It
     is exact for latents that are independent given the data. Cost: a run of the model at all combinations of nodes of
-    those factors that meet in a site, per factor and sweep. They are run at once if the model allows that: index
-    latents by ``Vindex(mu)[..., z]``.
+    those factors that meet in a site, per factor and sweep. They are run at once if the model allows that:
+    ``Vindex(mu.unsqueeze(-2))[..., z]``; with ``mu[z]``, only the outcomes of z are.
 
     With latents outside a plate that draws a minibatch, a step is one of stochastic variational inference: factors
     inside the plate are moved until they settle, then the others go a part of the way in natural parameters, by
@@ -69,12 +77,12 @@ class MeanField(HalfStep):
             them. On those that are, it is the exact update at rate 1.
         rate: $\rho$, in (0, 1], of a natural-gradient step.
         num_nodes: Gauss-Hermite nodes per Normal factor, for natural gradients.
-        pairs: ``"normal_gamma"``, or ``"none"``: a precision and a mean have a factor each.
+        pairs: ``"conjugate"``, or ``"none"``: a precision and a mean have a factor each.
         delay, forgetting: Of the steps on minibatches: at least 0, and in (0.5, 1].
         init: Distributions by site at which factors start, or a function of the data that returns them. By default the
             prior, moved by noise; where `num_sweeps` is at least 10, five sweeps are tried that begin with the first
             factor, five that begin with the last, and the better ones kept.
-        seed: Of that noise.
+        seed: Of that noise. A mixture has many optima, and a seed leads to one of them.
 
     `infer`, that is `EM.posterior`, starts anew, and sweeps until it has settled; the result is kept until theta or
     the data change. It needs no EM: where all is latent,
@@ -104,7 +112,7 @@ class MeanField(HalfStep):
         update: str = "exact",
         rate: float = 0.5,
         num_nodes: int = 20,
-        pairs: str = "normal_gamma",
+        pairs: str = "conjugate",
         delay: float = 1.0,
         forgetting: float = 0.7,
         init: Mapping[str, Any] | Callable[..., Mapping[str, Any]] | None = None,
@@ -113,7 +121,7 @@ class MeanField(HalfStep):
         self.num_sweeps = positive_int("steps.MeanField", "num_sweeps", num_sweeps)
         self.tol = _number("tol", tol, "of nats, at least 0", lambda x: x >= 0, 1e-6)
         choose("update", update, ("exact", "natural_gradient"))
-        choose("pairs", pairs, ("normal_gamma", "none"))
+        choose("pairs", pairs, ("conjugate", "none"))
         rate = _number("rate", rate, "above 0 and at most 1", lambda x: 0 < x <= 1, 0.5)
         self.update = Update(update, rate, positive_int("steps.MeanField", "num_nodes", num_nodes, minimum=2))
         self.delay = _number("delay", delay, "of at least 0", lambda x: x >= 0, 1.0)

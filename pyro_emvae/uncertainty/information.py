@@ -195,4 +195,4 @@ def _scores(values: Tensor, u: Tensor) -> Tensor:
 
 def is_approximate(posterior: Posterior) -> bool:
     """Whether averages under the posterior are those of another distribution, such as a guide."""
-    return isinstance(posterior, GuidePosterior) or posterior.kind == "laplace"
+    return isinstance(posterior, GuidePosterior) or posterior.kind in ("laplace", "mean_field")

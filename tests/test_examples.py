@@ -34,6 +34,7 @@ OUTPUTS = {
     "mean_field": {"deviations.png"},
     "monte_carlo_em": {"draws.png"},
     "vae_as_em": {"evidence.png", "evidence.csv"},
+    "posterior_collapse": {"information.png"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -6,6 +6,7 @@ $$\log p_\theta(x)=L(\phi,\theta)+\mathrm{KL}(q_\phi\|p_\theta(z|x)),\qquad L=E_
 __version__ = "0.1.0.dev0"
 
 from . import (
+    annealing,
     convergence,
     estimators,
     families,
@@ -65,6 +66,7 @@ __all__ = [
     "Traits",
     "__version__",
     "active_units",
+    "annealing",
     "compare_gradients",
     "config_estimators",
     "convergence",

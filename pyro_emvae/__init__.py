@@ -40,7 +40,7 @@ from .information import Information
 from .loss import MonteCarloELBO
 from .particles import config_estimators
 from .svi import SVI
-from .uncertainty import StandardErrors, standard_errors
+from .uncertainty import MonteCarloErrors, StandardErrors, monte_carlo_error, standard_errors
 
 __all__ = [
     "EM",
@@ -58,6 +58,7 @@ __all__ = [
     "Information",
     "ModelError",
     "MonteCarloELBO",
+    "MonteCarloErrors",
     "NonFiniteError",
     "OptimizerError",
     "RecordingError",
@@ -77,6 +78,7 @@ __all__ = [
     "families",
     "guides",
     "log_evidence",
+    "monte_carlo_error",
     "mutual_information",
     "objectives",
     "optimizers",

@@ -7,12 +7,10 @@ encoder but a Markov chain per datum (Monte Carlo EM). Which gives the most log 
 paper has curves and no numbers, from an estimate that needs Markov chains too. Here it is an integral by quadrature.
 
 Answer: MCEM, with 1,000 images, by far as to data seen: after 10,000 it is where AEVB is after 300,000, at -19.15 nats
-per test image against -19.16. That took 7 seconds against 5, so as to time the two are even there; MCEM then goes on
+per test image against -19.16. That took 7 seconds against 5, so that by time the two are even there; MCEM then goes on
 (-17.96 after 100,000, 24 seconds). Wake-sleep comes last (-20.48 after 300,000), though nearest to its own bound.
-As in the paper MCEM does best on few data; each of its iterations takes 15 gradients, and chains of its own per datum.
 
-Running time: four minutes or so on one core, most of them MCEM's. With MNIST, `python examples/vae_as_em.py --data DIR`
-on a folder with its four IDX files, hours.
+Running time: some minutes on one core, most of them MCEM's; hours with MNIST, `--data DIR` of its four IDX files.
 """
 
 # %%

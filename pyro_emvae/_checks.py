@@ -144,6 +144,22 @@ def tensors_in(value: Any) -> Iterator[Any]:
             yield from tensors_in(item)
 
 
+def refuse_missing(obj: str, cause: Exception, *values: Any) -> None:
+    """Raise `NonFiniteError` from an error of the model's or guide's if a tensor among the values is not finite."""
+    for tensor in tensors_in(values):
+        bad = ~tensor.isfinite()
+        if bool(bad.any()):
+            fail(
+                NonFiniteError,
+                obj,
+                "take a step on this data",
+                got=f"{tensor[bad].flatten()[0].item()} in a tensor of shape {tuple(tensor.shape)}",
+                because="a distribution cannot be made of it, or score it",
+                fix="Leave missing values out, with poutine.mask or obs_mask=, and give an encoder other values there.",
+                cause=cause,
+            )
+
+
 def require_data(obj: str, *values: Any) -> None:
     """Raise `DataError` if a tensor among the values, however nested, is empty.
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, restarts
-from ._checks import BlockError, EmvaeError, StepError, fail, positive_int
+from ._checks import BlockError, EmvaeError, StepError, fail, positive_int, refuse_missing, require_data
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
@@ -103,12 +103,13 @@ class EM(Inference):
         on_nonfinite: str = "raise",
     ) -> None:
         self.schedule = choose("schedule", schedule, ("alternating", "joint"))
-        if schedule == "joint" and steps is not None:
+        given = {"e_step": e_step, "m_step": m_step, "steps": steps}
+        if schedule == "joint" and any(step is not None for step in given.values()):
             fail(
                 StepError,
                 "EM",
                 "make joint steps",
-                got="steps= with schedule='joint'",
+                got=f"{[name for name, step in given.items() if step is not None]} with schedule='joint'",
                 because="a joint step updates all blocks at once, from one gradient",
                 fix="Leave one of the two out.",
             )
@@ -199,14 +200,20 @@ class EM(Inference):
         state = self._initial(self.engine.state, args, kwargs)
         seen = [look.before(args, kwargs)] if look else []
         posterior, infos = None, []
-        for phase in self.phases:
-            state, posterior, info = phase.run(self.engine, state, posterior, args, kwargs)
-            self.engine.steps = state.steps
-            infos.append(info)
-            seen += [look(posterior)] if look else []
+        try:
+            for phase in self.phases:
+                state, posterior, info = phase.run(self.engine, state, posterior, args, kwargs)
+                self.engine.steps = state.steps
+                infos.append(info)
+                seen += [look(posterior)] if look else []
+        except ValueError as error:
+            if not isinstance(error, EmvaeError):
+                refuse_missing("EM", error, args, kwargs)
+            raise
         return summarised(self.phases, infos, seen), posterior
 
     def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        require_data("EM", args, kwargs)
         checkpoint.restore_waiting(self.engine, args, kwargs)
         self.engine.refresh()
         if self.engine.parameters is None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pyro
 import pytest
+import torch
 from pyro.infer import Predictive
 from test_matrix import KITS, STEPS, TAKES, make
 
 import pyro_emvae as emvae
-from pyro_emvae import EM
+from pyro_emvae import EM, DataError, NonFiniteError
 from pyro_emvae.steps import MonteCarlo
 from pyro_emvae.steps.samplers import SAMPLERS
 
@@ -31,14 +32,35 @@ def cells() -> list:
     ]
 
 
-@pytest.mark.parametrize(("kind", "factory"), cells())
-def test_the_guide_of_a_fit_serves_pyro_evidence_and_arviz(kind, factory):
-    """Chains have no density, so there is no evidence by weights; exact posteriors give it exactly."""
+def begin(kind: str, factory):
+    """Return an EM before its first step, its E-step, its data, and whether it needs the kit's guide."""
     pyro.set_rng_seed(0)
     kit = KITS[kind]()
     step = factory(kit)
     own = step.traits.needs_guide or type(step).infer is emvae.steps.HalfStep.infer
     em = EM(kit.model, kit.guide if own else None, pyro.optim.Adam({"lr": 0.05}), e_step=step, m_step=kit.closed_form)
+    return kit, em, step, own
+
+
+@pytest.mark.parametrize(("kind", "factory"), cells())
+def test_missing_values_and_no_data_are_refused_and_leave_theta(kind, factory):
+    kit, em, *_ = begin(kind, factory)
+    (x,) = kit.data
+    em.engine.setup((x,), {})
+    before = {row.name: row.leaf.detach().clone() for row in em.blocks.rows if row.block == "model"}
+    missing = x.clone()
+    missing.view(-1)[3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"got .*(nan|-inf)"):
+        em.step(missing)
+    with pytest.raises(DataError, match=r"shape \(0,"):
+        em.step(x[:0])
+    assert all(torch.equal(row.leaf, before[row.name]) for row in em.blocks.rows if row.name in before)
+
+
+@pytest.mark.parametrize(("kind", "factory"), cells())
+def test_the_guide_of_a_fit_serves_pyro_evidence_and_arviz(kind, factory):
+    """Chains have no density, so there is no evidence by weights; exact posteriors give it exactly."""
+    kit, em, step, own = begin(kind, factory)
     fit = em.run(*kit.data, max_iter=3, stop=None, seed=0)
     (x,) = kit.data
     # the discrete kit's guide has parameters per datum, and takes as many data only

@@ -11,7 +11,7 @@ from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from .._checks import EmvaeError, NonFiniteError, fail
-from ..loss import States, raise_non_finite
+from ..loss import MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
 
 __all__ = ["Gradient", "differentiate", "gradient", "norm_of"]
@@ -53,10 +53,11 @@ def gradient(
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite; names the first site or parameter.
     """
-    if not hasattr(loss, "evaluate"):
+    if not isinstance(loss, MonteCarloELBO):
         _refuse_annealing(loss, beta)
+    if not hasattr(loss, "evaluate"):
         return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
-    evaluation = loss.evaluate(model, guide, args, kwargs, loss.state, beta)
+    evaluation = loss.evaluate(model, guide, args, kwargs, loss.state, *(() if beta is None else (beta,)))
     value = -float(evaluation.objective.detach())
     if not math.isfinite(value):
         raise_non_finite(type(loss).__name__, value, evaluation.particles)

@@ -114,7 +114,7 @@ def record(
         rest = list(inputs[len(leaves) + len(buffers) :])
         state = pytree.tree_unflatten(rest[: len(flat_state)], state_spec)
         with _Recordable():
-            evaluation = loss.evaluate(model, guide, args, kwargs, state, beta)
+            evaluation = loss.evaluate(model, guide, args, kwargs, state, *(() if beta is None else (beta,)))
         grads = differentiate(-evaluation.surrogate, leaves)
         reached[:] = list(grads)
         return (-evaluation.objective.detach(), *grads.values(), *pytree.tree_leaves(evaluation.state))

@@ -201,7 +201,7 @@ def _check_finite(joint: Tensor, particles: Particles, obj: str) -> None:
             got=f"a log weight of {float(joint[bad][0])} with "
             f"{particles.first_non_finite() or 'finite sites whose sum is not'}",
             because="log p - log q has to be a number below infinity",
-            fix="Check the data and the support and scale at that site.",
+            fix="Check the data and the support and scale at that site; a guide of drawn values has no density there.",
         )
 
 

@@ -4,7 +4,7 @@ from .checks import check_match, check_plates, choose_vectorize, subsample_value
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
-from .run import draw, replay, stack_runs
+from .run import draw, refuse_non_finite, replay, stack_runs
 from .simulate import Place, Simulation, find_places, held, score, simulate
 from .sites import Particles, Site, reduce_to
 
@@ -29,6 +29,7 @@ __all__ = [
     "listen",
     "quiet",
     "reduce_to",
+    "refuse_non_finite",
     "replay",
     "report",
     "score",

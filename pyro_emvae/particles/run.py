@@ -160,16 +160,7 @@ def make_site(msg: dict) -> Site:
     try:
         log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
     except ValueError as cause:
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            fail(
-                NonFiniteError,
-                "SVI",
-                f"score site {msg['name']!r}",
-                got=f"a value that is not finite, such as {value[~torch.isfinite(value)].flatten()[0].item()}",
-                because="its log density is then no number",
-                fix="Leave such data out, with poutine.mask or obs_mask=.",
-                cause=cause,
-            )
+        refuse_non_finite("Particles", msg["name"], value, cause)
         shape = tuple(getattr(value, "shape", ()))
         fail(
             ModelError,
@@ -183,6 +174,20 @@ def make_site(msg: dict) -> Site:
     frames = tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE)
     infer = msg["infer"] or {}
     return Site(msg["name"], fn, value, log_prob, msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
+
+
+def refuse_non_finite(obj: str, site: str, value: Any, cause: BaseException | None = None) -> None:
+    """Raise `NonFiniteError` if the value of a site is not finite, such as a missing value in the data."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        fail(
+            NonFiniteError,
+            obj,
+            f"score site {site!r}",
+            got=f"a value that is not finite, such as {value[~torch.isfinite(value)].flatten()[0].item()}",
+            because="its log density is then no number",
+            fix="Leave such data out, with poutine.mask or obs_mask=.",
+            cause=cause,
+        )
 
 
 def stack_runs(runs: list[Particles]) -> Particles:

@@ -20,7 +20,7 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from .._checks import StepError, fail, nearest
-from ..particles import hold_batch, is_subsample, report
+from ..particles import hold_batch, is_subsample, refuse_non_finite, report
 from ._plates import Batch, in_plates
 from .base import Posterior, Support
 
@@ -417,7 +417,12 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
         trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
     for name in [name for name, site in _sites(trace).items() if is_subsample(site)]:
         trace.remove_node(name)
-    trace.compute_log_prob()
+    try:
+        trace.compute_log_prob()
+    except ValueError as cause:
+        for name, site in _sites(trace).items():
+            refuse_non_finite("Enumerated", name, site["value"], cause)
+        raise
     trace.pack_tensors()
     return trace, batch
 

@@ -2,9 +2,11 @@ r"""The exact E-step of discrete latents."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+from .._checks import NonFiniteError, fail
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..particles import keep_buffers, quiet
@@ -58,6 +60,15 @@ class Enumerated(HalfStep):
     def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
         with keep_buffers():
             posterior = self._infer(problem.model, args, kwargs)
+        if not math.isfinite(posterior.log_evidence):
+            fail(
+                NonFiniteError,
+                "Enumerated",
+                "go on with this posterior",
+                got=f"log p(x) = {posterior.log_evidence}",
+                because="no outcome of the latents gives the data a density, or one that is a number",
+                fix="Leave missing values out, with poutine.mask or obs_mask=; check the supports and the parameters.",
+            )
         return state, posterior, Info(loss=-posterior.log_evidence)
 
 

@@ -275,7 +275,8 @@ def _refuse_empty(block: str, slot: str) -> None:
         f"make {'an E' if slot == 'E' else 'an M'}-step",
         got=f"{what} without parameters of its own",
         because="a half-step has to have something to change",
-        fix='Write blocks="local/global" to split the guide\'s parameters, or use SVI.'
+        fix='Write blocks="local/global" to split the guide\'s parameters, or schedule="joint"; for point masses '
+        '(AutoDelta): EM(posterior.AtPointMasses(model, guide), optim=optim, e_step="enumerated").'
         if block in (GUIDE, MODEL)
         else f'Write blocks={{"name.*": "{block}"}}, with the parameters\' names.',
     )

@@ -28,6 +28,7 @@ OUTPUTS = {
     "elbo_identity": {"elbo.png"},
     "em_mixture": {"elbo.png", "components.png", "restarts.csv"},
     "em_ppca": {"acceleration.png", "latent_map.png"},
+    "monte_carlo_em": {"draws.png"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -328,6 +328,42 @@ def test_a_model_that_draws_its_minibatch_keeps_it():
 
 
 @pytest.mark.parametrize("step", [steps.Gaussian(), steps.Laplace()], ids=repr)
+def test_a_minibatch_that_the_caller_gave_is_kept(step):
+    rows = torch.tensor([4, 1])
+
+    def model(x, rows):
+        with pyro.plate("data", len(X), subsample=rows):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(x.shape), 1.0).to_event(1), obs=x)
+
+    posterior = step.infer(model, (X[rows], rows), {})
+    with pyro.poutine.trace() as drawn:
+        values = posterior.sample()
+    assert torch.equal(posterior.batch["data"], rows) and posterior.drawn == ()
+    assert values["z"].shape == (2, 2) and drawn.trace.nodes["z"]["scale"] == len(X) / 2
+    problem = problems.linear_gaussian(subsample_size=5)
+    assert step.infer(problem.model, problem.args, {}).drawn == ("data",)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.float64, 1e-9)])
+def test_data_far_from_zero_do_not_make_it_any_less_quadratic(dtype, tolerance):
+    """At the prior's draws the density is e^(-10^7) of what it is at the mode: differences there are rounding alone."""
+    x = 1000.0 + torch.randn(50, 3, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.mean(), 0.2))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1), x.new_ones(3)).to_event(1), obs=x)
+
+    posterior, x = steps.Gaussian().infer(model, (x,), {}), x.double()
+    covariance = torch.eye(3, dtype=torch.float64) + 0.2**2
+    expected = float(dist.MultivariateNormal(x.mean().expand(3), covariance).log_prob(x).sum())
+    assert posterior.log_evidence == pytest.approx(expected, abs=tolerance)
+    means = (x.sum(-1) + x.mean() / 0.2**2) / (3 + 1 / 0.2**2)
+    torch.testing.assert_close(posterior.marginal("z").mean.double(), means, rtol=tolerance / 1000, atol=0)
+
+
+@pytest.mark.parametrize("step", [steps.Gaussian(), steps.Laplace()], ids=repr)
 def test_float32(step):
     x = X.float() + 100.0
     posterior = step.infer(pca, (x,), {})

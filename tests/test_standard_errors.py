@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from statistics import NormalDist
 from typing import Any
 
 import pyro
@@ -251,6 +252,154 @@ def test_products_of_scores_are_exact_in_any_number_of_dims(width):
     expected = -hessian_of(log_p, x.new_zeros(8))
     torch.testing.assert_close(found[place][:, place], expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(problem.hessian(posterior), found, rtol=1e-6, atol=1e-6)
+
+
+# Random effects -------------------------------------------------------------------------------------------------------
+
+GROUPS, SIZE = 40, 5
+EFFECTS = ("mu", "beta", "tau", "sigma")
+
+
+def mixed_data(seed: int, tau: float = 0.8) -> tuple[Tensor, Tensor]:
+    """Responses and covariates of groups that share an intercept."""
+    g = torch.Generator().manual_seed(seed)
+    x, noise = torch.randn(2, GROUPS, SIZE, generator=g, dtype=F64)
+    return 1.0 + tau * torch.randn(GROUPS, 1, generator=g, dtype=F64) - 0.5 * x + noise, x
+
+
+def random_intercept(y: Tensor, x: Tensor) -> None:
+    mu, beta = (pyro.param(n, torch.zeros((), dtype=F64)) for n in EFFECTS[:2])
+    tau, sigma = (pyro.param(n, torch.ones((), dtype=F64), constraint=constraints.positive) for n in EFFECTS[2:])
+    with pyro.plate("groups", len(y)):
+        u = pyro.sample("u", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(u[..., None] + beta * x, sigma).to_event(1), obs=y)
+
+
+def effect_statistics(values: dict[str, Tensor], y: Tensor, x: Tensor) -> dict[str, Tensor]:
+    u = values["u"]
+    drawn = {"u": u, "uu": u * u, "ux": u * x.sum(-1), "uy": u * y.sum(-1)}
+    fixed = {"xx": x.square().sum(-1), "xy": (x * y).sum(-1), "yy": y.square().sum(-1), "n": torch.ones(len(x)).to(x)}
+    return drawn | {name: value[None] for name, value in fixed.items()}
+
+
+def effect_update(s: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
+    mu, beta = s["u"] / s["n"], (s["xy"] - s["ux"]) / s["xx"]
+    rest = s["yy"] + SIZE * s["uu"] + beta**2 * s["xx"] - 2 * s["uy"] - 2 * beta * (s["xy"] - s["ux"])
+    variances = s["uu"] / s["n"] - mu**2, rest / (SIZE * s["n"])
+    return dict(zip(EFFECTS, (mu, beta, *(v.sqrt() for v in variances)), strict=True))
+
+
+def effects_em() -> EM:
+    return EM(random_intercept, e_step=steps.Gaussian(), m_step=steps.ClosedForm(effect_statistics, effect_update))
+
+
+def effects_log_p(theta: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """log p(y) at theta = (mu, beta, tau, sigma), normal with a covariance per group: (G,)."""
+    mu, beta, tau, sigma = theta
+    covariance = sigma**2 * torch.eye(y.shape[-1], dtype=F64) + tau**2
+    return dist.MultivariateNormal(mu + beta * x, covariance).log_prob(y)
+
+
+def of_effects(errors: Any) -> Tensor:
+    return torch.stack([errors[name] for name in EFFECTS])
+
+
+@pytest.mark.parametrize("method", ["hessian", "louis", "opg"])
+def test_random_intercepts_against_their_marginal_likelihood(method):
+    data = mixed_data(0)
+    fit = effects_em().run(*data, max_iter=400, stop=emvae.convergence.Deterministic(tol=1e-12, change_tol=1e-8))
+    theta = torch.stack([fit.params[name] for name in EFFECTS])
+    assert fit.status == "CONVERGED"
+    assert float(jacobian(lambda t: effects_log_p(t, *data).sum(), theta).abs().max()) < 1e-4
+    if method == "opg":
+        scores = jacobian(lambda t: effects_log_p(t, *data), theta)
+        information = scores.mT @ scores
+    else:
+        information = -hessian_of(lambda t: effects_log_p(t, *data).sum(), theta)
+    errors = standard_errors(fit, *data, method=method)
+    expected = torch.linalg.inv(information).diagonal().sqrt()
+    torch.testing.assert_close(of_effects(errors), expected, rtol=1e-6, atol=0)
+    assert errors.kind == "exact" and errors.note == ""
+
+
+def test_an_effect_that_does_not_vary_has_no_standard_error():
+    """Groups closer to each other than chance allows: the likelihood is highest at a variance of zero, and falls."""
+    y, x = mixed_data(1, tau=0.0)
+    y = y - 0.9 * (y - y.mean()).mean(-1, keepdim=True)
+    idle = EM(random_intercept, e_step=steps.Gaussian(), m_step=steps.ClosedForm(effect_statistics, lambda s, p: {}))
+    idle.run(y, x, max_iter=1, stop=None)
+    flat = y.flatten() - y.mean(), x.flatten() - x.mean()
+    beta = (flat[0] @ flat[1]) / (flat[1] @ flat[1])
+    mu, sigma = y.mean() - beta * x.mean(), (flat[0] - beta * flat[1]).square().mean().sqrt()
+    assign(idle.engine.parameters, {"mu": mu, "beta": beta, "tau": torch.tensor(1e-3), "sigma": sigma})
+    theta = torch.stack([mu, beta, torch.tensor(1e-3, dtype=F64), sigma])
+    assert float(jacobian(lambda t: effects_log_p(t, y, x).sum(), theta)[2]) < 0
+    errors = standard_errors(idle.run(y, x, max_iter=1, stop=None), y, x)
+    assert errors["tau"].isnan() and errors.note == "given tau at the boundary"
+    assert errors.rows["tau"][0]["status"] == "undefined: at the boundary of its constraint"
+    kept = [0, 1, 3]
+    information = -hessian_of(lambda t: effects_log_p(t, y, x).sum(), theta)[kept][:, kept]
+    torch.testing.assert_close(
+        of_effects(errors)[kept], torch.linalg.inv(information).diagonal().sqrt(), rtol=1e-4, atol=0
+    )
+
+
+def logit_normal(y: Tensor) -> None:
+    """Ones of 12 trials per group."""
+    loc = pyro.param("mu", torch.zeros((), dtype=F64))
+    scale = pyro.param("tau", torch.ones((), dtype=F64), constraint=constraints.positive)
+    with pyro.plate("groups", len(y)):
+        pyro.sample("y", dist.Binomial(12, logits=pyro.sample("u", dist.Normal(loc, scale))), obs=y)
+
+
+def logit_normal_log_p(theta: Tensor, y: Tensor) -> Tensor:
+    """By the trapezoid rule."""
+    z = torch.linspace(-9.0, 9.0, 361, dtype=F64)
+    joint = dist.Binomial(12, logits=theta[0] + theta[1] * z).log_prob(y[:, None]) + dist.Normal(0.0, 1.0).log_prob(z)
+    return joint.logsumexp(-1).sum() + len(y) * math.log(0.05)
+
+
+@pytest.mark.parametrize(
+    "e_step",
+    [steps.MonteCarlo("prior", 5000), steps.MonteCarlo("hmc", 500, num_leapfrog=1, num_moves=4)],
+    ids=lambda step: step.sampler.name,
+)
+def test_louis_by_draws_on_a_logit_normal_model(e_step):
+    """Against the Hessian of the likelihood by quadrature, within 3 of the errors that it states, which are small."""
+    g = torch.Generator().manual_seed(2)
+    u = 0.3 + 0.8 * torch.randn(30, generator=g, dtype=F64)
+    y = (torch.rand(30, 12, generator=g, dtype=F64) < u.sigmoid()[:, None]).to(F64).sum(-1)
+    theta = torch.tensor([0.3, 0.8], dtype=F64)
+    for _ in range(10):
+        gradient, hessian = (f(lambda t: logit_normal_log_p(t, y), theta) for f in (jacobian, hessian_of))
+        theta = theta - torch.linalg.solve(hessian, gradient)
+    em = EM(logit_normal, e_step=e_step, m_step=steps.ClosedForm(lambda v, y: {"u": v["u"]}, lambda s, p: {}))
+    em.run(y, max_iter=1, stop=None, seed=0)
+    assign(em.engine.parameters, {"mu": theta[0], "tau": theta[1]})
+    errors = standard_errors(em.run(y, max_iter=1, stop=None, seed=0), y)
+    found = torch.stack([errors["mu"], errors["tau"]])
+    names = [name for name, _ in errors.places]
+    stated = torch.stack([errors.monte_carlo_error[names.index(name)] for name in ("mu", "tau")])
+    expected = torch.linalg.inv(-hessian).diagonal().sqrt()
+    assert (errors.method, errors.kind) == ("louis", "monte carlo")
+    assert bool(((found - expected).abs() < 3 * stated).all()) and bool((stated < 0.1 * expected).all())
+
+
+@pytest.mark.slow
+def test_intervals_of_random_intercepts_cover(record_result):
+    """The 95 % intervals of the four parameters, over 1,000 simulated data sets: a two-sided binomial test each."""
+    truth, hits = torch.tensor([1.0, -0.5, 0.8, 1.0], dtype=F64), torch.zeros(4, dtype=F64)
+    for seed in range(1000):
+        pyro.clear_param_store()
+        data = mixed_data(seed)
+        fit = effects_em().run(*data, max_iter=300, progress_bar=False)
+        assert fit.status == "CONVERGED"
+        estimate = torch.stack([fit.params[name] for name in EFFECTS])
+        hits += (estimate - truth).abs() <= 1.959964 * of_effects(standard_errors(fit, *data))
+    half = NormalDist().inv_cdf(1 - 0.5e-6) * math.sqrt(0.95 * 0.05 / 1000)
+    shares = ", ".join(f"{name} {share:.3f}" for name, share in zip(EFFECTS, (hits / 1000).tolist(), strict=True))
+    record_result("95 % intervals of standard_errors, random intercepts, 1,000 data sets", f"coverage {shares}")
+    assert bool(((hits / 1000 - 0.95).abs() <= half).all())
 
 
 # Draws ----------------------------------------------------------------------------------------------------------------

@@ -10,10 +10,12 @@ from .conjugate import ConjugatePosterior
 from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .guide import PosteriorGuide
+from .point_masses import AtPointMasses
 from .prior import Prior
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
+    "AtPointMasses",
     "CompleteData",
     "ConjugatePosterior",
     "EnumeratedPosterior",

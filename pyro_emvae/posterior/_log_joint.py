@@ -16,6 +16,7 @@ from .._pyro import Messenger
 from ..parameters import reach
 from ..particles import Particles, Site, draw, hold_batch, is_subsample, reduce_to
 from ._coordinates import Latent, Point
+from ._plates import Batch
 
 __all__ = ["LogJoint", "Run", "log_jacobian"]
 
@@ -79,9 +80,10 @@ class LogJoint:
         self.obj, self.model, self.args, self.kwargs = obj, model, args, dict(kwargs)
         self.constrained, self.single, self.batch = constrained, single, {}
         self.generator = torch.get_rng_state()
-        self.start: Run | None = self._run({})
+        with Batch() as batch:
+            self.start: Run | None = self._run({})
         particles = self.start.particles
-        self.batch, self.nesting = particles.subsample, particles.max_plate_nesting
+        self.batch, self.drawn, self.nesting = batch.indices, tuple(batch.drawn), particles.max_plate_nesting
         self._require_latents()
         inside = [set(site.frames) for site in particles.latents.values() if site.frames]
         self.plates = frozenset() if single or not inside else frozenset(set.intersection(*inside))

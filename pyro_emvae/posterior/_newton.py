@@ -17,7 +17,8 @@ from .gaussian import GaussianPosterior
 
 __all__ = ["find_mode", "solve_quadratic"]
 
-NEAR = 100.0  # posterior standard deviations
+FAR = 100.0  # posterior standard deviations
+MOVES = 3
 
 
 @torch.enable_grad()
@@ -33,7 +34,7 @@ def solve_quadratic(
 
     From $z_0$, with $\Lambda^{-1}=TT^\top$ and white gradients $w=T^\top\nabla f(z_0)$, the log joint at
     $z_1=z_0+T(w+\epsilon)$ for random $\epsilon$ has to have the white gradient $-\epsilon$ and the value
-    $f(z_0)+\tfrac12|w|^2-\tfrac12|\epsilon|^2$.
+    $f(z_0)+\tfrac12|w|^2-\tfrac12|\epsilon|^2$. A $z_0$ that is far off is moved first.
 
     Args:
         obj: The half-step that asks, for its errors.
@@ -72,6 +73,8 @@ def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None, verify: bool
     if found_here is not None and not verify:
         return GaussianPosterior(joint, found_here[0], factor, found_here[1], vectorize=vectorize)
     white = factor.whiten(gradient)
+    if bool(_largest(white) > FAR):
+        origin, before, white = _nearer(joint, factor, origin, white)
     noise = fixed_normal(white, seed=0).times(2.0)
     there = origin + factor.color(white + noise)
     run = joint.at(there)
@@ -103,9 +106,21 @@ def _step_to_the_mode(
 ) -> tuple[Point, Tensor] | None:
     """Return the mode of a quadratic and log p there by one Newton step; None if rounding would show in log p."""
     white = factor.whiten(gradient)
-    if white.local.dtype != torch.float64 or not bool(_largest(white) <= NEAR):
+    if white.local.dtype != torch.float64 or not bool(_largest(white) <= FAR):
         return None
     return origin + factor.color(white), before + _half_square(joint, white)
+
+
+def _nearer(joint: LogJoint, factor: Factor, origin: Point, white: Point) -> tuple[Point, Tensor, Point]:
+    """Return an origin at the mode as the factor has it, for far from it the differences of log p are lost in its
+    rounding; with log p and the white gradient there."""
+    for _ in range(MOVES):
+        origin = origin + factor.color(white)
+        run = joint.at(origin)
+        log_p, white = joint.log_p(run).detach(), factor.whiten(joint.gradient(run, twice=False))
+        if bool(_largest(white) <= FAR):
+            break
+    return origin, log_p, white
 
 
 def _check_at(joint: LogJoint, point: Point, found: Precision) -> None:

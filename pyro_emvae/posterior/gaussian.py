@@ -68,6 +68,7 @@ class GaussianPosterior(Posterior):
     ) -> None:
         self.joint, self.mean, self.factor = joint, Point(*(x.detach() for x in mean)), factor
         self.model, self.args, self.kwargs, self.batch = joint.model, joint.args, joint.kwargs, joint.batch
+        self.drawn = joint.drawn
         self.kind, self.is_exact = "gaussian" if is_exact else "laplace", is_exact
         self._log_p, self._vectorize = log_p.detach(), {} if vectorize is None else vectorize
         joint.release()

@@ -66,7 +66,8 @@ class Deterministic:
     geometric means over the last $1,2,\dots,$ ``window`` iterations, so that neither a steep start nor one lucky
     iteration makes a slow run look fast. A rule on $d_k$ alone stops a slow run early, by a factor $1/(1-r)$.
 
-    When to use: EM whose objective is computed without noise (exact E-step, full data).
+    When to use: EM whose objective is computed without noise (no half-step draws, full data). One that may go down, as
+    Laplace's approximation may, is judged by the size of its steps.
 
     * CONVERGED: the projected gain is below `tol`, the projected change below `change_tol`, the rate at most `slow`.
     * SLOW: the projected gain is below `tol`, but the mean rate of the last `window` iterations above `slow`. Gains
@@ -147,6 +148,8 @@ class Deterministic:
         if len(tail) < 3 or not np.isfinite(tail).all():
             return Verdict()
         gains = np.diff(tail)
+        falls = gains < -math.sqrt(epsilon) * np.maximum(num_data, np.abs(tail[1:]))
+        gains = np.where(falls, -gains, gains)
         resolution = 8 * epsilon * max(abs(tail[-1]), num_data)
         rate, mean = _rate(gains, resolution, self.window)
         change_rate, _ = _rate(np.asarray(changes[-self.window - 1 :], dtype=float), 64 * epsilon, self.window)

@@ -218,6 +218,7 @@ def run(
     engine.beta = None if schedule is None else torch.ones((), dtype=torch.float64)
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
     status, iteration, shapes = start.status if start.ended else "MAX_ITER", start.iteration, None
+    first: list[str] | None = None
     bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
         with bar, _Interrupt() as interrupt:
@@ -227,9 +228,9 @@ def run(
                 if num_iterations is not None and iteration >= num_iterations:
                     break
                 a, k = _to_device(a, k, device)
-                shapes = shapes or _shapes(a, k)
+                shapes, first = shapes or _shapes(a, k), first or _layout(a, k)
                 annealed = _set_factor(engine, schedule, iteration)
-                record = iterate(a, k)
+                record = _iterated(iterate, a, k, first)
                 record.facts = {**record.facts, **({} if schedule is None else {"anneal": float(engine.beta)})}
                 history.add(iteration, record)
                 ended = monitor.after(iteration, record.loss, last, annealed) or monitor.hear(record.verdict)
@@ -237,7 +238,7 @@ def run(
                 if validation is not None and judged:
                     history.validation.append((iteration, _validate(engine, validation, to_args, device)))
                 value = history.validation[-1][1] if history.validation else math.nan
-                bar.set_postfix(_shown(record, ended), refresh=False)
+                bar.set_postfix(_shown(record, ended), refresh=bool(ended) or iteration + 1 == total)
                 bar.update()
                 progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
                 iteration += 1
@@ -267,6 +268,36 @@ def run(
     fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit
+
+
+def _iterated(iterate: Callable[[tuple, dict], Record], args: tuple, kwargs: dict, first: list[str]) -> Record:
+    """Make an iteration; if it fails on a batch that is laid out unlike the first one, say so."""
+    try:
+        return iterate(args, kwargs)
+    except (ValueError, RuntimeError, TypeError, IndexError) as cause:
+        here = _layout(args, kwargs)
+        if isinstance(cause, EmvaeError) or here == first:
+            raise
+        fail(
+            DataError,
+            "run",
+            "iterate on a batch",
+            got=f"{', '.join(here)} after {', '.join(first)}",
+            because=f"batches may differ in their number of rows, and this one fails: {str(cause).splitlines()[0]}",
+            fix="Let the loader give batches of one kind, or turn them into arguments by to_args=.",
+            cause=cause,
+        )
+
+
+def _layout(args: tuple, kwargs: dict) -> list[str]:
+    """Return kind, dtype and shape of each argument, without its number of rows."""
+    named = [(str(place), x) for place, x in enumerate(args)] + sorted(kwargs.items())
+    return [
+        f"argument {name} of shape (rows, {', '.join(map(str, x.shape[1:]))}) {x.dtype}"
+        if isinstance(x, Tensor) and x.dim()
+        else f"argument {name} of type {type(x).__name__}"
+        for name, x in named
+    ]
 
 
 def _set_factor(engine: Engine, schedule: annealing.Schedule | None, iteration: int) -> bool:
@@ -419,9 +450,9 @@ def _call(callbacks: list[Callable], progress: Progress, engine: Engine) -> bool
 
 
 def _shown(record: Record, status: str | None) -> dict[str, str]:
-    """Return what the progress bar says: the objective, the gains that are known, the status at the end."""
-    numbers = {"elbo": -record.loss, "E": record.e_gain, "M": record.m_gain}
-    shown = {name: f"{value:.4g}" for name, value in numbers.items() if name == "elbo" or not math.isnan(value)}
+    """Return what the progress bar says: the objective by its name, the gains that are known, the status at the end."""
+    numbers = {record.kind: -record.loss, "E": record.e_gain, "M": record.m_gain}
+    shown = {name: f"{value:.4g}" for name, value in numbers.items() if name == record.kind or not math.isnan(value)}
     return shown | ({"status": status} if status else {})
 
 

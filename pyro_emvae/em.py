@@ -130,25 +130,33 @@ class EM(Inference):
         self.engine.half_steps = {} if schedule == "joint" else {phase.key: phase.step for phase in self.phases}
 
     @property
+    def _e_phase(self) -> Phase:
+        return [phase for phase in self.phases if phase.slot == "E"][-1]
+
+    @property
+    def _m_phase(self) -> Phase:
+        return next(phase for phase in self.phases if phase.slot == "M")
+
+    @property
     def e_step(self) -> HalfStep:
         """The last E-step of an iteration, which `posterior` makes."""
-        return [phase.step for phase in self.phases if phase.slot == "E"][-1]
+        return self._e_phase.step
 
     @e_step.setter
     def e_step(self, step: HalfStep) -> None:
-        self._exchange(self.e_step, step)
+        self._exchange(self._e_phase, step)
 
     @property
     def m_step(self) -> HalfStep:
         """The first M-step of an iteration."""
-        return next(phase.step for phase in self.phases if phase.slot == "M")
+        return self._m_phase.step
 
     @m_step.setter
     def m_step(self, step: HalfStep) -> None:
-        self._exchange(self.m_step, step)
+        self._exchange(self._m_phase, step)
 
-    def _exchange(self, old: HalfStep, new: HalfStep) -> None:
-        self.phases = tuple(dataclasses.replace(p, step=new) if p.step is old else p for p in self.phases)
+    def _exchange(self, old: Phase, step: HalfStep) -> None:
+        self.phases = tuple(dataclasses.replace(p, step=step) if p is old else p for p in self.phases)
         self.engine.half_steps = {phase.key: phase.step for phase in self.phases}
 
     def _optimizers(self, optim: Any) -> dict[str, BlockOptimizer]:
@@ -177,8 +185,7 @@ class EM(Inference):
         if rule is None or self.schedule == "joint":
             return self._once(args, kwargs, look)[0]
         self._prepare(args, kwargs)
-        key = next(phase.key for phase in self.phases if phase.step is self.e_step)
-        return grown(self.engine, self._once, key, rule, args, kwargs, look=look)
+        return grown(self.engine, self._once, self._e_phase.key, rule, args, kwargs, look=look)
 
     def _once(
         self, args: tuple, kwargs: Mapping[str, Any], look: Look | None = None
@@ -208,15 +215,14 @@ class EM(Inference):
     def _evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
         """Return minus the objective after an exact E-step at the present theta."""
         state = self._initial(self.engine.state, args, kwargs)
-        phase = next(phase for phase in self.phases if phase.step is self.e_step)
         with quiet():
-            return phase.run(self.engine, state, None, args, kwargs)[2].loss
+            return self._e_phase.run(self.engine, state, None, args, kwargs)[2].loss
 
     def _screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
         """Return what says that theta is no maximum of the likelihood, whose slopes are those of Q (Fisher)."""
+        posterior = functools.cache(lambda: self.posterior(*args, **kwargs))
         with quiet():
-            posterior = self.posterior(*args, **kwargs)
-            return spike(self.engine.parameters, lambda: posterior.expected_log_joint(100))
+            return spike(self.engine.parameters, lambda: posterior().expected_log_joint(100))
 
     @property
     def is_exact(self) -> bool:

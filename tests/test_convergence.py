@@ -234,3 +234,14 @@ def test_rules_are_frozen():
     with pytest.raises(AttributeError):
         Deterministic().tol = 1.0
     assert set(STATUSES) >= {"CONVERGED", "SLOW", "STALLED", "MAX_ITER", "REVERTED", "DEGENERATE", "NAN", "INTERRUPTED"}
+
+
+def test_an_objective_that_falls_is_judged_by_its_steps():
+    """A slow fall is no convergence, a fast one to a limit is; the last fall of rounding is lost as before."""
+    slow, fast = [-0.01 * k for k in range(40)], [2.0**-k for k in range(40)]
+    assert Deterministic(tol=1e-6).judge(slow, [1e-9] * 39).status is None
+    assert Deterministic(tol=1e-6).judge(fast, [2.0**-k for k in range(39)]).status == "CONVERGED"
+    creeping = [1.0 / k for k in range(1, 400)]
+    assert Deterministic(tol=1e-3).judge(creeping, [1.0 / k for k in range(1, 399)], num_data=399).status != "CONVERGED"
+    level = [1.0] * 20 + [1.0 - 1e-15] * 20
+    assert Deterministic(tol=1e-6).judge(level, [0.0] * 39).status == "CONVERGED"

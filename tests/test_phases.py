@@ -190,6 +190,36 @@ def test_a_phase_leaves_all_other_blocks_alone():
     assert {str(k) for k in em.engine.optimizers} == {"guide", "model", "decoder"}
 
 
+def test_both_sides_may_have_several_blocks_and_steps_are_recorded():
+    """The head of the encoder in an E-step of its own; by graph, bit for bit as eagerly."""
+    runs = []
+    for backend in ("eager", "graph"):
+        pyro.clear_param_store()
+        _, encoder, decoder, x = networks()
+        em = EM(
+            decoder,
+            encoder,
+            ADAM,
+            steps=[("guide", "gradient"), Phase("gradient", "head", "E"), ("model", "gradient")],
+            blocks={r"encoder\$\$\$net\.2.*": "head", r"encoder\$\$\$.*": "guide", r"decoder.*": "model"},
+            backend=backend,
+        )
+        fit = em.run(x, max_iter=4, seed=0)
+        runs.append(fit)
+    assert all(torch.equal(value, runs[1].params[name]) for name, value in runs[0].params.items())
+    assert runs[0].history["gain"]["half_step"].values.tolist() == ["E", "E2", "M"]
+    assert set(runs[0].blocks.values()) == {"guide", "head", "model"}
+    assert em.blocks.theta == ("model",)
+
+
+def test_one_step_in_two_slots_is_exchanged_where_it_was_meant():
+    step, problem = steps.Gradient(), problems.linear_gaussian()
+    em = EM(problem.model, problem.guide, ADAM, e_step=step, m_step=step)
+    em.m_step = steps.Gradient(3)
+    assert em.e_step is step and em.m_step.num_steps == 3 and em.engine.half_steps["M"] is em.m_step
+    em.step(*problem.args)
+
+
 def test_each_phase_has_its_own_state():
     averaged = steps.Averaged(steps.ClosedForm(statistics, spread))
     em = EM(

@@ -193,12 +193,17 @@ def _elbo_estimate(request: Request, weights: Weights) -> Estimate:
     return Estimate(
         value=value,
         standard_error=math.sqrt(float(joint.mean_variance)),
-        kind="none" if unsound else "exact" if weights.layout.shared is None else "lower",
+        kind="none" if unsound else "exact" if _is_exact(request, weights) else "lower",
         num_particles=weights.num_particles,
         per_datum=per_datum(weights, own.mean, own.mean_variance) if own is not None else None,
         given=weights.layout.given,
         note=f"site {unsound.site!r}: {unsound.message}" if unsound else weights.together,
     )
+
+
+def _is_exact(request: Request, weights: Weights) -> bool:
+    """Whether the bound is the log evidence: no latents, or a guide that is the posterior."""
+    return weights.layout.shared is None or bool(getattr(request.guide, "is_exact", False))
 
 
 def _method(method: Any) -> EvidenceMethod:

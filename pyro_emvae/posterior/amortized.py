@@ -85,5 +85,9 @@ class GuidePosterior(Posterior):
         self.guide(*self.args, **self.kwargs)
         return {}
 
+    def held(self, num_particles: int) -> Callable[[], Tensor]:
+        support = self.support(num_particles)
+        return lambda: expected_log_joint(self.model, self.args, self.kwargs, support, self._vectorize)
+
     def expected_log_joint(self, num_particles: int) -> Tensor:
         return expected_log_joint(self.model, self.args, self.kwargs, self.support(num_particles), self._vectorize)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
-from ..particles import Particles, replay
+from ..particles import Particles, generators, replay
 
 __all__ = ["Outer", "Posterior", "Support", "expected_log_joint"]
 
@@ -176,6 +176,16 @@ class Posterior(ABC):
     @abstractmethod
     def expected_log_joint(self, num_particles: int) -> Tensor:
         r"""Return $E[\log p_\theta(x,z)]$ at the present theta, to be differentiated by it: scalar, nats."""
+
+    def held(self, num_particles: int) -> Callable[[], Tensor]:
+        """Return the expected log joint as a function of theta alone, without noise: the same draws in each call."""
+        rewind = generators()
+
+        def expected() -> Tensor:
+            rewind()
+            return self.expected_log_joint(num_particles)
+
+        return expected
 
     def tempered(self, beta: float) -> Posterior:
         r"""Return $q(z)\propto p_\theta(x,z)^\beta$ on the same data, at the theta of the E-step.

@@ -17,6 +17,8 @@ __all__ = ["PosteriorGuide"]
 class PosteriorGuide:
     r"""Draws from the posterior that an E-step finds for the data it is called with, at the present theta.
 
+    ``is_exact`` is whether the posterior of the last call was exact, so that log p - log q is the log evidence.
+
     It works wherever a guide does: `Predictive`, `log_evidence`, `to_arviz`, `Trace_ELBO`. It has no parameters.
 
     Args:
@@ -24,10 +26,11 @@ class PosteriorGuide:
     """
 
     def __init__(self, infer: Callable[[tuple, dict], Posterior]) -> None:
-        self.infer = infer
+        self.infer, self.is_exact = infer, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with torch.no_grad():
             with poutine.block():
                 posterior = self.infer(args, kwargs)
+            self.is_exact = posterior.is_exact
             return posterior.sample()

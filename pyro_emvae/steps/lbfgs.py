@@ -13,7 +13,7 @@ from .._checks import EmvaeError, NonFiniteError, StepError, fail, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..parameters import MODEL
-from ..particles import generators, keep_buffers
+from ..particles import keep_buffers
 from ..posterior import Posterior
 from .base import HalfStep, Info
 
@@ -41,7 +41,7 @@ class LBFGS(HalfStep):
     pairs of steps and gradient differences of two functions describe neither. So it has no state.
 
     Args:
-        max_iter: Iterations of L-BFGS at most.
+        max_iter: Iterations of L-BFGS at most. A few suffice, for the next E-step changes Q anyway.
         line_search: ``"strong_wolfe"``, or None: unit steps, of which those that lead down are undone.
         history_size: Pairs of which the curvature is made.
         tol_grad: It ends where no element of the gradient is larger; nats per unit.
@@ -67,7 +67,7 @@ class LBFGS(HalfStep):
 
     def __init__(
         self,
-        max_iter: int = 10,
+        max_iter: int = 5,
         line_search: str | None = "strong_wolfe",
         history_size: int = 10,
         tol_grad: float = 1e-7,
@@ -102,7 +102,7 @@ class LBFGS(HalfStep):
                 fix="Declare them in the model by pyro.param, or leave the phase out.",
             )
         with keep_buffers():
-            search = _Search(leaves, _held(posterior, self.num_particles))
+            search = _Search(leaves, posterior.held(self.num_particles))
             optimizer = torch.optim.LBFGS(
                 leaves,
                 max_iter=self.max_iter,
@@ -123,29 +123,18 @@ class LBFGS(HalfStep):
         return state, Info()
 
 
-def _held(posterior: Posterior, num_particles: int) -> Callable[[], Tensor]:
-    """Return minus the expected log joint as a function without noise: each evaluation makes the same draws."""
-    rewind = generators()
-
-    def loss() -> Tensor:
-        rewind()
-        return -posterior.expected_log_joint(num_particles)
-
-    return loss
-
-
 class _Search:
     """The function that is minimised: it notes the best point, and ends the search at one that cannot be evaluated."""
 
-    def __init__(self, leaves: list[Tensor], loss: Callable[[], Tensor]) -> None:
-        self.leaves, self.loss = leaves, loss
+    def __init__(self, leaves: list[Tensor], expected: Callable[[], Tensor]) -> None:
+        self.leaves, self.expected = leaves, expected
         self.kept = [leaf.grad for leaf in leaves]
         self.best, self.point = math.inf, [leaf.detach().clone() for leaf in leaves]
         self.failed: Exception | None = None
 
     def __call__(self) -> Tensor:
         try:
-            value = self.loss()
+            value = -self.expected()
             grads = torch.autograd.grad(value, self.leaves, allow_unused=True, materialize_grads=True)
             loss = value.detach()
             if not all(bool(torch.isfinite(x).all()) for x in (loss, *grads)):

@@ -8,7 +8,7 @@ Answer: it came too late. While it lags behind the true posterior, z is noise to
 it. If each update of theta waits until the guide has caught up (He et al. 2019), the latents keep more than a nat about
 each sequence, and held-out evidence says whether that was worth it.
 
-Running time: about three minutes.
+Running time: about a minute.
 """
 
 # %%

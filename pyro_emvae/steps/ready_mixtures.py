@@ -185,8 +185,10 @@ def gaussian_mixture(
     Source: Dempster, Laird and Rubin 1977, section 4.3; McLachlan and Peel 2000, chapter 3.
 
     Example:
-        >>> gaussian_mixture(3, "tied").update.__name__
-        'tied'
+        >>> sums = {"count": torch.tensor([2.0, 2.0]), "first": torch.tensor([[2.0], [8.0]])}
+        >>> gaussian_mixture(2, "diagonal").update(sums | {"second": torch.tensor([[10.0], [34.0]])}, {})["scales"]
+        tensor([[2.],
+                [1.]])
     """
     positive_int("steps.gaussian_mixture", "num_components", num_components)
     if covariance not in COVARIANCES:
@@ -292,6 +294,12 @@ def bernoulli_mixture(
         DegenerateError: By the update: a component without data.
 
     Source: McLachlan and Peel 2000, section 5.3.
+
+    Example:
+        >>> sums = {"count": torch.tensor([4.0, 4.0]), "first": torch.tensor([[1.0, 2.0], [3.0, 1.0]])}
+        >>> bernoulli_mixture(2).update(sums, {"probs": torch.zeros(2, 2)})["probs"]
+        tensor([[0.2500, 0.5000],
+                [0.7500, 0.2500]])
     """
 
     def update(stats: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -317,6 +325,12 @@ def poisson_mixture(
         DegenerateError: By the update: a component without data.
 
     Source: McLachlan and Peel 2000, section 5.4.
+
+    Example:
+        >>> sums = {"count": torch.tensor([3.0, 1.0]), "first": torch.tensor([[6.0, 3.0], [4.0, 0.5]])}
+        >>> poisson_mixture(2).update(sums, {"rates": torch.ones(2, 2)})["rates"]
+        tensor([[2.0000, 1.0000],
+                [4.0000, 0.5000]])
     """
 
     def update(stats: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -347,6 +361,12 @@ def categorical_mixture(
         DegenerateError: By the update: a component without data.
 
     Source: McLachlan and Peel 2000, section 5.3.
+
+    Example:
+        >>> sums = {"count": torch.tensor([4.0, 4.0]), "first": torch.tensor([[1.0, 3.0], [2.0, 2.0]])}
+        >>> categorical_mixture(2, 2).update(sums, {"probs": torch.zeros(2, 2)})["probs"]
+        tensor([[0.2500, 0.7500],
+                [0.5000, 0.5000]])
     """
 
     def update(stats: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:

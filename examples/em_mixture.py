@@ -5,7 +5,7 @@ Question: three species of iris, their labels withheld: which mixture of normals
 does one know that EM has found it?
 
 Answer: EM with the exact posterior never lowers log p(x). Where it ends depends on where it starts, and CONVERGED says
-nothing about that. Of ten starts from clusters the best reaches -180.1855 nats for three components with full
+nothing about that. Of ten starts the best reaches -180.1855 nats for three components with full
 covariances, as scikit-learn does; twelve single runs from random flowers all end lower. A run into a singular
 covariance, where the likelihood has no bound, is called DEGENERATE.
 
@@ -68,7 +68,7 @@ def make_em(k):
 # %% [markdown]
 # ## Restarts
 # All starts make ten iterations, the best third goes on; the others are SCREENED. Start 0 has the model's own initial
-# values, the others those that the M-step finds by k-means++.
+# values; the others are clusters by k-means or k-means++, data drawn at random, and noise on the model's values.
 
 # %%
 for k, reference in REFERENCE.items():

@@ -5,8 +5,9 @@ Question: a variational autoencoder of sequences, trained as usual, ends with la
 Does it have to, or did the guide come too late?
 
 Answer: it came too late. While it lags behind the true posterior, z is noise to the decoder, which learns to do without
-it. If each update of theta waits until the guide has caught up (He et al. 2019), the latents keep more than a nat about
-each sequence, and held-out evidence says whether that was worth it.
+it: 0.00 nats of information. If each update of theta waits until the guide has caught up (He et al. 2019), the latents
+keep 1.24 nats about each sequence, and sequences held out are likelier, by 0.61 +- 0.07 nats each. It takes 26 times as
+many updates of the guide, and it is one seed; `tests/test_collapse.py` has five.
 
 Running time: about a minute.
 """
@@ -111,9 +112,7 @@ for way, options in WAYS.items():
     active[way] = emvae.active_units(vae.model, vae.guide, test)
     evidence[way] = emvae.log_evidence(vae.model, vae.guide, test, num_particles=200, seed=0)
     updates = em.engine.count
-    print(
-        f"{way}: {information[way]}\n  {active[way]}, log p(x) {evidence[way].value / N_TEST:.3f} nats per sequence, "
-    )
+    print(f"{way}: {information[way]}\n  {active[way]}, log p(x) {evidence[way].value / N_TEST:.3f} nats per sequence")
     print(f"  {updates} updates; information per epoch: {', '.join(f'{value:.2f}' for value in curves[way])}")
 
 # %% [markdown]

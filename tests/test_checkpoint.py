@@ -227,6 +227,11 @@ def own_steps() -> EM:
     return EM(mixture, mixture_guide, e_step=e_step, m_step=steps.Gradient(2, optim=torch.optim.NAdam, loss=decaying()))
 
 
+def growing() -> steps.MonteCarlo:
+    """Draws whose number rises while the run is watched."""
+    return steps.MonteCarlo("prior", 5, growth=convergence.Ascent(tol=1e-4))
+
+
 def aggressive(batches: Any = None, rule: type = steps.MutualInformation, data: Tensor = Y) -> steps.Gradient:
     """An inner loop that is over after a few iterations: before, at and after a checkpoint."""
     return steps.Gradient(until=rule(data, every=1, patience=1, window=2, max_steps=6), batches=batches)
@@ -313,6 +318,9 @@ JOBS = {
     "windowed": Job(simple(adam), total=11, options=lambda svi: {"stop": WINDOWED}),
     "windowed_loader": Job(lambda: autoencoder(EM), loader, 12, lambda em: {"stop": WINDOWED}),
     "counts": Job(lambda: EM(counts, optim=adam(), e_step=steps.Laplace(tol=1e-3))),
+    "averaged": Job(lambda: EM(mixture, e_step="enumerated", m_step=steps.Averaged(closed_form(), average_from=2))),
+    "damped": Job(lambda: EM(mixture, e_step="enumerated", m_step=steps.Damped(closed_form(), 0.5))),
+    "growing": Job(lambda: EM(mixture, e_step=growing(), m_step=closed_form())),
     "sampled_means": Job(lambda: EM(mixture, e_step=steps.MonteCarlo("prior"), m_step=closed_form())),
     "enumerated": Job(lambda: EM(mixture, optim=adam(), e_step=steps.Enumerated())),
     "own_state": Job(lambda: EM(chain, chain_guide, adam(), e_step=Walk())),
@@ -585,14 +593,16 @@ def test_killed_at_every_place(tmp_path, name):
 
 
 STEP_JOBS = ["textbook", "three_phases", "own_state", "own_steps", "counts"]
+STEP_JOBS += ["averaged", "damped", "growing", "aggressive"]
 STEP_JOBS += [*registered("E"), *registered("M"), *sampled()]
 
 
 @pytest.mark.parametrize("name", STEP_JOBS)
 def test_every_kind_of_half_step_killed_between_and_within_iterations(tmp_path, name):
-    assert started(name, 5, tmp_path, ("between E and M", 3)) == -signal.SIGKILL
-    assert started(name, 5, tmp_path, ("before an iteration", 2)) == -signal.SIGKILL
-    assert started(name, 5, tmp_path) == 0
+    total = JOBS[name].total
+    assert started(name, total, tmp_path, ("between E and M", 3)) == -signal.SIGKILL
+    assert started(name, total, tmp_path, ("before an iteration", 2)) == -signal.SIGKILL
+    assert started(name, total, tmp_path) == 0
     assert difference(never_killed(name), result_in(tmp_path)) == ""
 
 

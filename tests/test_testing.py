@@ -20,9 +20,11 @@ from torch.distributions import constraints
 
 from pyro_emvae import Traits, problems, steps
 from pyro_emvae._checks import ModelError, StepError
+from pyro_emvae._registry import entries
 from pyro_emvae.estimators import LeaveOneOut
 from pyro_emvae.parameters import assign
 from pyro_emvae.problems import exact_gradients
+from pyro_emvae.steps.samplers import SAMPLERS
 from pyro_emvae.testing import (
     Replay,
     Underpowered,
@@ -336,3 +338,71 @@ def test_other_parameters_of_the_same_name_do_not_matter():
     pyro.param("scale", torch.tensor(-1.0))
     check_estimator("pathwise", problems=["normal_normal"], num_particles=[1])
     assert float(pyro.param("scale").detach()) == -1.0
+
+
+# E-steps that make a posterior ----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:particles are run one by one")  # the check's networks have batch norm
+@pytest.mark.parametrize("slot", ["E", "M"])
+@pytest.mark.parametrize("entry", [e for e in entries("step") if not e.traits.arguments], ids=lambda e: e.name)
+def test_every_registered_step_proves_itself(entry, slot):
+    if slot in entry.traits.slots:
+        check_step(entry.name, slot, num_steps=40)
+    else:
+        with pytest.raises(StepError):
+            check_step(entry.name, slot)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_leaves_the_parameters_alone(sampler):
+    step = steps.MonteCarlo(sampler, num_particles=2)
+    check_step(step, "E", problems.categorical() if step.traits.latents == "discrete" else problems.normal_normal())
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ("enumerated", problems.discrete_two_level),
+        ("gaussian", problems.two_level),
+        ("conjugate", problems.skewed_gamma),
+    ],
+)
+def test_exact_steps_on_other_problems(step, problem):
+    check_step(step, "E", problem())
+
+
+class Moving(steps.Gaussian):
+    def expect(self, problem, state, *args):
+        with torch.no_grad():
+            problem.parameters.rows[0].leaf.add_(1e-3)
+        return super().expect(problem, state, *args)
+
+
+class Boasting(steps.Gaussian):
+    def expect(self, problem, state, *args):
+        state, posterior, info = super().expect(problem, state, *args)
+        return state, posterior, info._replace(loss=info.loss - 1e-3)
+
+
+class Elsewhere(steps.Gaussian):
+    """The posterior of other data: its ELBO is that of a wrong q, and it reports so."""
+
+    def expect(self, problem, state, x):
+        state, posterior, _ = super().expect(problem, state, x + 0.01)
+        posterior.args = (x,)
+        bound = float(posterior.expected_log_joint(1).detach()) + posterior.entropy
+        return state, posterior, steps.Info(loss=-bound)
+
+
+@pytest.mark.parametrize(
+    ("step", "said"), [(Moving(), "moved"), (Boasting(), "reports"), (Elsewhere(), "expected log p")]
+)
+def test_wrong_posteriors_are_caught(step, said):
+    with pytest.raises(AssertionError, match=said):
+        check_step(step, "E")
+
+
+def test_a_posterior_is_judged_by_a_known_evidence():
+    with pytest.raises(ModelError, match="log_evidence"):
+        check_step("gaussian", "E", (lambda x: None, lambda x: None, torch.zeros(1)))

@@ -14,14 +14,15 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from .._checks import ModelError, StepError, fail, nearest
+from .._registry import create
 from ..em import EM
 from ..engine import State
 from ..evidence import elbo
 from ..parameters import GUIDE, MODEL, Parameters, Row, substitute
 from ..particles import quiet
 from ..posterior import GuidePosterior, Posterior
-from ..problems import Problem, linear_gaussian
-from ..steps import HalfStep, Info
+from ..problems import Problem, categorical, linear_gaussian, normal_normal
+from ..steps import Fixed, HalfStep, Info
 
 __all__ = ["check_step"]
 
@@ -44,6 +45,11 @@ def check_step(
     * With `problem`, both of this is judged there and not on these two: the other block stays, the ELBO rises. That
       is the way for a step that fits one model only, such as a closed form; start where it can still rise.
     * `init` returns a dict, `expect` the state, a `Posterior` and an `Info`, `maximise` the state and an `Info`.
+    * An E-step that makes its posterior without gradients moves no parameter: all stay, bit for bit. If it does not
+      draw, the ELBO of its posterior on `problem`, $E[\log p(x,z)]+H(q)$, is what it reports, and never above the exact
+      log evidence. If it is exact both are equal, so that the KL divergence from the true posterior is zero, and the
+      gradient of $E[\log p_\theta(x,z)]$ is that of $\log p_\theta(x)$. By default the problem is one that has the
+      latents of its traits.
 
     Args:
         step: An instance or a registered name.
@@ -83,6 +89,10 @@ def check_step(
         return EM(model, guide, optim, loss, **options)
 
     with quiet(seed=seed):
+        made = create("step", step)
+        if slot == "E" and not hasattr(made, "optim") and type(made).infer is not HalfStep.infer:
+            _check_posterior(made, _evident(problem, made))
+            return
         if problem is None:
             _check_blocks(slot, make)
         _check_rise(slot, make, num_steps, _case(linear_gaussian() if problem is None else problem, seed))
@@ -104,6 +114,53 @@ def _check_blocks(slot: str, make: Callable[[nn.Module, nn.Module], EM]) -> None
             f"the {slot}-step {_name(em, slot)} moved {name!r} of the {kind}: "
             f"observed {tensor}, expected {before[name]}"
         )
+
+
+def _evident(problem: Any, step: HalfStep) -> Problem:
+    """Return a problem whose log evidence is known, with latents that the step takes."""
+    if problem is None:
+        return {"discrete": categorical, "conjugate": normal_normal}.get(step.traits.latents, linear_gaussian)()
+    if not isinstance(problem, Problem) or problem.log_evidence is None or problem.traits.modules:
+        fail(
+            ModelError,
+            "check_step",
+            f"prove the posterior of {step!r}",
+            got=repr(problem)[:80],
+            because="an E-step without a guide is judged by the exact log evidence",
+            fix="Write problem=a problems.Problem of pyro.param statements with log_evidence=.",
+        )
+    return problem
+
+
+def _check_posterior(step: HalfStep, problem: Problem) -> None:
+    leaves = nn.ParameterDict({n: nn.Parameter(t.detach()) for n, t in problem.unconstrained().items()})
+    guide = _Substituted(problem, "guide", leaves) if step.traits.needs_guide else None
+    em = EM(_Substituted(problem, "model", leaves), guide, e_step=step, m_step=Fixed())
+    em.engine.setup(problem.args, {})
+    before = {row.name: row.leaf.detach().clone() for row in em.blocks.rows}
+    posterior, info = _half_step(em, "E", *problem.args)
+    for row in em.blocks.rows:
+        assert torch.equal(row.leaf, before[row.name]), (
+            f"the E-step {step!r} moved {row.name!r} of the {row.block}: "
+            f"observed {row.leaf}, expected {before[row.name]}"
+        )
+    if not (step.traits.exact or step.traits.deterministic):
+        return
+    mine = {n: leaf for n, leaf in leaves.items() if n in problem.model_params}
+    evidence = problem.log_evidence(problem.constrained(dict(leaves.items())))
+    q = posterior.expected_log_joint(100)
+    bound, exact = float(q.detach()) + posterior.entropy, float(evidence.detach())
+    size = 1e-8 * (1 + abs(exact))
+    assert abs(bound + info.loss) <= size and bound <= exact + size, (
+        f"{step!r} reports {-info.loss:.10g} nats, its posterior's ELBO is {bound:.10g}, and log p(x) is {exact:.10g}"
+    )
+    if step.traits.exact:
+        assert abs(bound - exact) <= size, f"the ELBO of {step!r} is {bound:.10g}, expected log p(x) = {exact:.10g}"
+        pairs = [torch.autograd.grad(x, list(mine.values()), materialize_grads=True) for x in (q, evidence)]
+        for name, found, expected in zip(mine, *pairs, strict=True):
+            assert torch.allclose(found, expected, rtol=1e-6, atol=1e-8), (
+                f"{step!r}: the gradient of E[log p] by {name!r} is {found}, expected that of log p(x), {expected}"
+            )
 
 
 @dataclass(frozen=True)
@@ -163,8 +220,8 @@ def _check_rise(slot: str, make: Callable[[Callable, Callable], EM], num_steps: 
     )
 
 
-def _half_step(em: EM, slot: str, *args: Any) -> None:
-    """Make one half-step and look at what it returns; an M-step gets the guide as it stands."""
+def _half_step(em: EM, slot: str, *args: Any) -> tuple[Any, Info]:
+    """Make one half-step and look at what it returns, and return that; an M-step gets the guide as it stands."""
     step, state = (em.e_step if slot == "E" else em.m_step), em.engine.state
     if slot not in state.steps:
         own = step.init(em.engine, state, *args)
@@ -181,6 +238,7 @@ def _half_step(em: EM, slot: str, *args: Any) -> None:
         f"expected {', '.join(kind.__name__ for kind in expected)}"
     )
     em.engine.steps = result[0].steps
+    return result[-2], result[-1]
 
 
 def _name(em: EM, slot: str) -> str:

@@ -48,6 +48,7 @@ class Support:
         num_plates: Number of plate dims.
         scale, mask: What the model multiplies by and keeps, for the latents: numbers, or tensors over the plates.
         drawn: Plates of the model that drew their batch at random, so that nobody outside knows which data it holds.
+        sampled: Whether the values are draws, so that averages over them have a Monte Carlo error.
     """
 
     values: Values = field(repr=False)
@@ -56,6 +57,7 @@ class Support:
     scale: Any = 1.0
     mask: Any = None
     drawn: tuple[str, ...] = ()
+    sampled: bool = False
 
     @cached_property
     def weights(self) -> Tensor:

@@ -479,6 +479,16 @@ def test_the_bootstrap_of_a_mean_is_that_of_the_rows():
 # What has none --------------------------------------------------------------------------------------------------------
 
 
+def test_an_optimizer_that_no_step_uses_does_not_keep_the_bootstrap_from_it():
+    plain = mean_em()
+    fits = [plain.run(X, max_iter=60, stop=None)]
+    pyro.clear_param_store()
+    em = EM(mean_model, optim=pyro.optim.Adam({"lr": 0.1}), e_step=plain.e_step, m_step=plain.m_step)
+    fits.append(em.run(X, max_iter=60, stop=None))
+    pair = [standard_errors(fit, X, method="bootstrap", n_boot=5)["loc"] for fit in fits]
+    assert float(pair[0]) == pytest.approx(float(pair[1]), rel=1e-12)
+
+
 def test_a_variance_at_zero_is_undefined():
     """Data that vary less than the noise of the model: the latent's variance goes to zero."""
 

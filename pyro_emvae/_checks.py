@@ -155,7 +155,7 @@ def refuse_missing(obj: str, cause: Exception, *values: Any) -> None:
                 "take a step on this data",
                 got=f"{tensor[bad].flatten()[0].item()} in a tensor of shape {tuple(tensor.shape)}",
                 because="a distribution cannot be made of it, or score it",
-                fix="Leave missing values out, with poutine.mask or obs_mask=, and give an encoder other values there.",
+                fix="Leave missing values out by poutine.mask or obs_mask=, with any number in their place.",
                 cause=cause,
             )
 

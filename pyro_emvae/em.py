@@ -27,7 +27,7 @@ from .parameters import SIDES
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .slices import Slices
-from .steps import Gradient, HalfStep, Phase
+from .steps import Gradient, HalfStep, MonteCarlo, Phase
 from .steps.phase import check_blocks, read_phases, summarised
 from .svi import Inference, model_arguments, per_block, run_with
 
@@ -319,6 +319,8 @@ class EM(Inference):
         fixed["screen"] = once.screen if once else self._screen
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
+        if options.get("validation") is not None:
+            self._check_validation()
         if options.get("anneal") is not None:
             self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1})
         begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
@@ -334,16 +336,18 @@ class EM(Inference):
         first = restarts.first_batch(args, model_arguments(options), options)
         (once.begin if once else self._prepare)(*first)
         asked = {"accelerate=": accelerate, "batch_size=": batch_size, "history='full'": history == "full"}
-        found = self._search(first, next((what for what, so in asked.items() if so), ""))
+        found = self._search(first, next((what for what, so in asked.items() if so), ""), "data" in options)
         return restarts.find(self.engine, run, max_iter, n_init, init, options, first, **found)
 
-    def _search(self, first: tuple, alone: str) -> dict[str, Any]:
+    def _search(self, first: tuple, alone: str, loader: bool) -> dict[str, Any]:
         """Return how starts are found and compared, and run side by side unless `alone` says why not."""
         exact, (args, kwargs) = self.is_exact and not self.engine.parameters.subsampled, first
         found = {"start": getattr(self.m_step, "start", None), "exact": exact}
         if not exact and self.e_step.traits.exact and self.schedule == "alternating":
             found["objective"] = lambda fit: -self._evaluate(args, kwargs)
-        elif not exact and isinstance(self.guide, PosteriorGuide):
+        elif self.is_deterministic and not loader:
+            found["objective"] = lambda fit: fit.objective
+        elif not exact and not self._e_phase.takes_gradients:
             found["objective"] = restarts.recent
         reason = alone or ("" if exact else "half-steps that are not exact")
         return found | {"iterate": None if reason else self._iterate, "reason": reason}
@@ -376,6 +380,17 @@ class EM(Inference):
                     because="the factor changes the objective of each iteration, and what takes it has to know",
                     fix="Leave one of the two out, or use steps.Enumerated(), steps.Gaussian() or steps.Gradient().",
                 )
+
+    def _check_validation(self) -> None:
+        if isinstance(self.guide, PosteriorGuide) and isinstance(self.e_step, MonteCarlo):
+            fail(
+                StepError,
+                "EM",
+                "take the objective of held-out data",
+                got=f"validation= with {self.e_step!r}",
+                because="the density of its draws is not known, so that they have no ELBO",
+                fix="Leave validation= out, and write emvae.log_evidence(em.model, guide, held_out) with a guide.",
+            )
 
     def _refuse(self, option: str, misfit: bool) -> None:
         if misfit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
@@ -10,7 +11,7 @@ from test_matrix import KITS, STEPS, TAKES, make
 
 import pyro_emvae as emvae
 from pyro_emvae import EM, DataError, NonFiniteError
-from pyro_emvae.steps import MonteCarlo
+from pyro_emvae.steps import ClosedForm, MonteCarlo
 from pyro_emvae.steps.samplers import SAMPLERS
 
 FEW = {"continuous": 5, "discrete": 7, "conjugate": 7}
@@ -76,3 +77,24 @@ def test_the_guide_of_a_fit_serves_pyro_evidence_and_arviz(kind, factory):
             evidence = emvae.log_evidence(kit.model, fit.guide, data, num_particles=20, seed=0)
             assert evidence.standard_error == pytest.approx(0, abs=1e-8)
             assert data is new or evidence.value == pytest.approx(kit.evidence(fit.params), rel=1e-10)
+
+
+def test_the_advice_for_missing_values_is_right():
+    """A mask alone does not do, for NaN has no log density under it; with a number in its place it does."""
+    theta = torch.zeros((), dtype=torch.float64)
+    x = torch.tensor([1.0, torch.nan, 2.0, 4.5], dtype=torch.float64)
+    kept = ~x.isnan()
+
+    def model(x: torch.Tensor) -> None:
+        mean = pyro.param("theta", theta)
+        with pyro.plate("data", len(x)), pyro.poutine.mask(mask=kept):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(mean, 1.0)), 1.0), obs=x)
+
+    def statistics(values: dict, x: torch.Tensor) -> dict:
+        return {"z": values["z"], "n": torch.ones_like(x)}
+
+    em = EM(model, e_step="gaussian", m_step=ClosedForm(statistics, lambda s, _: {"theta": s["z"] / s["n"]}))
+    with pytest.raises(NonFiniteError, match="with any number in their place"):
+        em.step(x)
+    fit = em.run(x.where(kept, -7.0), max_iter=60, stop=None)
+    assert float(fit.params["theta"]) == pytest.approx(2.5, rel=1e-10)

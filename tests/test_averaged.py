@@ -123,6 +123,20 @@ def test_the_recursion_on_minibatches_scales_them_to_the_plate():
         torch.testing.assert_close(theta(), at, **EXACT)
 
 
+def test_the_average_of_a_block_that_is_not_the_first():
+    """Its state is that of its phase, and its parameters are those of its block."""
+    x, step = make_data(), Averaged(CLOSED, average_from=2)
+    blocks = {"loc|weights|scale": "all"}
+    em = EM(mixture, blocks=blocks, steps=[("guide", "enumerated"), ("all", CLOSED), ("all", step)])
+    path = []
+    for _ in range(4):
+        em.step(x)
+        path.append(theta())
+    found = step.averaged(em.engine)
+    assert found.keys() == path[0].keys()
+    torch.testing.assert_close(found["loc"], torch.stack([p["loc"] for p in path[1:]]).mean(0), **EXACT)
+
+
 def test_the_average_of_parameters_does_not_disturb_the_iteration():
     x = make_data()
     make(Averaged(CLOSED)).run(x, max_iter=9)

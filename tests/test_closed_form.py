@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyro_emvae import EM, steps
 from pyro_emvae._checks import StepError
+from pyro_emvae.posterior import Outer
 from pyro_emvae.steps.ready_mixtures import _products
 
 X = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
@@ -77,3 +78,54 @@ def test_sums_of_products_by_component(number, width):
     r, x = torch.rand(number, 2, dtype=torch.float64), torch.randn(number, width, dtype=torch.float64)
     expected = torch.einsum("nk,ni,nj->kij", r, x, x)
     torch.testing.assert_close(_products(r, x), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_a_statistic_without_a_dim_of_draws_is_that_of_each_datum(number):
+    """Also where there happen to be as many draws as data."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2 + pyro.param("phi", torch.zeros_like(x)), 0.5**0.5))
+
+    def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        return {"n": torch.ones_like(x), "x": x, "xx": Outer(x[None, :, None], x[None, :, None])}
+
+    seen = {}
+    m_step = steps.ClosedForm(statistics, lambda s, _: seen.update(s) or {}, num_particles=number)
+    em = EM(model, guide, pyro.optim.SGD({"lr": 0.0}), m_step=m_step)
+    em.step(X)
+    assert {n: x.item() for n, x in seen.items()} == pytest.approx({"n": 3, "x": 1.5, "xx": 5.25})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "got"),
+    [
+        (lambda x: x[:2], r"shape \(1, 2\)"),
+        (lambda x: x[None, :2], r"shape \(1, 2\)"),
+        (lambda x: x[:, None], r"shape \(3, 1\)"),
+        (lambda x: torch.ones(5, 3), r"shape \(5, 3\)"),
+        (lambda x: 1.0, "a float"),
+    ],
+)
+def test_a_statistic_of_another_shape_is_refused_and_nothing_moves(wrong, got):
+    m_step = steps.ClosedForm(lambda v, x: {"s": wrong(x)}, lambda s, _: {"theta": s["s"].sum()})
+    em = EM(model, e_step="gaussian", m_step=m_step)
+    with pytest.raises(StepError, match=f"got {got}"):
+        em.step(X)
+    assert float(pyro.param("theta").detach()) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("statistics", "update", "observed"),
+    [
+        (lambda v, x: [x], lambda s, _: {}, "a list"),
+        (lambda v, x: v["z"], lambda s, _: {}, "`statistics` returns: got a Tensor"),
+        (statistics, lambda s, _: None, "`update` returns: got a NoneType"),
+        (statistics, lambda s, _: s["z"], "`update` returns: got a Tensor"),
+    ],
+)
+def test_what_has_no_names_is_refused(statistics, update, observed):
+    with pytest.raises(StepError, match=observed):
+        EM(model, e_step="gaussian", m_step=steps.ClosedForm(statistics, update)).step(X)
+    assert float(pyro.param("theta").detach()) == 0.0

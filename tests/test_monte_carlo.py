@@ -712,6 +712,17 @@ def test_its_density_is_not_known_and_nothing_pretends_that_it_is():
     assert isinstance(em.posterior(problem.args[0][:4]), SamplesPosterior)
 
 
+@pytest.mark.parametrize("sampler", ["prior", "hmc"])
+def test_held_out_data_have_no_objective_by_draws_and_nothing_has_moved(sampler):
+    problem = problems.normal_normal()
+    em = EM(problem.model, optim=pyro.optim.Adam({"lr": 0.1}), e_step=MonteCarlo(sampler, num_particles=5))
+    em.engine.setup(problem.args, {})
+    before = {name: value.clone() for name, value in em.blocks.constrained().items()}
+    with pytest.raises(StepError, match=r"held-out data.*validation= with MonteCarlo"):
+        em.run(*problem.args, max_iter=20, validation=problem.args)
+    assert all(torch.equal(value, before[name]) for name, value in em.blocks.constrained().items())
+
+
 def test_a_marginal_of_no_latent():
     problem = problems.linear_gaussian()
     em = full(problem, MonteCarlo("prior", 3))

@@ -20,7 +20,7 @@ from test_loop import SCHOOLS as Y
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_emvae import EM, SVI, checkpoint, problems, steps
+from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, problems, steps
 from pyro_emvae._checks import (
     CheckpointError,
     DataError,
@@ -559,6 +559,23 @@ def test_monte_carlo_em_is_compared_by_its_own_draws():
     em = EM(mixture_em(2, "spherical").model, e_step=e_step, m_step=steps.gaussian_mixture(2, "spherical"))
     fit = em.run(IRIS, max_iter=12, n_init=3, seed=0)
     assert fit.restarts["objective"].notna().all() and fit.provenance["restarts"].endswith("that are not exact")
+
+
+def test_starts_are_not_compared_by_a_guide_that_no_step_moves():
+    """The proposal of importance sampling; its own bound is near the log evidence."""
+    problem = problems.normal_normal()
+    e_step = steps.MonteCarlo("importance", num_particles=200)
+    em = EM(problem.model, problem.guide, pyro.optim.Adam({"lr": 0.05}), e_step=e_step)
+    fit = em.run(*problem.args, max_iter=60, n_init=2, init="noise", seed=0)
+    best = fit.restarts["objective"].max()
+    assert best == pytest.approx(fit.history["objective"].values[-30:].mean(), rel=1e-12)
+    assert best > -MonteCarloELBO(num_particles=200).loss(problem.model, problem.guide, *problem.args) + 1
+
+
+def test_starts_of_steps_without_noise_are_compared_by_where_they_end():
+    em = EM(mixture_em(2, "tied").model, e_step="mean_field", m_step=steps.gaussian_mixture(2, "tied"))
+    fit = em.run(IRIS, max_iter=15, n_init=2, seed=0)
+    assert fit.restarts["objective"].max() == fit.objective
 
 
 def test_starts_without_an_objective_cannot_be_compared():

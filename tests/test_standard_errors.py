@@ -75,8 +75,8 @@ def update(s: dict[str, Tensor], _: Any) -> dict[str, Tensor]:
     return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": (s["xx"] / s["n"] - loc**2).sqrt()}
 
 
-def mixture_em() -> EM:
-    return EM(mixture, e_step=steps.Enumerated(), m_step=steps.ClosedForm(statistics, update))
+def mixture_em(e_step: Any = None) -> EM:
+    return EM(mixture, e_step=e_step or steps.Enumerated(), m_step=steps.ClosedForm(statistics, update))
 
 
 def mixture_log_p(theta: Tensor, x: Tensor) -> Tensor:
@@ -220,6 +220,22 @@ def test_louis_equals_the_hessian_where_both_are_exact(mixed):
     for fit, args in ((mixed, (MIX,)), (pca_fit(problem), problem.args)):
         pair = [standard_errors(fit, *args, method=m).covariance for m in ("hessian", "louis")]
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("e_step", [steps.Conjugate(), steps.MeanField(), steps.Laplace()], ids=str)
+def test_nodes_are_no_draws(e_step):
+    """Where these E-steps are exact too, so is Louis's formula on their nodes: no correction for a number of draws."""
+    found = standard_errors(mean_fit(e_step=e_step), X, method="louis")
+    assert float(found["loc"]) == pytest.approx((2 / COUNT) ** 0.5, rel=1e-8)
+    assert found.monte_carlo_error.isnan().all()
+
+
+def test_louis_after_mean_field_on_a_mixture_is_that_of_the_exact_posterior(mixed):
+    """One latent per datum: the best product is the posterior."""
+    pyro.clear_param_store()
+    fit = mixture_em(steps.MeanField()).run(MIX, max_iter=1, stop=None)
+    pair = [standard_errors(f, MIX, method="louis").covariance for f in (fit, mixed)]
+    torch.testing.assert_close(*pair, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [1, 3, 4, 5, 6])
@@ -461,6 +477,16 @@ def test_the_bootstrap_of_a_mean_is_that_of_the_rows():
 
 
 # What has none --------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_that_no_step_uses_does_not_keep_the_bootstrap_from_it():
+    plain = mean_em()
+    fits = [plain.run(X, max_iter=60, stop=None)]
+    pyro.clear_param_store()
+    em = EM(mean_model, optim=pyro.optim.Adam({"lr": 0.1}), e_step=plain.e_step, m_step=plain.m_step)
+    fits.append(em.run(X, max_iter=60, stop=None))
+    pair = [standard_errors(fit, X, method="bootstrap", n_boot=5)["loc"] for fit in fits]
+    assert float(pair[0]) == pytest.approx(float(pair[1]), rel=1e-12)
 
 
 def test_a_variance_at_zero_is_undefined():

@@ -185,7 +185,7 @@ def refuse_non_finite(obj: str, site: str, value: Any, cause: BaseException | No
             f"score site {site!r}",
             got=f"a value that is not finite, such as {value[~torch.isfinite(value)].flatten()[0].item()}",
             because="its log density is then no number",
-            fix="Leave such data out, with poutine.mask or obs_mask=.",
+            fix="Leave such data out by poutine.mask or obs_mask=, with any number in their place.",
             cause=cause,
         )
 

@@ -79,7 +79,7 @@ class GuidePosterior(Posterior):
             values[name] = value.expand(num_particles, *value.shape[1:])
         first = next(iter(latents.values()))
         weights = first.log_prob.new_full((num_particles, *(1,) * nesting), -math.log(num_particles))
-        return Support(values, weights, nesting, first.scale, first.mask)
+        return Support(values, weights, nesting, first.scale, first.mask, sampled=True)
 
     def sample(self) -> dict[str, Tensor]:
         self.guide(*self.args, **self.kwargs)

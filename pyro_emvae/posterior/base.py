@@ -48,6 +48,7 @@ class Support:
         num_plates: Number of plate dims.
         scale, mask: What the model multiplies by and keeps, for the latents: numbers, or tensors over the plates.
         drawn: Plates of the model that drew their batch at random, so that nobody outside knows which data it holds.
+        sampled: Whether the values are draws, so that averages over them have a Monte Carlo error.
     """
 
     values: Values = field(repr=False)
@@ -56,6 +57,7 @@ class Support:
     scale: Any = 1.0
     mask: Any = None
     drawn: tuple[str, ...] = ()
+    sampled: bool = False
 
     @cached_property
     def weights(self) -> Tensor:
@@ -74,6 +76,8 @@ class Support:
         if not isinstance(x, Outer):
             return self._sum(self._average(x))
         left, right, weights = x.left, x.right, self.weights
+        self._check(left)
+        self._check(right)
         if len(left) == 1:
             right, weights = self._average(right)[None], weights.new_ones(1)
         elif weights.numel() > len(weights):
@@ -85,12 +89,36 @@ class Support:
         return torch.tensordot(weights.flatten(), left.mT @ right, 1)
 
     def _average(self, x: Tensor) -> Tensor:
+        x = x.reshape((1,) * (1 + self.num_plates - x.dim()) + x.shape)
+        self._check(x)
         if len(x) == 1:  # the weights sum to one
             return x[0]
         rest, weights = x.dim() - 1 - self.num_plates, self.weights
         if weights.numel() == len(x):
             return torch.tensordot(weights.flatten(), x, 1)
         return (weights.reshape(weights.shape + (1,) * rest) * x).sum(0)
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """The sizes ``(S, *plates)`` of the values."""
+        lead = 1 + self.num_plates
+        sizes = [self.log_weights.shape, *(value.shape[:lead] for value in self.values.values())]
+        return [max(each) for each in zip(*sizes, strict=False)]
+
+    def _check(self, x: Tensor) -> None:
+        """Refuse what does not lie along draws and plates, and would be added up along others."""
+        lead = tuple(x.shape[: 1 + self.num_plates])
+        fits = all(size in (1, mine) or mine == 1 for size, mine in zip(lead[1:], self._sizes[1:], strict=False))
+        if len(lead) <= self.num_plates or lead[0] not in (1, self._sizes[0]) or not fits:
+            fail(
+                StepError,
+                "Posterior",
+                "take the expectation of a statistic",
+                got=f"shape {tuple(x.shape)} for {self._sizes[0]} values of the latents with plates "
+                f"{tuple(self._sizes[1:])}",
+                because="a statistic is (S, *plates, ...) for S values, with size 1 where it is the same for all",
+                fix="Write x[None] for what does not depend on the latents.",
+            )
 
     def weigh(self, x: Tensor) -> Tensor:
         """Return values per datum ``(*plates, ...)`` times scale, and zero where the mask is false."""
@@ -110,6 +138,16 @@ class Support:
 
 
 def _each(result: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    for x in result.values() if isinstance(result, Mapping) else [result]:
+        if not isinstance(x, Tensor | Outer):
+            fail(
+                StepError,
+                "Posterior",
+                "take the expectation of a statistic",
+                got=f"a {type(x).__name__}",
+                because="a statistic is a tensor (S, *plates, ...), or several are a dict of such",
+                fix='Return {"n": torch.ones_like(x)[None]}, for instance.',
+            )
     return {k: function(x) for k, x in result.items()} if isinstance(result, Mapping) else function(result)
 
 

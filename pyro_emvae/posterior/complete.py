@@ -13,7 +13,6 @@ from .._checks import StepError, fail
 from ..particles import hold_batch, replay
 from .amortized import GuidePosterior
 from .base import Posterior, Support
-from .enumerated import EnumeratedPosterior
 from .gaussian import GaussianPosterior
 from .samples import SamplesPosterior
 
@@ -92,7 +91,7 @@ def complete_data(
     weights = weights.expand(count, *units[1:]).reshape(count, -1)
     scale = _scale(support, units, log_p)
     log_p = torch.where(weights != 0, log_p, 0.0)
-    return CompleteData(log_p, weights, scale, torch.as_tensor(rest).to(log_p), _is_drawn(posterior))
+    return CompleteData(log_p, weights, scale, torch.as_tensor(rest).to(log_p), support.sampled)
 
 
 def second_order_support(posterior: Posterior, num_particles: int = 100) -> tuple[Support, Tensor]:
@@ -171,10 +170,6 @@ def _without_outer_plates(posterior: Posterior, support: Support) -> dict[str, T
     """Return values without the outermost plate dims that a latent lacks, for runs one by one."""
     lacking = posterior.lacking if isinstance(posterior, SamplesPosterior) else {}
     return {n: v.reshape(len(v), *v.shape[1 + lacking.get(n, 0) :]) for n, v in support.values.items()}
-
-
-def _is_drawn(posterior: Posterior) -> bool:
-    return not isinstance(posterior, EnumeratedPosterior | GaussianPosterior)
 
 
 def _draw_nothing(*args: Any, **kwargs: Any) -> None:

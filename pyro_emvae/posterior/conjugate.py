@@ -2,6 +2,7 @@ r"""The exact posterior of latents with conjugate priors."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -117,7 +118,7 @@ class ConjugatePosterior(Posterior):
                         values[name] = factor.conditional(name, values).sample()
                 runs.append(values)
         values = {name: self._lay_out(name, torch.stack([run[name] for run in runs])) for name in self.latents}
-        return self._equally(values)
+        return dataclasses.replace(self._equally(values), sampled=True)
 
     def _equally(self, values: dict[str, Tensor]) -> Support:
         first = next(iter(values.values()))

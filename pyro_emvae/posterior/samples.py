@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pyro
@@ -93,7 +93,8 @@ class SamplesPosterior(Posterior):
     ) -> None:
         self.groups = groups
         self.model, self.args, self.kwargs = model, args, dict(kwargs)
-        self.draws, self.sites, self.units = support, dict(sites), tuple(units)
+        self.draws = replace(support, sampled=True)
+        self.sites, self.units = dict(sites), tuple(units)
         self.kind, self.batch, self.vectorize = kind, dict(batch or {}), vectorize
         self.log_evidence, self.entropy = log_evidence, entropy
 

@@ -142,7 +142,8 @@ class Averaged(HalfStep):
         Raises:
             StepError: Nothing has been averaged yet.
         """
-        own = problem.steps.get("M", {})
+        key = next((key for key, step in problem.half_steps.items() if step is self), "M")
+        own = problem.steps.get(key, {})
         means = _named(own, MEAN)
         if not means:
             fail(
@@ -153,7 +154,8 @@ class Averaged(HalfStep):
                 because="none have been averaged so far",
                 fix="Write Averaged(..., average_from=1), and run further than that.",
             )
-        return {row.name: replace(row, leaf=means[row.name]).value for row in _rows(problem) if row.name in means}
+        rows = [row for row in problem.parameters.rows if row.name in means]
+        return {row.name: replace(row, leaf=means[row.name]).value for row in rows}
 
 
 class Damped(HalfStep):

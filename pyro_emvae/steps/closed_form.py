@@ -132,7 +132,7 @@ class ClosedForm(HalfStep):
         """Return the posterior expectation of the statistics, summed over the data with scale and mask."""
         if isinstance(posterior, Summed):
             return posterior.totals[id(self)]
-        return total_of(self.statistics, posterior, self.num_particles, *args, **kwargs)
+        return _named("statistics", total_of(self.statistics, posterior, self.num_particles, *args, **kwargs))
 
     @torch.no_grad()
     def commit(self, problem: Engine, totals: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ class ClosedForm(HalfStep):
         self, totals: dict[str, Tensor], params: dict[str, Tensor], asked: Mapping[str, Any]
     ) -> Mapping[str, Tensor]:
         try:
-            return self.update(totals, params, **asked)
+            return _named("update", self.update(totals, params, **asked))
         except torch.linalg.LinAlgError as error:
             fail(
                 DegenerateError,
@@ -175,6 +175,20 @@ class ClosedForm(HalfStep):
                 fix="Start elsewhere, or bound the update.",
                 cause=error,
             )
+
+
+def _named(what: str, found: Any) -> dict[str, Tensor]:
+    """Return what the user's function returned, which has to be named."""
+    if not isinstance(found, Mapping):
+        fail(
+            StepError,
+            "steps.ClosedForm",
+            f"use what `{what}` returns",
+            got=f"a {type(found).__name__}",
+            because=f"`{what}` returns a dict from name to tensor",
+            fix=f'Return {{"{"n" if what == "statistics" else "loc"}": ...}}.',
+        )
+    return dict(found)
 
 
 def _asked(update: Callable, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:

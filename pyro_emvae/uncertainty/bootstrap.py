@@ -37,7 +37,7 @@ def bootstrap(fit: Fit, where: Coordinates, args: tuple, kwargs: dict[str, Any],
     Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
     """
     em = fit.inference
-    if em is None or getattr(em, "e_step", None) is None or em.engine.optimizers:
+    if em is None or not hasattr(em, "phases") or em.schedule == "joint" or any(p.takes_gradients for p in em.phases):
         fail(
             EmvaeError,
             "standard_errors",

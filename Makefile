@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt --build-constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
-PARALLEL := --numprocesses auto --dist loadgroup
+# A file at a time: what a module prepares (a forkserver, an example that was run) is made once.
+PARALLEL := --numprocesses auto --dist loadfile
 
 .PHONY: help demo test test-full lint bench examples docs clients
 .DELETE_ON_ERROR:

@@ -544,7 +544,6 @@ def child(name: str, total: int, path: Path, result: Path, kill: tuple[str, int]
     result.write_bytes(pickle.dumps(observed(job, fitter, fit)))
 
 
-in_new_processes = pytest.mark.xdist_group("forkserver")  # one server for all of them
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch", "pyro", "xarray", "torch._dynamo", "pyro_emvae", "pytest"])
 
@@ -573,7 +572,6 @@ PLACES = (
 )
 
 
-@in_new_processes
 @pytest.mark.parametrize("name", ["batch_norm_em", "loader"])
 def test_killed_at_every_place(tmp_path, name):
     for place in PLACES:
@@ -590,7 +588,6 @@ STEP_JOBS = ["textbook", "three_phases", "own_state", "own_steps", "counts"]
 STEP_JOBS += [*registered("E"), *registered("M"), *sampled()]
 
 
-@in_new_processes
 @pytest.mark.parametrize("name", STEP_JOBS)
 def test_every_kind_of_half_step_killed_between_and_within_iterations(tmp_path, name):
     assert started(name, 5, tmp_path, ("between E and M", 3)) == -signal.SIGKILL
@@ -599,7 +596,6 @@ def test_every_kind_of_half_step_killed_between_and_within_iterations(tmp_path, 
     assert difference(never_killed(name), result_in(tmp_path)) == ""
 
 
-@in_new_processes
 @pytest.mark.parametrize(("name", "status"), [("converging", "CONVERGED"), ("to_be_accelerated", "CONVERGED")])
 def test_what_the_stopping_rule_and_the_acceleration_remember_survives(tmp_path, name, status):
     total = JOBS[name].total
@@ -622,7 +618,6 @@ SEARCH_KILLS = {  # while starts are screened, and while the best goes on
 }
 
 
-@in_new_processes
 @pytest.mark.parametrize("name", SEARCH_KILLS)
 def test_a_search_killed_anywhere_is_the_search_that_was_not(tmp_path, name):
     total = SEARCHES[name].total
@@ -632,7 +627,6 @@ def test_a_search_killed_anywhere_is_the_search_that_was_not(tmp_path, name):
     assert difference(never_killed(name), result_in(tmp_path)) == ""
 
 
-@in_new_processes
 def test_killed_at_random_times(tmp_path):
     delays = (0.05, *(random.uniform(0.05, 0.4) for _ in range(3)))
     codes = [started("batch_norm_em", 60, tmp_path, delay=delay) for delay in delays]
@@ -642,7 +636,6 @@ def test_killed_at_random_times(tmp_path):
     assert difference(expected, result_in(tmp_path)) == ""
 
 
-@in_new_processes
 def test_another_interpreter_goes_on(tmp_path):
     """The order of sets differs from interpreter to interpreter, and must not matter."""
     afresh(0)

@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import pyro_emvae as emvae
 from pyro_emvae import EM, steps
 
-SYMBOLS, LENGTH, BACK, HIDDEN = 8, 25, 4, 16
+SYMBOLS, LENGTH, BACK, HIDDEN = 8, 22, 4, 16
 BATCH, EPOCHS = 50, 10
-RATES = {"guide": 0.005, "model": 0.03}  # the guide is slow to follow
+RATES = {"guide": 0.007, "model": 0.03}  # the guide is slow to follow
 
 
 def simulate(number: int, generator: torch.Generator) -> Tensor:
@@ -79,7 +79,7 @@ def train(seed: int, aggressive: bool, number: int = 1000, epochs: int = EPOCHS)
     loader = DataLoader(TensorDataset(x), batch_size=BATCH, shuffle=True)
     options = {"schedule": "joint"}
     if aggressive:
-        until = steps.MutualInformation(valid, every=len(loader), patience=3, max_steps=60)
+        until = steps.MutualInformation(valid, every=len(loader), patience=6, max_steps=60)
         options = {"e_step": steps.Gradient(until=until, batches=loader)}
     optim = {block: pyro.optim.Adam({"lr": rate}) for block, rate in RATES.items()}
     em = EM(vae.model, vae.guide, optim, backend="graph", **options)
@@ -92,8 +92,8 @@ def train(seed: int, aggressive: bool, number: int = 1000, epochs: int = EPOCHS)
 
 @pytest.mark.slow
 def test_aggressive_training_rescues_what_collapses(record_result):
-    """Proof 6: seeds that were not looked at when the problem was chosen."""
-    pairs = [(train(seed, False), train(seed, True)) for seed in range(100, 105)]
+    """Proof 6: seeds that were not looked at when the problem was chosen. Joint training has twice the epochs."""
+    pairs = [(train(seed, False, epochs=2 * EPOCHS), train(seed, True)) for seed in range(200, 205)]
     joint, aggressive = ([pair[i] for pair in pairs] for i in (0, 1))
     gains = torch.cat([b.evidence - a.evidence for a, b in pairs])
     spans = [

@@ -12,8 +12,6 @@ import pytest
 
 import pyro_emvae
 
-pytestmark = pytest.mark.xdist_group("extension_package")  # one worker installs it
-
 PACKAGE = Path(__file__).parent / "extension_package"
 PROGRAM = """
 import json, pyro, torch

@@ -9,8 +9,6 @@ import textwrap
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("subprocesses")
-
 SECONDS = 0.3  # what `import pyro_emvae` may add to `import pyro`
 ATTEMPTS = 4  # a busy machine only ever adds time, so the least of several is the honest one
 

@@ -127,7 +127,6 @@ def run_pytest(folder, *options: str) -> str:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120).stdout
 
 
-@pytest.mark.xdist_group("subprocesses")
 def test_the_harness_can_fail(tmp_path):
     first, second = run_pytest(tmp_path), run_pytest(tmp_path)
     assert "ERROR tests/test_planted.py::test_dtype - AssertionError: the test left torch's default dtype" in first
@@ -139,7 +138,6 @@ def test_the_harness_can_fail(tmp_path):
     assert len(set(draws)) == 2
 
 
-@pytest.mark.xdist_group("subprocesses")
 def test_slow_checks_fill_the_table(tmp_path):
     printed = run_pytest(tmp_path, "-m", "slow", "--write-results")
     assert "test_silent is slow and records no figure" in printed

@@ -77,7 +77,7 @@ class Gradient(HalfStep):
         return {} if self.until is None else self.until.init()
 
     def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
-        own = state.steps.get("E") or self.init(problem, state)
+        own = {} if self.until is None else state.steps.get("E") or self.until.init()
         if own and bool(own["aggressive"]):
             info = self._climb_until(problem, args, kwargs)
             state = state.with_own("E", self.until.after(own, problem.model, problem.guide))

@@ -9,6 +9,7 @@ over all components, a Monte Carlo E-step over its draws. Parameter names are ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -139,17 +140,14 @@ def _products(r: Tensor, x: Tensor) -> Tensor:
     if width + 1 > 2 * r.shape[-1]:
         return torch.stack([(weight[:, None] * x).T @ x for weight in r.T])
     size, rows = width * (width + 1) // 2, max(CHUNK * 2 // (width * (width + 1)), 1)
-    upper = x.new_zeros(r.shape[-1], size)
+    sums = []
     for part, weight in zip(x.split(rows), r.split(rows), strict=True):
-        columns, pairs, end = part.T.contiguous(), part.new_empty(size, len(part)), 0
-        for i in range(width):
-            start, end = end, end + width - i
-            torch.mul(columns[i:], columns[i], out=pairs[start:end])
-        upper += weight.T @ pairs.T
-    found = x.new_empty(r.shape[-1], width, width)
+        columns = part.T.contiguous()
+        sums.append(weight.T @ torch.cat([columns[i:] * columns[i] for i in range(width)]).T)
+    place = torch.zeros(width, width, dtype=torch.long, device=x.device)
     i, j = torch.triu_indices(width, width, device=x.device)
-    found[:, i, j] = found[:, j, i] = upper
-    return found
+    place[i, j] = place[j, i] = torch.arange(size, device=x.device)
+    return functools.reduce(torch.add, sums)[:, place]
 
 
 def gaussian_mixture(

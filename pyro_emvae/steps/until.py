@@ -79,7 +79,8 @@ class MutualInformation(Criterion):
     Args:
         data: Validation data, as a batch: a tuple is ``*args``, a dict ``**kwargs``, anything else one argument.
         every: E-steps between two measurements, such as the batches of an epoch.
-        patience: Measurements without a rise after which aggressive training ends.
+        patience: Measurements in a row without a new best value after which aggressive training ends. It has to outlast
+            the start, where the information may lie near 0 and move by noise alone.
         window: Updates whose mean objective is compared with that of the ones before.
         max_steps: Updates per E-step at most.
         num_particles: Draws per datum; all measurements have common random numbers.

@@ -29,7 +29,7 @@ __all__ = ["Automatic", "Slices", "Whole", "arranged"]
 Call = tuple[tuple, dict[str, Any]]
 CHECKED = 500
 LEAST = 20_000
-BYTES, LENGTHS = 2**21, (1024, 16384)
+BYTES, LENGTHS = 2**21, (1024, 8192)
 
 
 @dataclass
@@ -242,7 +242,7 @@ class Slices:
 class Automatic:
     r"""Slices where they give what the whole gives, else the whole: which, is decided before the first iteration.
 
-    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 16,384 data. Slices
+    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 8192 data. Slices
     are taken if the verification of `Slices` holds, and then the log evidence and the statistics of all slices add up
     to those of the whole, at the initial theta: data that depend on each other only here and there are found, at the
     cost of an iteration on the whole and one in slices.

@@ -26,7 +26,7 @@ from .optimizers import BlockOptimizer
 from .parameters import SIDES
 from .particles import quiet
 from .posterior import GuidePosterior, Posterior, PosteriorGuide
-from .slices import Slices
+from .slices import Slices, Whole, arranged
 from .steps import Gradient, HalfStep, MonteCarlo, Phase
 from .steps.phase import check_blocks, read_phases, summarised
 from .svi import Inference, model_arguments, per_block, run_with
@@ -262,7 +262,7 @@ class EM(Inference):
         stop: Any = "auto",
         on_decrease: str | None = None,
         accelerate: str | None = None,
-        batch_size: int | None = None,
+        batch_size: int | str | None = "auto",
         history: str = "light",
         n_init: int = 1,
         init: str | Callable[..., Mapping[str, Tensor]] = "mixed",
@@ -285,6 +285,10 @@ class EM(Inference):
             batch_size: Data per slice, at most: E-step and statistics are made slice by slice, and the update once,
                 with the result of the whole. That saves memory and, as temporaries fit into the cache, time. For an
                 exact E-step and M-steps in closed form; what is data, and what is verified: see `slices.Slices`.
+                ``"auto"``: slices of 1024 to 8192 data, where there are at least 20,000 on the CPU and slices are
+                found to add up to the whole (see `slices.Automatic`); not with a loader, ``anneal=``, ``device=``,
+                full history, or starts that run side by side. ``fit.provenance["slices"]`` says what was done, and
+                why. None: no slices.
             history: ``"light"`` costs no model run, and leaves what was not computed NaN; ``"full"`` evaluates the
                 objective before E, after E and after M on common random numbers.
             n_init: Starts; with more than one, see `restarts.Search`. The table of all is ``fit.restarts``. Of exact
@@ -311,31 +315,35 @@ class EM(Inference):
             max_iter = 500
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
             stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
-        once = None if batch_size is None else Slices(self.engine, self.phases, self._prepare, batch_size)
-        whole = history == "full" or "data" in options or options.get("anneal") is not None
-        self._refuse("batch_size", once is not None and whole)
-        fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate if once else self._evaluate}
+        unfit = {"data=": "data" in options, "history='full'": history == "full"}
+        unfit["anneal="] = options.get("anneal") is not None
+        whole = Whole(self._prepare, self._iterate, self._evaluate, self._screen)
+        other = {"device=": options.get("device") is not None, "starts side by side": n_init != 1 and not accelerate}
+        named, call = next((name for name, so in (unfit | other).items() if so), ""), (args, model_arguments(options))
+        once = arranged(batch_size, self.engine, self.phases, whole, call, named)
+        sliced = isinstance(once, Slices)
+        self._refuse("batch_size", sliced and any(unfit.values()))
+        fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate, "screen": once.screen}
         fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
-        fixed["screen"] = once.screen if once else self._screen
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
         if options.get("validation") is not None:
             self._check_validation()
         if options.get("anneal") is not None:
             self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1})
-        begin = functools.partial(once.begin if once else self._prepare, args, model_arguments(options))
-        iterate = self._iterations(accelerate, history, once or self._iterate, begin, "data" in options)
+        iterate = self._iterations(accelerate, history, once, functools.partial(once.begin, *call), "data" in options)
 
         def run(number: int | None, one: Callable | None = None, **changed: Any) -> Fit:
             fit = run_with(self.engine, one or iterate(), number, args, options | changed, **fixed)
+            fit.provenance["slices"] = once.says
             return dataclasses.replace(fit, inference=self)
 
         if positive_int("EM.run", "n_init", n_init) == 1 and not callable(init):
             restarts.check(init)
             return run(max_iter)
         first = restarts.first_batch(args, model_arguments(options), options)
-        (once.begin if once else self._prepare)(*first)
-        asked = {"accelerate=": accelerate, "batch_size=": batch_size, "history='full'": history == "full"}
+        once.begin(*first)
+        asked = {"accelerate=": accelerate, "batch_size=": sliced, "history='full'": history == "full"}
         found = self._search(first, next((what for what, so in asked.items() if so), ""), "data" in options)
         return restarts.find(self.engine, run, max_iter, n_init, init, options, first, **found)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,10 +24,31 @@ from .steps import ClosedForm, Phase
 from .steps.closed_form import Summed
 from .steps.phase import summarised
 
-__all__ = ["Slices"]
+__all__ = ["Automatic", "Slices", "Whole", "arranged"]
 
 Call = tuple[tuple, dict[str, Any]]
 CHECKED = 500
+LEAST = 20_000
+BYTES, LENGTHS = 2**21, (1024, 8192)
+
+
+@dataclass
+class Whole:
+    """Iterations that take all data at once: what `EM` does by itself, and why it is not done in slices."""
+
+    begin: Callable[[tuple, Mapping[str, Any]], None]
+    iterate: Callable[..., Record]
+    evaluate: Callable[[tuple, Mapping[str, Any]], float]
+    screen: Callable[[tuple, Mapping[str, Any]], str]
+    reason: str = ""
+
+    def __call__(self, *call: Any, **options: Any) -> Record:
+        return self.iterate(*call, **options)
+
+    @property
+    def says(self) -> str:
+        """What `Fit.provenance` has to say."""
+        return f"whole: {self.reason}"
 
 
 class Slices:
@@ -38,8 +61,8 @@ class Slices:
 
     The data are the first tensor among the arguments and all others of the same length; everything else goes to the
     model as it is. Whether data are independent, so that the log evidence of slices adds up, is verified on the first
-    two slices (of 500 at most) before the first iteration: theirs and their statistics have to add up to those of both
-    together.
+    data (1000 at most) before the first iteration: the log evidence and the statistics of their two halves, and those
+    of their even and odd rows, have to add up to those of all of them.
 
     Args:
         engine: What the iterations change.
@@ -62,7 +85,7 @@ class Slices:
         self.engine, self.prepare, self.verified, self.iteration = engine, prepare, False, 0
         self.e_phase, *self.m_phases = phases
         self.closed = [getattr(phase.step, "m_step", phase.step) for phase in self.m_phases]
-        if not self.e_phase.step.traits.exact or not all(isinstance(step, ClosedForm) for step in self.closed):
+        if not _adds_up(phases):
             fail(
                 StepError,
                 "EM",
@@ -71,6 +94,11 @@ class Slices:
                 because="it sums up what an exact E-step expects, for M-steps in closed form",
                 fix="Leave batch_size out, or use steps such as steps.Enumerated() and steps.gaussian_mixture(3).",
             )
+
+    @property
+    def says(self) -> str:
+        """What `Fit.provenance` has to say."""
+        return f"slices of {self.batch_size}"
 
     def of(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Call]:
         """Return the arguments of each slice, of nearly equal length."""
@@ -150,19 +178,55 @@ class Slices:
             return spike(self.engine.parameters, expected)
 
     def _verify(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        """Compare two slices with both together, by log evidence and statistics."""
-        size = min(self.batch_size, CHECKED, _length(args, kwargs) // 2)
+        got, cause = self.misfit(self.both(args, kwargs), self.halves(args, kwargs))
+        if got:
+            fail(
+                StepError,
+                "EM",
+                f"run with batch_size={self.batch_size}",
+                got=f"{got} (two slices of {self._checked(args, kwargs)} data were tried)",
+                because="the model has to take any part of the data, and its data have to be independent given theta",
+                fix='Write pyro.plate("data", len(x)) around all latents, and pass what has a row per datum as '
+                "arguments; or leave batch_size out.",
+                cause=cause,
+            )
+
+    def _checked(self, args: tuple, kwargs: Mapping[str, Any]) -> int:
+        return min(self.batch_size, CHECKED, _length(args, kwargs) // 2)
+
+    def both(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
+        """Return the first data, by which the whole is judged."""
+        return _rows(args, kwargs, slice(2 * self._checked(args, kwargs)))
+
+    def halves(self, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Call]]:
+        """Return two divisions of `both`: first and second half, even and odd rows."""
+        size = self._checked(args, kwargs)
+        cuts = [[slice(size), slice(size, 2 * size)], [slice(i, 2 * size, 2) for i in range(2)]]
+        return [[_rows(args, kwargs, cut) for cut in pair] for pair in cuts]
+
+    def misfit(self, whole: Call, divisions: list[list[Call]]) -> tuple[str, BaseException | None]:
+        """Return in what divisions of the data do not add up to the whole, and the error if it is one; else ""."""
         try:
-            parts = [self._found(_rows(args, kwargs, slice(i * size, (i + 1) * size))) for i in range(2)]
-            both = self._found(_rows(args, kwargs, slice(0, 2 * size)))
-        except (ValueError, RuntimeError, IndexError) as cause:
-            self._refuse(size, f"on a slice {type(cause).__name__}: {str(cause).splitlines()[0]}", cause)
-        added = _added(_added({}, parts[0]), parts[1])
-        for name in both:
-            whole, summed, size_of = both[name], added[name], parts[0][name].abs() + parts[1][name].abs()
-            miss = (whole - summed).abs().max() / (size_of.max() + (2 * size if name == EVIDENCE else 0))
-            if not float(miss) <= torch.finfo(_dtype(args, kwargs)).eps ** 0.6:
-                self._refuse(size, f"a {name} that misses the sum over both by {float(miss):.2g} of its size")
+            with quiet():
+                both = self._found(whole)
+                misses = [self._missed(both, parts, whole) for parts in divisions]
+        except Exception as cause:  # whatever a model raises that was not written for a part of its data
+            return f"on a slice {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}", cause
+        return next(filter(None, misses), ""), None
+
+    def _missed(self, both: dict[str, Tensor], parts: list[Call], whole: Call) -> str:
+        """Return which sum over parts is not that of the whole, by more than rounding."""
+        added: dict[str, Tensor] = {}
+        sizes = {EVIDENCE: torch.tensor(float(_length(*whole)), dtype=torch.float64)}
+        for found in map(self._found, parts):
+            added = _added(added, found)
+            sizes |= {name: x.abs() + sizes.get(name, 0) for name, x in found.items()}
+        for name, x in both.items():
+            size = float(sizes[name].max())
+            miss = float((x - added[name]).abs().max()) / (size or 1.0)
+            if not miss <= torch.finfo(_dtype(*whole)).eps ** 0.6:
+                return f"a {name} that misses the sum over its slices by {miss:.2g} of its size"
+        return ""
 
     def _found(self, call: Call) -> dict[str, Tensor]:
         """Return the log evidence and the statistics of a slice, in one table."""
@@ -173,17 +237,103 @@ class Slices:
         named = {f"statistic {name!r}": x for table in tables for name, x in table.items() if x.numel()}
         return {EVIDENCE: torch.tensor(posterior.log_evidence, dtype=torch.float64)} | named
 
-    def _refuse(self, size: int, got: str, cause: BaseException | None = None) -> None:
-        fail(
-            StepError,
-            "EM",
-            f"run with batch_size={self.batch_size}",
-            got=f"{got} (two slices of {size} data were tried)",
-            because="the model has to take any part of the data, and its data have to be independent given theta",
-            fix='Write pyro.plate("data", len(x)) around all latents, and pass what has a row per datum as arguments; '
-            "or leave batch_size out.",
-            cause=cause,
-        )
+
+@dataclass
+class Automatic:
+    r"""Slices where they give what the whole gives, else the whole: which, is decided before the first iteration.
+
+    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 8192 data. Slices
+    are taken if the verification of `Slices` holds, and then the log evidence and the statistics of all slices add up
+    to those of the whole, at the initial theta: data that depend on each other only here and there are found, at the
+    cost of an iteration on the whole and one in slices.
+
+    Args:
+        whole, slices: The two ways.
+
+    The model's parameters are made on the whole data, as what it starts them from may depend on them.
+    """
+
+    whole: Whole
+    slices: Slices
+    chosen: Whole | Slices | None = field(default=None, init=False)
+
+    def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Set the engine up on the whole, and choose."""
+        if self.chosen is None:
+            self.whole.begin(args, kwargs)
+            self.whole.reason = self._misfit(args, kwargs)
+            self.slices.verified, self.chosen = True, self.whole if self.whole.reason else self.slices
+        self.chosen.begin(args, kwargs)
+
+    def _misfit(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        slices = self.slices
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            short = slices.misfit(slices.both(args, kwargs), slices.halves(args, kwargs))[0]
+            return short or slices.misfit((args, dict(kwargs)), [slices.of(args, kwargs)])[0]
+
+    def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+        self.begin(args, kwargs)
+        return self.chosen(args, kwargs)
+
+    def evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
+        """Return minus the objective after an exact E-step at the present theta."""
+        self.begin(args, kwargs)
+        return self.chosen.evaluate(args, kwargs)
+
+    def screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood."""
+        self.begin(args, kwargs)
+        return self.chosen.screen(args, kwargs)
+
+    @property
+    def says(self) -> str:
+        """What `Fit.provenance` has to say."""
+        return self.chosen.says if self.chosen else "no iteration was made"
+
+
+def arranged(
+    batch_size: int | str | None, engine: Engine, phases: tuple[Phase, ...], whole: Whole, call: Call, unfit: str
+) -> Whole | Slices | Automatic:
+    """Return how iterations are made.
+
+    Args:
+        batch_size: Data in a slice; None: no slices; ``"auto"``: see `Automatic`.
+        engine, phases, whole: See there.
+        call: The arguments of the run.
+        unfit: The option of the run for which ``"auto"`` makes no slices, else "".
+    """
+    if batch_size is None:
+        whole.reason = "batch_size=None"
+    elif batch_size != "auto":
+        return Slices(engine, phases, whole.begin, batch_size)
+    else:
+        whole.reason = unfit or _reason(phases, call)
+        if not whole.reason:
+            return Automatic(whole, Slices(engine, phases, whole.begin, _best_length(call)))
+    return whole
+
+
+def _reason(phases: tuple[Phase, ...], call: Call) -> str:
+    """Return why slices cannot be made, or would not help."""
+    found = [x for x in tensors_of(*call) if x.dim()]
+    if not _adds_up(phases):
+        return "half-steps whose statistics do not add up"
+    if not found or len(found[0]) < LEAST:
+        return f"fewer than {LEAST} data"
+    return "" if all(x.device.type == "cpu" for x in found) else "data that are not on the CPU"
+
+
+def _best_length(call: Call) -> int:
+    length = _length(*call)
+    row = sum(x[0].numel() * x.element_size() for x in _data(*call) if len(x) == length)
+    return min(max(BYTES // max(row, 1), LENGTHS[0]), LENGTHS[1])
+
+
+def _adds_up(phases: tuple[Phase, ...]) -> bool:
+    first, *others = phases
+    closed = [getattr(phase.step, "m_step", phase.step) for phase in others]
+    return first.slot == "E" and first.step.traits.exact and all(isinstance(step, ClosedForm) for step in closed)
 
 
 EVIDENCE = "log evidence"

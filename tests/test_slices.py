@@ -15,7 +15,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from pyro_emvae import EM, steps
+from pyro_emvae import EM, annealing, slices, steps
 from pyro_emvae._checks import DataError, EmvaeError, StepError
 from pyro_emvae.parameters import assign
 from pyro_emvae.posterior import solve_quadratic
@@ -101,8 +101,8 @@ def test_each_slice_is_at_most_as_large_and_seen_once():
     seen.clear()
     em.run(x, max_iter=1, stop=None, batch_size=30)
     sizes = [len(rows) for rows in seen]
-    assert sizes == [30, 30, 60] + 2 * [25, 25, 25, 26]  # verified, one iteration, and the objective at its end
-    assert torch.equal(torch.cat(seen[3:7]), x)
+    assert sizes == [60] + 4 * [30] + 2 * [25, 25, 25, 26]  # verified, one iteration, and the objective at its end
+    assert torch.equal(torch.cat(seen[5:9]), x)
 
 
 def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not(tmp_path):
@@ -132,7 +132,7 @@ def test_a_quarter_of_the_slices_is_verified_in_turn():
     em.run(data(), max_iter=1, stop=None, batch_size=30)
     runs.clear()
     em.run(data(), max_iter=5, stop=None, batch_size=30)
-    assert len(runs) == 2 * 3 + 8 + 4 * 5 + 8
+    assert len(runs) == 2 * 5 + 8 + 4 * 5 + 8
     runs.clear()
     em.run(data(), max_iter=5, stop=None, batch_size=1000)
     assert len(runs) == 2 * (5 + 1)
@@ -236,6 +236,12 @@ def test_models_whose_data_depend_on_each_other_are_refused(model, accelerate):
     assert float(pyro.param("theta", torch.tensor(0.0, dtype=F64)).detach()) == 0.0
 
 
+def test_groups_as_long_as_a_slice_are_refused():
+    """Halves agree with the border of two groups; even and odd rows do not."""
+    with pytest.raises(StepError, match="batch_size=25"):
+        came_to(grouped, data(), torch.arange(101) // 25, step=of_groups(), batch_size=25)
+
+
 def test_statistics_that_do_not_add_up_are_refused():
     averages = steps.ClosedForm(
         lambda values, x: {"z": values["z"].mean(1, keepdim=True)}, lambda s, p: {"means": p["means"]}
@@ -269,7 +275,7 @@ def test_options_that_need_the_whole_posterior_are_refused(options):
 
 def test_arguments_that_make_no_sense():
     em = EM(mixture, e_step="enumerated", m_step=steps.gaussian_mixture(2))
-    for wrong in (0, -3, 2.5, True):
+    for wrong in (0, -3, 2.5, True, "some"):
         with pytest.raises(EmvaeError, match="batch_size"):
             em.run(data(), max_iter=2, batch_size=wrong)
     with pytest.raises(DataError, match="1 positional"):
@@ -281,6 +287,173 @@ def test_float32():
     _, expected = fitted("mixture", x)
     _, found = fitted("mixture", x, batch_size=20)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Slices by themselves -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Slice 50 data or more, in slices of 30."""
+    monkeypatch.setattr(slices, "LEAST", 50)
+    monkeypatch.setattr(slices, "LENGTHS", (10, 30))
+
+
+def went(fit) -> str:
+    return fit.provenance["slices"]
+
+
+@pytest.mark.parametrize("options", [{}, {"accelerate": "squarem"}])
+@pytest.mark.parametrize("case", CASES)
+def test_many_data_go_in_slices_by_default(few, case, options):
+    if case in ("averaged", "damped") and options:
+        return
+    x, keep = data(), torch.arange(101) % 7 > 0
+    whole, expected = fitted(case, x, keep, whole=torch.zeros(3), batch_size=None, **options)
+    sliced, found = fitted(case, x, keep, whole=torch.zeros(3), **options)
+    torch.testing.assert_close(found, expected, rtol=1e-7 if options else 1e-10, atol=1e-9)
+    assert float(sliced.objective) == pytest.approx(float(whole.objective), rel=1e-12)
+    assert (went(sliced), went(whole)) == ("slices of 30", "whole: batch_size=None")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_few_data_are_taken_whole_bit_for_bit(case):
+    fit, found = fitted(case, data())
+    _, expected = fitted(case, data(), batch_size=None)
+    assert went(fit) == "whole: fewer than 20000 data"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_length_of_a_slice_is_that_of_two_mebibytes():
+    lengths = [slices._best_length(((torch.zeros(30_000, width, dtype=F64),), {})) for width in (2, 64, 1000)]
+    assert lengths == [8192, 2**21 // (64 * 8), 1024]
+    assert slices._best_length(((torch.zeros(9, 32), torch.zeros(9, 96), torch.zeros(99)), {})) == 2**21 // (128 * 4)
+
+
+def came_to(model, *args: Tensor, step: steps.ClosedForm, **options):
+    pyro.clear_param_store()
+    em = EM(model, e_step="gaussian", m_step=step)
+    fit = em.run(*args, max_iter=3, stop=None, on_decrease="warn", **options)
+    return fit, {name: value.detach().clone() for name, value in em.blocks.constrained().items()}
+
+
+GROUPS = torch.arange(101) % 60
+
+
+def grouped(x: Tensor, group: Tensor) -> None:
+    """Rows share latents only 60 rows apart, so that the first two slices do not show it."""
+    theta = pyro.param("theta", torch.tensor(0.0, dtype=F64))
+    with pyro.plate("groups", 60):
+        g = pyro.sample("g", dist.Normal(theta, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(g[group], 1.0), obs=x[:, 0])
+
+
+def sound(x: Tensor) -> None:
+    assert len(x) == 101, "all or nothing"
+    common_latent(x)
+
+
+def of_groups() -> steps.ClosedForm:
+    return steps.ClosedForm(lambda values, x, group: {"z": values["g"]}, lambda s, p: {"theta": s["z"] / 60})
+
+
+def mean_of_z() -> steps.ClosedForm:
+    return steps.ClosedForm(
+        lambda values, x: {"z": values["z"], "n": torch.ones_like(values["z"])}, lambda s, p: {"theta": s["z"] / s["n"]}
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*cannot raise the objective")  # where theta has a factor of its own
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("fixed_size", "on a slice"),
+        ("common_latent", "log evidence"),
+        ("outside_factor", "log evidence"),
+        ("first_rows_of_a_constant", "log evidence"),
+        ("centred", "log evidence"),
+        ("sound", "on a slice AssertionError: all or nothing"),
+    ],
+)
+def test_what_cannot_be_sliced_is_taken_whole_without_a_word(few, name, why):
+    fit, found = came_to(globals()[name], data(), step=mean_of_z())
+    _, expected = came_to(globals()[name], data(), step=mean_of_z(), batch_size=None)
+    assert went(fit).startswith("whole: ") and why in went(fit)
+    assert torch.equal(found["theta"], expected["theta"])
+
+
+def test_data_that_meet_far_apart_are_found_by_the_sum_over_all_slices(few):
+    fit, found = came_to(grouped, data(), GROUPS, step=of_groups())
+    _, expected = came_to(grouped, data(), GROUPS, step=of_groups(), batch_size=None)
+    assert "misses the sum" in went(fit)
+    assert torch.equal(found["theta"], expected["theta"])
+
+
+def test_parameters_start_from_all_data(few):
+    def model(x: Tensor) -> None:
+        pyro.param("bias", lambda: x.mean(0) + torch.randn(2, dtype=F64))
+        factors(x)
+
+    x = data()
+    em = EM(model, e_step="gaussian", m_step=steps.linear_gaussian(noise_form="diagonal"))
+    fit = em.run(x, max_iter=1, stop=None, track=["bias"], seed=3)
+    assert went(fit) == "slices of 30"
+    torch.manual_seed(3)
+    first = fit.history["param_bias"].values[0]
+    assert first.tolist() == pytest.approx((x.mean(0) + torch.randn(2, dtype=F64)).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"history": "full"}, "history='full'"),
+        ({"data": [data()], "max_iter": None, "num_epochs": 2}, "data="),
+        ({"anneal": annealing.Linear(2, start=0.5)}, "anneal="),
+        ({"device": "cpu"}, "device="),
+        ({"n_init": 3, "seed": 0}, "starts side by side"),
+    ],
+)
+def test_options_that_take_the_whole(few, options, why):
+    options = {"max_iter": 4, "stop": None} | options
+    args = () if "data" in options else (data(),)
+    found = []
+    for more in ({}, {"batch_size": None}):
+        pyro.clear_param_store()
+        em = EM(mixture, e_step="enumerated", m_step=steps.gaussian_mixture(2))
+        fit = em.run(*args, **options, **more)
+        found.append({name: value.detach().clone() for name, value in em.blocks.constrained().items()})
+        assert went(fit) == f"whole: {'batch_size=None' if more else why}"
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_half_steps_that_do_not_add_up_are_taken_whole(few):
+    em = EM(mixture, None, pyro.optim.Adam({"lr": 0.01}), e_step="enumerated")
+    assert went(em.run(data(), max_iter=2)) == "whole: half-steps whose statistics do not add up"
+
+
+def test_missing_data_are_refused_as_without_slices(few):
+    x = data()
+    x[70, 0] = math.nan
+    said = []
+    for options in ({}, {"batch_size": None}):
+        with pytest.raises(EmvaeError) as error:
+            fitted("mixture", x, **options)
+        said.append((type(error.value), str(error.value)))
+    assert said[0] == said[1]
+
+
+def test_a_run_in_slices_by_default_goes_on_bit_for_bit(few, tmp_path):
+    x = data()
+    _, expected = fitted("averaged", x)
+    model, e_step, m_step = CASES["averaged"]
+    for total, done in ((3, "slices of 30"), (8, "slices of 30"), (8, "no iteration was made")):
+        pyro.clear_param_store()
+        em = EM(model, e_step=e_step, m_step=m_step())
+        fit = em.run(x, max_iter=total, stop=None, checkpoint=tmp_path / "run.pt", every=1)
+        assert went(fit) == done
+    for name, value in em.blocks.constrained().items():
+        assert torch.equal(value, expected[name])
 
 
 # Memory -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ def draw(
     max_plate_nesting: int | None = None,
     treat: Callable[[dict], str] | None = None,
     values: Mapping[str, Any] | None = None,
+    score: Callable[[Any, Tensor], Tensor | None] | None = None,
 ) -> Particles:
     r"""Run the guide and replay the model on its draws.
 
@@ -41,6 +42,7 @@ def draw(
         max_plate_nesting: Number of plate dims; needed to vectorize more than one particle.
         treat: See `Recorder`.
         values: Values (with annotations or None) of sites that are replayed and not drawn, the same in every run.
+        score: For one run, returns the log density of a distribution at a value, or None for its ``log_prob``.
 
     Returns:
         The particles. With K > 1 every log density has its particles at dim ``-1 - max_plate_nesting``.
@@ -50,7 +52,7 @@ def draw(
     kwargs = kwargs or {}
     if num_particles == 1 or vectorize:
         wrap = plate_wrapper(num_particles, max_plate_nesting)
-        return run_pair(wrap(model), wrap(guide), args, kwargs, num_particles, max_plate_nesting, treat, values)
+        return run_pair(wrap(model), wrap(guide), args, kwargs, num_particles, max_plate_nesting, treat, values, score)
     return stack_runs(
         [run_pair(model, guide, args, kwargs, 1, max_plate_nesting, treat, values) for _ in range(num_particles)]
     )
@@ -86,7 +88,7 @@ def plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable
     return lambda fn: pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting)(fn)
 
 
-def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values) -> Particles:
+def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values, score=None) -> Particles:
     messenger = poutine.unwrap(guide)
     guide_run = Recorder(values, treat)
     if isinstance(messenger, Messenger):
@@ -112,7 +114,7 @@ def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values) 
         num_particles,
         nesting,
         {n: make_site(m) for n, m in guide_msgs.items() if not is_subsample(m)},
-        {n: make_site(m) for n, m in model_msgs.items() if not is_subsample(m)},
+        {n: make_site(m, score) for n, m in model_msgs.items() if not is_subsample(m)},
         {"guide": guide_run.params, "model": model_params},
         result,
         (tuple(guide_run.cuts),),
@@ -155,10 +157,11 @@ def _nesting(messages: Iterable[dict]) -> int:
     return -min(dims) if dims else 0
 
 
-def make_site(msg: dict) -> Site:
+def make_site(msg: dict, score: Callable[[Any, Tensor], Tensor | None] | None = None) -> Site:
     fn, value = msg["fn"], msg["value"]
     try:
-        log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
+        log_prob = None if score is None or msg["args"] or msg["kwargs"] else score(fn, value)
+        log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if log_prob is None else log_prob
     except ValueError as cause:
         refuse_non_finite("Particles", msg["name"], value, cause)
         shape = tuple(getattr(value, "shape", ()))

@@ -17,6 +17,7 @@ from ..parameters import reach
 from ..particles import Particles, Site, draw, hold_batch, is_subsample, reduce_to
 from ._coordinates import Latent, Point
 from ._plates import Batch
+from ._squares import squares
 
 __all__ = ["LogJoint", "Run", "log_jacobian"]
 
@@ -141,7 +142,7 @@ class LogJoint:
 
     def _run(self, coordinates: Mapping[str, Tensor]) -> Run:
         with _At(coordinates) as given:
-            particles = draw(self.model, _draw_nothing, self.args, self.kwargs)
+            particles = draw(self.model, _draw_nothing, self.args, self.kwargs, score=squares)
             jacobians = {} if not self.constrained else _jacobians(given, particles)
         return Run(particles, given.leaves, jacobians, given.supports)
 

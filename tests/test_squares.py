@@ -1,0 +1,68 @@
+"""The log density of normals by squares: that of Pyro, with its derivatives and its refusals."""
+
+from __future__ import annotations
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_emvae.posterior._squares import squares
+
+F64 = torch.float64
+LOCS = {
+    "one number": lambda: torch.tensor(0.3, dtype=F64),
+    "per element": lambda: torch.linspace(-1, 1, 3, dtype=F64),
+    "per datum": lambda: torch.linspace(-1, 1, 15, dtype=F64).reshape(5, 3),
+}
+SCALES = {
+    "one number": lambda: torch.tensor(0.7, dtype=F64),
+    "per element": lambda: torch.tensor([0.5, 1.0, 2.0], dtype=F64),
+    "per datum": lambda: torch.linspace(0.5, 2, 15, dtype=F64).reshape(5, 3),
+    "of a row": lambda: torch.linspace(0.5, 2, 5, dtype=F64)[:, None],
+}
+
+
+@pytest.mark.parametrize("events", [0, 1, 2])
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("loc", LOCS)
+def test_value_and_derivatives_are_those_of_pyro(loc, scale, events):
+    loc, scale = LOCS[loc]().requires_grad_(), SCALES[scale]().requires_grad_()
+    value = torch.linspace(-2, 1, 15, dtype=F64).reshape(5, 3).sin().requires_grad_()
+    leaves = [loc, scale, value]
+    fn = dist.Normal(loc, scale).expand((5, 3)).to_event(events)
+    found, expected = squares(fn, value), fn.log_prob(value)
+    torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
+    first = [torch.autograd.grad(f.sin().sum(), leaves, create_graph=True) for f in (found, expected)]
+    torch.testing.assert_close(first[0], first[1], rtol=1e-11, atol=1e-12)
+    second = [torch.autograd.grad(sum(g.cos().sum() for g in gradients), leaves) for gradients in first]
+    torch.testing.assert_close(second[0], second[1], rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3,), (4, 1, 3)])
+def test_values_of_fewer_and_of_more_dims_are_broadcast(shape):
+    value = torch.zeros(shape, dtype=F64)
+    for events in (0, 1):
+        fn = dist.Normal(torch.zeros(2, 3, dtype=F64), torch.ones(3, dtype=F64)).to_event(events)
+        if len(shape) < events:
+            continue
+        torch.testing.assert_close(squares(fn, value), fn.log_prob(value), rtol=1e-14, atol=1e-14)
+
+
+def test_what_is_no_normal_is_left_alone():
+    normal = dist.Normal(torch.zeros(3), 1.0)
+    for fn in (dist.Cauchy(0.0, 1.0), dist.LogNormal(0.0, 1.0), normal.mask(torch.tensor([True, False, True]))):
+        assert squares(fn, torch.ones(3)) is None
+
+
+def test_values_are_validated_as_by_pyro():
+    fn = dist.Normal(torch.zeros(3), 1.0)
+    for refusing in (fn.log_prob, lambda value: squares(fn, value)):
+        with pytest.raises(ValueError, match="support"):
+            refusing(torch.tensor([0.0, float("nan"), 1.0]))
+
+
+def test_precisions_may_differ():
+    fn = dist.Normal(torch.zeros(2, 3), torch.ones(3)).to_event(1)
+    found = squares(fn, torch.ones(2, 3, dtype=F64))
+    assert found.dtype == F64
+    torch.testing.assert_close(found, fn.log_prob(torch.ones(2, 3, dtype=F64)), rtol=1e-6, atol=1e-6)

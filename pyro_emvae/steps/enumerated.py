@@ -67,7 +67,7 @@ class Enumerated(HalfStep):
                 "go on with this posterior",
                 got=f"log p(x) = {posterior.log_evidence}",
                 because="no outcome of the latents gives the data a density, or one that is a number",
-                fix="Leave missing values out by poutine.mask, with any number in their place; check supports and parameters.",
+                fix="Leave missing values out by poutine.mask, with any number in their place; check supports.",
             )
         return state, posterior, Info(loss=-posterior.log_evidence)
 

@@ -56,7 +56,7 @@ def spike(parameters: Parameters, expected: Callable[[], Tensor]) -> str:
     tries = []
     for name, slope in zip(narrow, slopes, strict=True):
         ratios = found[name]
-        steep = (ratios < NARROW) & (_scales(slope, ratios) < -RISE)
+        steep = (ratios < NARROW) & ~(_scales(slope, ratios) >= -RISE)  # NaN where a square of the scale underflows
         tries += [(float(ratios[tuple(place)]), name, tuple(place)) for place in steep.nonzero().tolist()]
     for ratio, name, place in sorted(tries)[:CANDIDATES]:
         rise = _halved(rows[name].leaf, place, expected) - float(base.detach())

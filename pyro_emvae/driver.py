@@ -206,8 +206,9 @@ def run(
     callbacks = [callbacks] if callable(callbacks) else list(callbacks)
     track = [track] if isinstance(track, str) else list(track)
     history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
+    look = None if screen is None else lambda: screen(*_to_device(args, kwargs, device))
     history.monitor = monitor = Monitor(
-        engine, stop, on_decrease, deterministic and data is None, track, monotone=monotone
+        engine, stop, on_decrease, deterministic and data is None, track, monotone=monotone, look=look
     )
     if hasattr(iterate, "state_dict"):
         history.iterate = iterate
@@ -262,9 +263,8 @@ def run(
         status = "NAN"
     objective = history.iterations[-1][0] if history.iterations else math.nan
     if monitor.deterministic and evaluate is not None and status != "INTERRUPTED":
-        there = _to_device(args, kwargs, device)
-        status, objective = monitor.end(status, -evaluate(*there))
-        status = monitor.screen(status, screen(*there) if screen is not None and status in ENDS else "")
+        status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
+        status = monitor.screen(status, look() if look is not None and status in ENDS else "")
     fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
     fit.provenance.update({"resumed_from": start.source} if start.source else {})
     return fit

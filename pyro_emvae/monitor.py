@@ -6,7 +6,7 @@ import dataclasses
 import math
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ class Monitor:
         fixed: No half-step draws and the data are the same in each iteration, so that the objective has no noise.
         track: Names of parameters whose constrained values are kept.
         monotone: Nor can a half-step lower it.
+        look: Returns what says that the present parameters are on a spike of the likelihood, asked after a decrease:
+            rounding lowers the objective where a scale vanishes.
 
     A decrease is one beyond rounding: more than the square root of the dtype's rounding unit, in nats per datum.
     """
@@ -46,6 +48,7 @@ class Monitor:
         track: list[str],
         *,
         monotone: bool = False,
+        look: Callable[[], str] | None = None,
     ) -> None:
         if on_decrease is not None:
             choose("on_decrease", on_decrease, ("raise", "warn", "revert"))
@@ -66,6 +69,7 @@ class Monitor:
         self.iterations: list[tuple[int, float]] = []
         self.verdict = Verdict()
         self.decreased = False
+        self.look = look
         self._epoch: list[float] = []
         self._last: deque[tuple[dict[str, Tensor], dict]] = deque(maxlen=3)
         self._flat: deque[np.ndarray] = deque(maxlen=getattr(stop, "span", 0))
@@ -139,7 +143,7 @@ class Monitor:
         """Return the status of the run and the objective, given that at its last parameters."""
         if self.monotone and status in ENDS and self.objectives and self._fell(self.objectives[-1], objective):
             status = self._decrease(self.objectives[-1], objective, -2) or status
-            objective = self.objectives[-1] if status == "REVERTED" else objective
+            objective = self.objectives[-1] if status in ("REVERTED", "DEGENERATE") else objective
         return "DECREASED" if self.decreased and status in ENDS else status, objective
 
     def screen(self, status: str, found: str) -> str:
@@ -256,7 +260,10 @@ class Monitor:
         if policy == "warn":
             warnings.warn(message("EM", **text), stacklevel=2)
             return None
+        spike = "" if self.look is None else self.look()
         self._restore(place)
+        if spike:
+            return self.screen("", spike)
         if policy == "raise":
             fail(StepError, "EM", **text)
         self.verdict = Verdict("REVERTED", reason=text["got"])

@@ -172,3 +172,36 @@ def test_ordinary_mixtures_raise_no_alarm(kind, record_result):
         assert math.isfinite(fit.objective)
     record_result(f"false alarms of DEGENERATE, {kind} mixtures, 200 runs", f"{alarms}, and {spikes} spikes")
     assert alarms == 0
+
+
+@pytest.mark.parametrize("value", [5.0, 5.1])
+@pytest.mark.parametrize("options", [{}, {"accelerate": "squarem"}, {"n_init": 3, "init": "noise"}])
+@pytest.mark.parametrize("floor", [1e-300, 1e-30, 1e-14])
+def test_an_update_that_loses_digits_on_a_spike_is_degenerate(value, floor, options):
+    """Three data are equal, and a variance is a difference of sums: rounding lowers the objective at last."""
+    x = torch.cat([torch.full((3,), value, dtype=torch.float64), normals(0, 100, 1)[:, 0]])
+
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", x.new_tensor([0.03, 0.97]), constraint=constraints.simplex)
+        loc = pyro.param("loc", x.new_tensor([5.0, 0.0]))
+        scale = pyro.param("scale", x.new_tensor([0.1, 2.0]), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+    def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        r = one_hot(values["z"], 2).to(x)
+        return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
+
+    def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        loc = s["x"] / s["n"]
+        variance = (s["xx"] / s["n"] - loc.square()).clamp_min(floor)
+        return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
+
+    em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(statistics, update))
+    fit = em.run(x, max_iter=100, seed=0, **options)
+    if "n_init" in options:
+        assert fit.restarts["degenerate"].any() and not fit.restarts["status"].eq("FAILED").any()
+    else:
+        assert fit.status == "DEGENERATE" and fit.verdict.reason
+    assert all(torch.isfinite(value).all() for value in fit.params.values())

@@ -390,14 +390,14 @@ class EM(Inference):
                 )
 
     def _check_validation(self) -> None:
-        if isinstance(self.guide, PosteriorGuide) and isinstance(self.e_step, MonteCarlo):
+        if not getattr(self.guide, "has_density", True):
             fail(
                 StepError,
                 "EM",
                 "take the objective of held-out data",
                 got=f"validation= with {self.e_step!r}",
                 because="the density of its draws is not known, so that they have no ELBO",
-                fix="Leave validation= out, and write emvae.log_evidence(em.model, guide, held_out) with a guide.",
+                fix="Leave validation= out, and write emvae.log_evidence(em.model, em.guide, held_out).",
             )
 
     def _refuse(self, option: str, misfit: bool) -> None:
@@ -446,4 +446,5 @@ def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callabl
             because="this E-step moves a guide or draws from it",
             fix="Write EM(model, guide, ...), or an E-step that needs none, such as e_step=steps.Enumerated().",
         )
-    return PosteriorGuide(lambda args, kwargs: e_step.infer(model, args, kwargs))
+    has_density = not isinstance(e_step, MonteCarlo)
+    return PosteriorGuide(lambda args, kwargs: e_step.infer(model, args, kwargs), has_density)

@@ -11,7 +11,7 @@ import torch
 from pyro import infer
 from torch import Tensor, nn
 
-from pyro_emvae import EM, kernels, log_evidence, problems, steps
+from pyro_emvae import EM, elbo, kernels, log_evidence, problems, steps
 from pyro_emvae._checks import EmvaeError, NonFiniteError, StepError
 from pyro_emvae.posterior import SamplesPosterior
 from pyro_emvae.steps import MonteCarlo, samplers
@@ -704,7 +704,10 @@ def test_its_density_is_not_known_and_nothing_pretends_that_it_is():
     em = full(problem, MonteCarlo("prior", 30))
     em.step(*problem.args)
     with pytest.raises(NonFiniteError, match=r"nan.*guide's site 'z'"):
-        log_evidence(em.model, em.guide, *problem.args, num_particles=5)
+        elbo(em.model, em.guide, *problem.args, num_particles=5)
+    evidence = log_evidence(em.model, em.guide, *problem.args, num_particles=5)
+    assert "proposal is Laplace's approximation" in evidence.note and "no density" in str(evidence)
+    assert evidence.value == pytest.approx(float(problem.log_evidence(em.blocks.constrained())), rel=1e-8)
     em = full(problem, MonteCarlo("importance", 30), problem.guide)
     em.step(*problem.args)
     assert em.guide is problem.guide

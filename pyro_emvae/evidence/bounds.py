@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from .._checks import EmvaeError, NonFiniteError, fail
 from .._registry import create
+from ..posterior import proposal
 from .estimate import Estimate, Gap
 from .importance import EvidenceMethod, importance_estimate, per_datum
 from .layout import Request
@@ -93,6 +95,8 @@ def log_evidence(
 
     Args:
         model, guide: As in Pyro; ``*args, **kwargs`` are the data. All guide sites count in log q, auxiliary ones too.
+            The guide of a Monte Carlo E-step, whose draws have no density, is replaced by the exact posterior of
+            discrete latents, or by Laplace's approximation; ``note`` says so.
         method: ``"importance"``, ``"quadrature"`` (at most four latent coordinates per datum; takes no guide: None) or
             an instance; see `Importance` and `Quadrature`.
         num_particles: K.
@@ -122,8 +126,14 @@ def log_evidence(
         (('data',), (5,))
     """
     how = (num_particles, vectorize_particles, max_plate_nesting, chunk_size, seed)
-    request = Request("log_evidence", model, guide, args, kwargs, *how)
-    return _method(method).estimate(request)
+    drawn = not getattr(guide, "has_density", True)
+    guide = proposal("log_evidence", model) if drawn else guide
+    found = _method(method).estimate(Request("log_evidence", model, guide, args, kwargs, *how))
+    if not drawn:
+        return found
+    what = "the exact posterior" if guide.is_exact else "Laplace's approximation"
+    text = f"the proposal is {what}, for the guide's draws have no density"
+    return replace(found, note="; ".join(filter(None, (found.note, text))))
 
 
 def elbo_gap(

@@ -71,7 +71,7 @@ class Estimate:
             their number and the standard error only with its root. None for an ELBO, whose bias is the gap.
         per_datum: The same per datum, where every latent site lies in a plate.
         given: Sites at which the guide is a point mass: theirs is the log joint density, they are not integrated over.
-        note: Why it is no bound, or why the data of a plate have one weight together.
+        note: Why it is no bound, why the data of a plate have one weight together, or what the proposal is.
     """
 
     value: float

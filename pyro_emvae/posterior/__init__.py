@@ -17,6 +17,7 @@ from .guide import PosteriorGuide
 from .mean_field import MeanFieldPosterior, first_ascent
 from .point_masses import AtPointMasses
 from .prior import Prior
+from .proposal import proposal
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "is_local",
     "lay_out",
     "plate_nesting",
+    "proposal",
     "scatter_factors",
     "second_order_support",
     "solve_conjugate",

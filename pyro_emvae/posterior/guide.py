@@ -23,10 +23,11 @@ class PosteriorGuide:
 
     Args:
         infer: A function of args and kwargs that returns a `Posterior`.
+        has_density: Whether its draws have a log q; those of chains have none.
     """
 
-    def __init__(self, infer: Callable[[tuple, dict], Posterior]) -> None:
-        self.infer, self.is_exact = infer, False
+    def __init__(self, infer: Callable[[tuple, dict], Posterior], has_density: bool = True) -> None:
+        self.infer, self.has_density, self.is_exact = infer, has_density, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         with torch.no_grad():

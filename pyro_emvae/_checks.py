@@ -3,8 +3,8 @@ r"""The error template: every message that a user sees is made here."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "fail",
     "message",
     "nearest",
+    "number",
     "positive_int",
     "require_data",
     "tensors_in",
@@ -133,6 +134,25 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
             fix=f"Write {name}={minimum}, or more.",
         )
     return int(value)
+
+
+def number(obj: str, name: str, value: Any, bounds: str, fits: Callable[[float], bool], example: float) -> float:
+    """Return a real number as a float if it lies in its bounds, which are said in words; raise `EmvaeError` otherwise.
+
+    Example:
+        >>> number("steps.Damped", "factor", 1, "above 0", lambda x: x > 0, 0.5)
+        1.0
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
+        fail(
+            EmvaeError,
+            obj,
+            f"use {name}",
+            got=repr(value),
+            because=f"{name} has to be a number {bounds}",
+            fix=f"Write {name}={example:g}.",
+        )
+    return float(value)
 
 
 def tensors_in(value: Any) -> Iterator[Any]:

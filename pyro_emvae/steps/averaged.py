@@ -2,15 +2,14 @@ r"""M-steps in closed form that move with care: by averaged statistics, or part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._checks import EmvaeError, StepError, fail, positive_int
+from .._checks import StepError, fail, number, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
 from ..parameters import MODEL, Row
@@ -75,7 +74,7 @@ class Averaged(HalfStep):
     ) -> None:
         self.m_step = _closed_form("Averaged", m_step)
         self.start = m_step.start
-        self.rate = _number("Averaged", "rate", rate, "above 0.5 and at most 1", lambda x: 0.5 < x <= 1, 0.7)
+        self.rate = number("steps.Averaged", "rate", rate, "above 0.5 and at most 1", lambda x: 0.5 < x <= 1, 0.7)
         self.burn_in = positive_int("steps.Averaged", "burn_in", burn_in, minimum=0)
         self.first_update = positive_int("steps.Averaged", "first_update", first_update)
         given = average_from is not None
@@ -187,7 +186,7 @@ class Damped(HalfStep):
     def __init__(self, m_step: ClosedForm, factor: float) -> None:
         self.m_step = _closed_form("Damped", m_step)
         self.start = m_step.start
-        self.factor = _number("Damped", "factor", factor, "above 0 and below 2", lambda x: 0 < x < 2, 0.5)
+        self.factor = number("steps.Damped", "factor", factor, "above 0 and below 2", lambda x: 0 < x < 2, 0.5)
 
     def __repr__(self) -> str:
         return f"Damped({self.m_step!r}, factor={self.factor:g})"
@@ -227,19 +226,6 @@ def _closed_form(who: str, m_step: Any) -> ClosedForm:
             fix=f"Write {who}(steps.ClosedForm(statistics, update)), or a ready one such as steps.gaussian_mixture(3).",
         )
     return m_step
-
-
-def _number(who: str, name: str, value: Any, bounds: str, fits: Callable[[float], bool], example: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
-        fail(
-            EmvaeError,
-            f"steps.{who}",
-            f"use {name}",
-            got=repr(value),
-            because=f"{name} has to be a number {bounds}",
-            fix=f"Write {name}={example}.",
-        )
-    return float(value)
 
 
 register(

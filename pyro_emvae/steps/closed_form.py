@@ -17,7 +17,7 @@ from ..parameters import MODEL, assign
 from ..posterior import Posterior, Support
 from .base import HalfStep, Info
 
-__all__ = ["ClosedForm", "Summed", "total", "total_of"]
+__all__ = ["ClosedForm", "Summed", "latent_of", "total", "total_of"]
 
 
 def total(statistics: Callable[..., Any], support: Support, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -65,6 +65,20 @@ class Summed:
     """What is left of a posterior that was found slice by slice: for each `ClosedForm`, by its id, its statistics."""
 
     totals: Mapping[int, dict[str, Tensor]]
+
+
+def latent_of(obj: str, values: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return the values of a latent that a ready step reads by name."""
+    if name not in values:
+        fail(
+            StepError,
+            obj,
+            f"read latent {name!r}",
+            got="no such latent in the model",
+            because="its statistics are taken from the latents by name",
+            fix=nearest(name, values) + " Write latent=...",
+        )
+    return values[name]
 
 
 class ClosedForm(HalfStep):

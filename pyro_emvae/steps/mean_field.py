@@ -6,13 +6,12 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .._checks import EmvaeError, StepError, fail, positive_int
+from .._checks import StepError, fail, number, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State, choose
 from ..particles import ModuleWatch, keep_buffers, quiet
@@ -119,13 +118,15 @@ class MeanField(HalfStep):
         seed: int = 0,
     ) -> None:
         self.num_sweeps = positive_int("steps.MeanField", "num_sweeps", num_sweeps)
-        self.tol = _number("tol", tol, "of nats, at least 0", lambda x: x >= 0, 1e-6)
+        self.tol = number("steps.MeanField", "tol", tol, "of nats, at least 0", lambda x: x >= 0, 1e-6)
         choose("update", update, ("exact", "natural_gradient"))
         choose("pairs", pairs, ("conjugate", "none"))
-        rate = _number("rate", rate, "above 0 and at most 1", lambda x: 0 < x <= 1, 0.5)
+        rate = number("steps.MeanField", "rate", rate, "above 0 and at most 1", lambda x: 0 < x <= 1, 0.5)
         self.update = Update(update, rate, positive_int("steps.MeanField", "num_nodes", num_nodes, minimum=2))
-        self.delay = _number("delay", delay, "of at least 0", lambda x: x >= 0, 1.0)
-        self.forgetting = _number("forgetting", forgetting, "above 0.5 and at most 1", lambda x: 0.5 < x <= 1, 0.7)
+        self.delay = number("steps.MeanField", "delay", delay, "of at least 0", lambda x: x >= 0, 1.0)
+        self.forgetting = number(
+            "steps.MeanField", "forgetting", forgetting, "above 0.5 and at most 1", lambda x: 0.5 < x <= 1, 0.7
+        )
         self.traits = replace(type(self).traits, monotone=update == "exact")
         self.pairs, self.init_, self.seed = pairs, init, seed
         self._known: dict[Any, Any] = {}
@@ -269,19 +270,6 @@ def _check_same_data(own: Mapping[str, Tensor], print_: Tensor) -> None:
             fix="Let the plate subsample (pyro.plate(..., subsample_size=B) or subsample=rows), or pass index=rows to "
             "step and model.",
         )
-
-
-def _number(name: str, value: Any, bounds: str, fits: Callable[[float], bool], example: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not fits(value):
-        fail(
-            EmvaeError,
-            "steps.MeanField",
-            f"use {name}",
-            got=repr(value),
-            because=f"{name} has to be a number {bounds}",
-            fix=f"Write {name}={example:g}.",
-        )
-    return float(value)
 
 
 register(

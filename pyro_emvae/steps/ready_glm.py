@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import DegenerateError, EmvaeError, StepError, fail, nearest
+from .._checks import DegenerateError, EmvaeError, fail, nearest
 from ..posterior import Outer
-from .closed_form import ClosedForm
+from .closed_form import ClosedForm, latent_of
 from .combined import combined
 
 __all__ = ["glm_intercepts", "linear_mixed", "random_effects"]
@@ -60,7 +60,7 @@ class Rows:
         return product.new_zeros(shape).index_add(1, index, product)
 
     def _latent(self, values: Mapping[str, Tensor]) -> Tensor:
-        return _latent(self.obj, values, self.latent)
+        return latent_of(self.obj, values, self.latent)
 
 
 def glm_intercepts(
@@ -171,7 +171,7 @@ def random_effects(latent: str = "b", scale: str = "tau", loc: str | None = None
     """
 
     def effects_statistics(values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        z = _latent("steps.random_effects", values, latent)
+        z = latent_of("steps.random_effects", values, latent)
         return {"n": torch.ones_like(z[:1]), "first": z, "second": z.square()}
 
     def effects_update(sums: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -315,19 +315,6 @@ def _refuse(bad: Tensor, got: str) -> None:
 
 def _argument(place: int | str, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     return kwargs[place] if isinstance(place, str) else args[place]
-
-
-def _latent(obj: str, values: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in values:
-        fail(
-            StepError,
-            obj,
-            f"read latent {name!r}",
-            got="no such latent in the model",
-            because="its statistics are taken from the latents by name",
-            fix=nearest(name, values) + " Write latent=...",
-        )
-    return values[name]
 
 
 def _over(total: Tensor, number: Tensor, dims: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import EmvaeError, StepError, fail, nearest
 from ..posterior import Outer
-from .closed_form import ClosedForm
+from .closed_form import ClosedForm, latent_of
 
 __all__ = ["linear_gaussian", "local_level"]
 
@@ -65,7 +65,7 @@ def linear_gaussian(
         )
 
     def linear_gaussian_statistics(values: Mapping[str, Tensor], x: Tensor, *args: Any, **kw: Any) -> dict[str, Tensor]:
-        z = _latent("steps.linear_gaussian", values, latent)
+        z = latent_of("steps.linear_gaussian", values, latent)
         _check_shape(latent, z, x)
         z = z if bias is None else torch.cat([z, torch.ones_like(z[..., :1])], -1)
         missing = x.isnan()[None]
@@ -114,7 +114,7 @@ def local_level(latent: str = "level_{}", level: str = "level_scale", noise: str
 
     def local_level_statistics(values: Mapping[str, Tensor], y: Tensor, *args: Any, **kw: Any) -> dict[str, Tensor]:
         names = [latent.format(t) for t in range(y.shape[-1])]
-        z = torch.stack([_latent("steps.local_level", values, name) for name in names], -1)
+        z = torch.stack([latent_of("steps.local_level", values, name) for name in names], -1)
         seen = ~y.isnan()
         residual = torch.where(seen, y - z, 0.0)
         steps = z.diff(dim=-1)
@@ -129,19 +129,6 @@ def local_level(latent: str = "level_{}", level: str = "level_scale", noise: str
         return {noise: (sums["noise"] / sums["n"]).sqrt(), level: (sums["level"] / sums["m"]).sqrt()}
 
     return ClosedForm(local_level_statistics, local_level_update)
-
-
-def _latent(obj: str, values: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in values:
-        fail(
-            StepError,
-            obj,
-            f"read latent {name!r}",
-            got="no such latent in the model",
-            because="its statistics are taken from the latents by name",
-            fix=nearest(name, values),
-        )
-    return values[name]
 
 
 def _check_shape(name: str, z: Tensor, x: Tensor) -> None:

@@ -1,6 +1,6 @@
 r"""Gradient estimators: one file each, found by name in the registry."""
 
-from .base import Estimator, SiteTerms
+from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
 from .leave_one_out import LeaveOneOut
 from .partial import PartialPathwise
@@ -10,14 +10,18 @@ from .score import Score
 
 __all__ = [
     "POLICIES",
+    "Control",
     "DecayingAverage",
+    "Draw",
     "Estimator",
     "Full",
     "LeaveOneOut",
     "PartialPathwise",
     "Pathwise",
+    "Probed",
     "Score",
     "SiteTerms",
+    "Situation",
     "StickTheLanding",
     "auto_table",
 ]

@@ -13,7 +13,7 @@ from .base import Estimator, SiteTerms, State
 
 __all__ = ["Full", "Pathwise", "StickTheLanding"]
 
-TRAITS = Traits(needs_rsample=True, higher_order=True, needs_signal=False, auto=10)
+TRAITS = Traits(needs_rsample=True, higher_order=True, needs_signal=False, auto=10, objectives=("any",))
 
 
 class Entropy(ABC):
@@ -77,7 +77,9 @@ class Pathwise(Estimator):
     @property
     def traits(self) -> Traits:  # type: ignore[override]
         split = self.entropy.splits_paths
-        return replace(TRAITS, splits_paths=split, higher_order=not split, auto=None if split else TRAITS.auto)
+        if not split:
+            return TRAITS
+        return replace(TRAITS, splits_paths=True, higher_order=False, auto=None, objectives=("elbo",))
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
         return self.entropy.terms(site.entropy)

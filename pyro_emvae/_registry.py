@@ -30,7 +30,8 @@ class Traits:
         needs_rsample: The site's distribution must have a reparameterised sampler.
         support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
-            before; ``"weighted"``: together, with weights; ``"relaxed"``: values with a path, of another distribution.
+            before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
+            with weights; ``"relaxed"``: values with a path, of another distribution.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly

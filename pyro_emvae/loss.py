@@ -391,7 +391,9 @@ class MonteCarloELBO(ELBO):
         """Return the objective, its summands (annealed), and the objective of several particles, if it is one."""
         depends = plan.depends or Dependence()
         analytic = [site.name for site, estimator in rows if estimator.integrates]
-        terms = reweighted(self.objective.terms(particles, analytic), particles, depends)
+        terms = self.objective.terms(particles, analytic)
+        _check_integrated(analytic, terms, particles)
+        terms = reweighted(terms, particles, depends)
         bound = self.objective.bound(particles, terms, depends.moves)
         if bound is None:
             objective = total(terms) / self.num_particles
@@ -451,6 +453,22 @@ class MonteCarloELBO(ELBO):
         """Resolve estimators and make their state, leaving generators and buffers as they were."""
         with quiet(), torch.no_grad():
             self.particles(model, guide, args, kwargs)
+
+
+def _check_integrated(wanted: list[str], terms: list[Term], particles: Particles) -> None:
+    integrated = {term.site for term in terms if term.kind == "kl"}
+    for name in wanted:
+        if name not in integrated:
+            prior = particles.model[name].fn if name in particles.model else None
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"integrate the KL of site {name!r}",
+                got=f"{type(base(particles.guide[name].fn)).__name__} in the guide and "
+                f"{'no such site' if prior is None else type(base(prior)).__name__} in the model",
+                because="torch.distributions.kl_divergence knows no closed form of that pair",
+                fix=f'Use estimator={{"{name}": "pathwise"}}.',
+            )
 
 
 def remember(cache: dict, key: Any, value: Any, limit: int = 16) -> None:

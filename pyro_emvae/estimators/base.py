@@ -43,6 +43,7 @@ class Situation:
         objective: The objective's name.
         infer: The site's annotations.
         upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
+        prior: The model's distribution at the site; None if not known.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Situation:
     objective: str = "elbo"
     infer: Mapping[str, Any] = field(default_factory=dict, repr=False)
     upstream: tuple[str, ...] | None = ()
+    prior: Any = None
 
 
 @dataclass(frozen=True)

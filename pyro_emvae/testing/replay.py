@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
 
 from .. import particles
 from .._checks import EmvaeError, fail
 from .._registry import create
 from ..engine import trace
 from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
+from ..estimators.draws import from_noise, is_normal
 from ..loss import Evaluation, MonteCarloELBO, States
 from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, draw, hold_batch, quiet
@@ -82,7 +82,7 @@ class Replay:
             if base(site.fn).has_enumerate_support:
                 self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
                 self.noise[name] = ("finite", tuple(site.value.shape))
-            elif _is_normal(site.fn):
+            elif is_normal(site.fn):
                 self.noise[name] = ("normal", tuple(site.value.shape))
         self.own_draws = len(self.noise) < len(random)
 
@@ -196,9 +196,13 @@ class Replay:
 
 def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> list[str]:
     """Return the guide's sites that the estimator fits, without those that are functions of others."""
-    sites = [(n, s) for n, s in one_particle(problem).guide.items() if not is_point_mass(s.fn)]
-    depends = dependence(problem)
-    places = [Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n)) for n, s in sites]
+    run, depends = one_particle(problem), dependence(problem)
+    priors = {name: site.fn for name, site in run.model.items()}
+    places = [
+        Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n), priors.get(n))
+        for n, s in run.guide.items()
+        if not is_point_mass(s.fn)
+    ]
     return [at.name for at in places if misfit(estimator, at) is None]
 
 
@@ -235,31 +239,12 @@ class _Dictated(MonteCarloELBO):
 
         def treat(msg: dict) -> str:
             if msg["name"] in self.noise:
-                rule = _from_normal if _is_normal(msg["fn"]) else _from_index
+                rule = from_noise if is_normal(msg["fn"]) else _from_index
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
             return how(msg)
 
         values = {name: (rows, None) for name, rows in self.noise.items()}
         return super()._draw(plan, model, guide, args, kwargs, treat=treat, values=values)
-
-
-def _is_normal(fn: Any) -> bool:
-    inner = base(fn)
-    if isinstance(inner, TransformedDistribution):
-        return _is_normal(inner.base_dist)
-    return isinstance(inner, Normal | MultivariateNormal)
-
-
-def _from_normal(fn: Any, noise: Tensor) -> Tensor:
-    inner = base(fn)
-    if isinstance(inner, TransformedDistribution):
-        value = _from_normal(inner.base_dist, noise)
-        for transform in inner.transforms:
-            value = transform(value)
-        return value
-    if isinstance(inner, MultivariateNormal):
-        return inner.loc + (inner.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-    return inner.loc + inner.scale * noise
 
 
 def _from_index(fn: Any, noise: Tensor) -> Tensor:

@@ -357,12 +357,15 @@ class MonteCarloELBO(ELBO):
         kwargs: Mapping[str, Any],
         state: States | None = None,
         beta: Tensor | None = None,
+        order: int = 1,
     ) -> Evaluation:
         r"""Evaluate objective and surrogate as a pure function of the parameters, the data and the estimators' state.
 
         Args:
             beta: A factor of the latents' terms, log p and log q alike, in the surrogate: what is climbed is annealed,
                 and the objective is not.
+            order: With 2, second derivatives of the surrogate are right too, if all estimators have the trait
+                ``higher_order``; the state then stays.
 
         Returns:
             The objective (scalar, nats), the surrogate to be *maximised* (its value is of no meaning), the particles,
@@ -381,7 +384,10 @@ class MonteCarloELBO(ELBO):
             return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape)
 
         composer = Composer(particles, terms, bound, plan.depends or Dependence(), further)
-        surrogate, following = composer.compose(rows, self.state if state is None else state)
+        state = self.state if state is None else state
+        if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
+            return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
+        surrogate, following = composer.compose(rows, state)
         self.evaluations = self.num_particles * (1 + composer.probes)
         return Evaluation(objective.detach(), surrogate, particles, following)
 
@@ -423,8 +429,11 @@ class MonteCarloELBO(ELBO):
         return self._finite(Evaluation(objective, objective, particles, {}))
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """Return minus the objective as a tensor whose gradient is the estimate."""
-        evaluation = self.evaluate(model, guide, args, kwargs)
+        """Return minus the objective as a tensor whose gradient is the estimate.
+
+        If all estimators have the trait ``higher_order``, so are its second derivatives (``create_graph=True``).
+        """
+        evaluation = self.evaluate(model, guide, args, kwargs, order=2)
         self._finite(evaluation)
         if evaluation.surrogate is evaluation.objective:
             return -evaluation.objective

@@ -7,7 +7,7 @@ from .leave_one_out import LeaveOneOut
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
-from .score import Score
+from .score import Score, ScoreFunction
 
 __all__ = [
     "POLICIES",
@@ -25,6 +25,7 @@ __all__ = [
     "Pathwise",
     "Probed",
     "Score",
+    "ScoreFunction",
     "SiteTerms",
     "Situation",
     "Sobol",

@@ -87,14 +87,18 @@ class Replay:
         self.own_draws = len(self.noise) < len(random)
 
     def evaluate(
-        self, noise: Mapping[str, Tensor], state: States | None = None, leaves: Mapping[str, Tensor] | None = None
+        self,
+        noise: Mapping[str, Tensor],
+        state: States | None = None,
+        leaves: Mapping[str, Tensor] | None = None,
+        order: int = 1,
     ) -> Evaluation:
-        """Evaluate at given noise; what it does not name is drawn."""
+        """Evaluate at given noise; what it does not name is drawn. For `order` see `MonteCarloELBO.evaluate`."""
         self.loss.noise = {name: noise[name] for name in self.noise if name in noise}
         problem, state = self.problem, self.state if state is None else state
         batch = hold_batch({name: noise[name] for name in self.plates if name in noise})
         with self._enter(self.leaves if leaves is None else leaves), batch:
-            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state)
+            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return the gradient of the maximised surrogate by parameter name."""

@@ -137,7 +137,7 @@ class Replay:
             return probability, *gradient.values()
 
         try:
-            if self.problem.traits.modules or any(t.splits_paths or t.controls for t in traits):
+            if self.problem.traits.modules or any(t.splits_paths or t.controls or t.stateful for t in traits):
                 key = tuple(r.dtype for r in rows)
                 step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
             return [torch.func.vmap(step)(*(r[i : i + CHUNK] for r in rows)) for i in range(0, len(rows[0]), CHUNK)]

@@ -3,7 +3,7 @@ r"""The error template: every message that a user sees is made here."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ __all__ = [
     "OptimizerError",
     "RecordingError",
     "StepError",
+    "choose",
     "fail",
     "message",
     "nearest",
@@ -134,6 +135,25 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
             fix=f"Write {name}={minimum}, or more.",
         )
     return int(value)
+
+
+def choose(obj: str, name: str, value: Any, known: Collection[str]) -> Any:
+    """Return `value` if it is one of the `known` choices of option `name`, else raise.
+
+    Example:
+        >>> choose("EM", "history", "full", ("light", "full"))
+        'full'
+    """
+    if value not in known:
+        fail(
+            EmvaeError,
+            obj,
+            f"use {name}={value!r}",
+            got="an unknown choice",
+            because=f"{name} is one of {tuple(known)}",
+            fix=nearest(str(value), known),
+        )
+    return value
 
 
 def number(obj: str, name: str, value: Any, bounds: str, fits: Callable[[float], bool], example: float) -> float:

@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, restarts
-from ._checks import BlockError, EmvaeError, StepError, fail, positive_int, refuse_missing, require_data
+from ._checks import BlockError, EmvaeError, StepError, choose, fail, positive_int, refuse_missing, require_data
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
 from .degeneracy import spike
 from .driver import Fit
-from .engine import State, choose
+from .engine import State
 from .growth import check_growth, grown
 from .history import Record
 from .looks import FullHistory, Look
@@ -102,7 +102,7 @@ class EM(Inference):
         backend: str = "eager",
         on_nonfinite: str = "raise",
     ) -> None:
-        self.schedule = choose("schedule", schedule, ("alternating", "joint"))
+        self.schedule = choose("EM", "schedule", schedule, ("alternating", "joint"))
         given = {"e_step": e_step, "m_step": m_step, "steps": steps}
         if schedule == "joint" and any(step is not None for step in given.values()):
             fail(
@@ -364,9 +364,9 @@ class EM(Inference):
         self, accelerate: str | None, history: str, once: Callable[..., Record], begin: Callable, loader: bool
     ) -> Callable[[], Callable[[tuple, Mapping[str, Any]], Record]]:
         """Return what makes the function of one iteration, anew for each run; `begin` sets up."""
-        choose("history", history, ("light", "full"))
+        choose("EM.run", "history", history, ("light", "full"))
         if accelerate is not None:
-            choose("accelerate", accelerate, ("squarem",))
+            choose("EM.run", "accelerate", accelerate, ("squarem",))
             self._refuse("accelerate", not self.is_exact or loader)
             begin()
             self._refuse("accelerate", self.engine.parameters.subsampled)

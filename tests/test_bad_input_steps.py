@@ -370,7 +370,7 @@ CHOICES = {
 @both
 def test_unknown_choices(cls, key):
     options, observed = CHOICES[key]
-    with pytest.raises(EmvaeError, match=observed):
+    with pytest.raises(EmvaeError, match=f"^`{cls.__name__}` .*{observed}"):
         cls(shared_model, shared_guide, adam(), **options)
 
 

@@ -184,7 +184,7 @@ def tensors_in(value: Any) -> Iterator[Any]:
             yield from tensors_in(item)
 
 
-def refuse_missing(obj: str, cause: Exception, *values: Any) -> None:
+def refuse_missing(obj: str, cause: Exception, *values: Any, act: str = "take a step on this data") -> None:
     """Raise `NonFiniteError` from an error of the model's or guide's if a tensor among the values is not finite."""
     for tensor in tensors_in(values):
         bad = ~tensor.isfinite()
@@ -192,7 +192,7 @@ def refuse_missing(obj: str, cause: Exception, *values: Any) -> None:
             fail(
                 NonFiniteError,
                 obj,
-                "take a step on this data",
+                act,
                 got=f"{tensor[bad].flatten()[0].item()} in a tensor of shape {tuple(tensor.shape)}",
                 because="a distribution cannot be made of it, or score it",
                 fix="Leave missing values out by poutine.mask or obs_mask=, with any number in their place.",

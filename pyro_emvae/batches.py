@@ -10,7 +10,17 @@ from torch import Tensor
 from ._checks import DataError, fail, positive_int
 from .checkpoint import Position
 
-__all__ = ["arguments", "batches", "first_batch", "layout", "length", "refuse_data", "shapes_of", "to_device"]
+__all__ = [
+    "arguments",
+    "batches",
+    "first_batch",
+    "layout",
+    "length",
+    "refuse_data",
+    "refuse_iterators",
+    "shapes_of",
+    "to_device",
+]
 
 
 def length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
@@ -110,3 +120,14 @@ def layout(args: tuple, kwargs: dict) -> list[str]:
 
 def refuse_data(got: str, fix: str) -> None:
     fail(DataError, "run", "iterate", got=got, because="every iteration needs data", fix=fix)
+
+
+def refuse_iterators(data: Any, num_epochs: int | None, validation: Any) -> None:
+    """Refuse what would be exhausted before the run is over: each epoch goes through all batches again."""
+    for name, given, times in (("data", data, num_epochs or 1), ("validation", validation, 2)):
+        if isinstance(given, Iterator) and times > 1:
+            many = f" for {num_epochs} epochs" if name == "data" else ""
+            refuse_data(
+                f"{name}= of type {type(given).__name__}{many}, which can be gone through once",
+                "Pass a list or a DataLoader, not a generator.",
+            )

@@ -17,9 +17,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import annealing
-from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
-from .batches import arguments, batches, first_batch, layout, length, refuse_data, shapes_of, to_device
-from .checkpoint import Checkpoints
+from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int, refuse_missing
+from .batches import (
+    arguments,
+    batches,
+    first_batch,
+    layout,
+    length,
+    refuse_data,
+    refuse_iterators,
+    shapes_of,
+    to_device,
+)
+from .checkpoint import Checkpoints, loader_state, restore_loader
 from .convergence import Verdict
 from .engine import Engine
 from .history import History, Record
@@ -171,7 +181,8 @@ def run(
         num_epochs: Passes over `data`; 1 by default.
         to_args: Turns a batch into ``(args, kwargs)`` in place of that rule.
         validation: Held-out data, as a batch or an iterable of batches; its objective is recorded per epoch, or
-            every `every` iterations.
+            every `every` iterations. It is taken once more before the first update, so that what is wrong with it
+            shows in time.
         every: Iterations between validations, and between checkpoints, without `data`; a twentieth of the run by
             default. With `data` both are made at the end of every epoch.
         callbacks: One or many; called after every iteration with a `Progress`; True stops.
@@ -197,12 +208,14 @@ def run(
 
     Raises:
         EmvaeError: A schedule that does not reach 1 within the run.
-        DataError: No data: both or neither of arguments and `data`, or an empty loader.
+        DataError: No data: both or neither of arguments and `data`, an empty loader, or an iterator for what is gone
+            through more than once.
         StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
             those before.
         CheckpointError: `checkpoint` cannot be written, is damaged, or belongs to another model or seed.
     """
     _check_options(data, callbacks, every)
+    refuse_iterators(data, num_epochs, validation)
     total = length(num_iterations, data, num_epochs)
     schedule, history = annealing.checked(anneal, total), History()
     keeper = Checkpoints(engine, checkpoint, resume, data, seed)
@@ -272,7 +285,7 @@ class _Loop:
         try:
             with bar, _Interrupt() as interrupt:
                 if not self.iteration:
-                    self.history.monitor.start()
+                    self._begin()
                 for epoch, last, args, kwargs in given:
                     if self.limit is not None and self.iteration >= self.limit:
                         break
@@ -283,6 +296,17 @@ class _Loop:
             self.status = "INTERRUPTED"
         except DegenerateError as error:
             self.status, self.history.monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
+
+    def _begin(self) -> None:
+        """Note where the run starts, and let what is wrong with the held-out data show before anything is changed."""
+        self.history.monitor.start()
+        if self.held_out is None:
+            return
+        if self.engine.parameters is not None:
+            self.held_out()
+            return
+        note = self.engine.on_setup
+        self.engine.on_setup = lambda: (note(), self.held_out())
 
     def _once(self, epoch: int, last: bool, args: tuple, kwargs: dict, bar: tqdm, interrupt: _Interrupt) -> None:
         """Make one iteration, and tell all that want to know."""
@@ -391,11 +415,19 @@ def _validate(engine: Engine, validation: Any, to_args: Any, device: Any) -> flo
     """Return the mean objective over the validation batches, in eval mode, on fixed draws."""
     single = isinstance(validation, Tensor | tuple | Mapping)
     loss = engine.loss if hasattr(engine.loss, "loss") else MonteCarloELBO()
-    losses = []
-    with quiet(seed=0, train=False), torch.no_grad():
-        for batch in [validation] if single else validation:
-            a, k = to_device(*arguments(batch, to_args), device)
-            losses.append(float(loss.loss(engine.model, engine.guide, *a, **k)))
+    losses, before = [], loader_state(validation)
+    try:
+        with quiet(seed=0, train=False), torch.no_grad():
+            for batch in [validation] if single else validation:
+                a, k = to_device(*arguments(batch, to_args), device)
+                losses.append(float(loss.loss(engine.model, engine.guide, *a, **k)))
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, EmvaeError):
+            refuse_missing("validation=", error, a, k, act="be judged on these data")
+        error.add_note("This is about validation=, not about the data of the iterations.")
+        raise
+    finally:
+        restore_loader(validation, before if isinstance(before, list) else None)
     if not losses:
         refuse_data("validation without batches", "Pass a tensor, a tuple, or a loader with at least one batch.")
     return -math.fsum(losses) / len(losses)

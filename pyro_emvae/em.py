@@ -29,7 +29,7 @@ from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .slices import Slices, Whole, arranged
 from .steps import Gradient, HalfStep, MonteCarlo, Phase
 from .steps.phase import check_blocks, read_phases, summarised
-from .svi import Inference, model_arguments, per_block, run_with
+from .svi import Inference, model_arguments, per_block, run_with, takes
 
 __all__ = ["EM"]
 
@@ -302,15 +302,8 @@ class EM(Inference):
             StepError: The objective of exact half-steps went down; `accelerate` with half-steps that it does not fit;
                 all starts failed.
         """
-        if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
-            fail(
-                EmvaeError,
-                "EM",
-                f"run on {args[0]!r}",
-                got="a whole number as the first datum",
-                because="run takes the data first, and the number of iterations by name",
-                fix=f"Write em.run(x, max_iter={args[0]}).",
-            )
+        if max_iter is None:
+            self._refuse_a_number(args)
         if max_iter is None and "data" not in options:
             max_iter = 500
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
@@ -346,6 +339,20 @@ class EM(Inference):
         asked = {"accelerate=": accelerate, "batch_size=": sliced, "history='full'": history == "full"}
         found = self._search(first, next((what for what, so in asked.items() if so), ""), "data" in options)
         return restarts.find(self.engine, run, max_iter, n_init, init, options, first, **found)
+
+    def _refuse_a_number(self, args: tuple) -> None:
+        """Refuse a whole number that is meant as `max_iter`: the first datum, or one too many for the model."""
+        for place in {0, len(args) - 1} if args else ():
+            fits = place > 0 and takes(self.engine.model, args)
+            if isinstance(args[place], int) and not isinstance(args[place], bool) and not fits:
+                fail(
+                    EmvaeError,
+                    "EM",
+                    f"run on {args[place]!r}",
+                    got="a whole number as " + ("one datum more than the model takes" if place else "the first datum"),
+                    because="run takes the data first, and the number of iterations by name",
+                    fix=f"Write em.run(x, max_iter={args[place]}).",
+                )
 
     def _search(self, first: tuple, alone: str, loader: bool) -> dict[str, Any]:
         """Return how starts are found and compared, and run side by side unless `alone` says why not."""

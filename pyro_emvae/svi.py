@@ -275,6 +275,17 @@ def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def takes(model: Callable, args: tuple) -> bool:
+    """Whether a model may be called with so many positional arguments, as far as its signature tells."""
+    try:
+        inspect.signature(model).bind_partial(*args)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
+
+
 def run_with(
     engine: Engine, iterate: Callable, number: int | None, args: tuple, options: dict[str, Any], **fixed: Any
 ) -> Fit:

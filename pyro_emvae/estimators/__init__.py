@@ -1,23 +1,33 @@
 r"""Gradient estimators: one file each, found by name in the registry."""
 
-from .base import Estimator, SiteTerms
+from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
+from .draws import Antithetic, Independent, Sobol
 from .leave_one_out import LeaveOneOut
 from .partial import PartialPathwise
-from .pathwise import Full, Pathwise, StickTheLanding
+from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
 from .score import Score
 
 __all__ = [
     "POLICIES",
+    "AdaptiveSticking",
+    "Analytic",
+    "Antithetic",
+    "Control",
     "DecayingAverage",
+    "Draw",
     "Estimator",
     "Full",
+    "Independent",
     "LeaveOneOut",
     "PartialPathwise",
     "Pathwise",
+    "Probed",
     "Score",
     "SiteTerms",
+    "Situation",
+    "Sobol",
     "StickTheLanding",
     "auto_table",
 ]

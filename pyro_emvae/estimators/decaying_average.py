@@ -38,7 +38,7 @@ class DecayingAverage(Estimator):
     """
 
     beta: float = 0.9
-    traits: ClassVar[Traits] = Traits(stateful=True, auto=30)
+    traits: ClassVar[Traits] = Traits(stateful=True, auto=30, objectives=("any",))
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta < 1.0:

@@ -21,7 +21,8 @@ class LeaveOneOut(Estimator):
              =\tfrac1{K-1}\sum_k (f_k-\bar f)\,\nabla_\phi\log q_\phi(z_k).$$
 
     When to use: discrete or non-reparameterised sites. Unbiased. Cost: K model and guide runs, one backward.
-    The baseline is taken per plate element.
+    The baseline is taken per plate element. What upstream draws reach stays in f, so that the gradient is zero where q
+    is the posterior.
 
     Raises:
         EstimatorError: If fewer than two particles are given.
@@ -34,6 +35,7 @@ class LeaveOneOut(Estimator):
         2
     """
 
+    reach: ClassVar[str] = "related"
     traits: ClassVar[Traits] = Traits(min_particles=2, auto=20)
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:

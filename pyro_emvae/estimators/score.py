@@ -20,8 +20,11 @@ class Score(Estimator):
     $$\hat g=\tfrac1K\sum_k f_k\,\nabla_\phi\log q_\phi(z_k),\qquad f=\log p-\log q.$$
 
     When to use: as the reference that needs nothing but log q; a baseline is better wherever f is far from zero.
-    Rao-Blackwellized over plates: f holds only the terms in the site's own plates. Unbiased. Cost: K model and guide
-    runs, one backward.
+    Rao-Blackwellized: f holds only the terms that the draw reaches, in the site's own plates. Unbiased. Cost: K model
+    and guide runs, one backward.
+
+    Args:
+        reach: ``"downstream"``, or ``"all"``: terms that the draw does not reach stay in f, as in `Trace_ELBO`.
 
     Source: Williams 1992; Ranganath, Gerrish and Blei 2014, "Black box variational inference", eq. 2.
 
@@ -30,7 +33,8 @@ class Score(Estimator):
         True
     """
 
-    traits: ClassVar[Traits] = Traits(auto=40)
+    reach: str = "downstream"  # type: ignore[misc]
+    traits: ClassVar[Traits] = Traits(auto=40, objectives=("any",))
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
         term = signal * site.log_q

@@ -39,6 +39,7 @@ class BlockDensity:
 
     Example:
         >>> import pyro
+        >>> import pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", 2):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -91,8 +91,8 @@ def record(
     if not hasattr(loss, "evaluate"):
         fail(
             RecordingError,
-            "SVI",
-            'use backend="graph"',
+            'backend="graph"',
+            "record the gradient",
             got=f"loss {type(loss).__name__}",
             because="only MonteCarloELBO can be recorded (Pyro's losses call .item())",
             fix='Write loss=MonteCarloELBO(estimator="pyro"), or backend="eager".',
@@ -101,7 +101,7 @@ def record(
         if not row.estimator.traits.recordable:
             fail(
                 RecordingError,
-                "SVI",
+                'backend="graph"',
                 f"record the gradient at site {row.site!r}",
                 got=repr(row.estimator),
                 because="its trait recordable is False",
@@ -135,7 +135,7 @@ def verify(recording: Recording, again: Recording) -> None:
     if difference:
         fail(
             RecordingError,
-            "SVI",
+            'backend="graph"',
             "go on with the recorded step",
             got=difference,
             because="the model has changed since it was recorded, as by an annealing attribute, and the recorded step "
@@ -159,7 +159,7 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[Traced, Traced]:
                     raise
                 fail(
                     RecordingError,
-                    "SVI",
+                    'backend="graph"',
                     "record the step as a graph",
                     got=f"a Python number taken from a tensor{line_of(cause)}",
                     because="a recorded step has no .item() and no branch on a tensor's value",
@@ -173,7 +173,7 @@ def _refuse_replaced(buffer: str | None) -> None:
     if buffer is not None:
         fail(
             RecordingError,
-            "SVI",
+            'backend="graph"',
             "record the step as a graph",
             got=f"a new tensor as buffer {buffer}",
             because="a recorded step writes buffers in place, and would never see this one change",

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
-from ._coordinates import Latent, Point
+from ._coordinates import Latent, Point, fixed_normal
 from ._log_joint import LogJoint, Run
 
-__all__ = ["Coupled", "Factor", "NotPositive", "Precision", "check_blocks", "fixed_normal", "precision"]
+__all__ = ["Coupled", "Factor", "NotPositive", "Precision", "check_blocks", "precision"]
 
 
 class Coupled(Exception):
@@ -165,12 +165,6 @@ def check_blocks(joint: LogJoint, run: Run, gradient: Point, found: Precision) -
         miss = (one + two).abs() / (scale + scale.mean() + torch.finfo(scale.dtype).tiny)
         if miss.numel() and bool(miss.max() > torch.finfo(miss.dtype).eps ** 0.5):
             raise Coupled(float(miss.max()))
-
-
-def fixed_normal(like: Point, seed: int) -> Point:
-    """Return standard normal numbers that are the same in every call; torch's generator is not used."""
-    generator = torch.Generator().manual_seed(seed)
-    return Point(*(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in like))
 
 
 def _unit(like: Point, columns: list[int], common: bool) -> Point:

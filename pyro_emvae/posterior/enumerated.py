@@ -20,8 +20,10 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from .._checks import StepError, fail, nearest
+from .._pyro import scale_and_mask
 from ..particles import hold_batch, is_subsample, refuse_non_finite, report
 from ._plates import Batch, in_plates
+from ._squares import squares
 from .base import Posterior, Support
 
 __all__ = ["EnumeratedPosterior"]
@@ -418,6 +420,7 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
     for name in [name for name, site in _sites(trace).items() if is_subsample(site)]:
         trace.remove_node(name)
     try:
+        _score_normals(trace)
         trace.compute_log_prob()
     except ValueError as cause:
         for name, site in _sites(trace).items():
@@ -425,6 +428,15 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
         raise
     trace.pack_tensors()
     return trace, batch
+
+
+def _score_normals(trace: poutine.Trace) -> None:
+    """Note the log densities of normals; `compute_log_prob` leaves alone what is noted."""
+    for site in _sites(trace).values():
+        found = None if site["args"] or site["kwargs"] else squares(site["fn"], site["value"])
+        if found is not None:
+            kept = scale_and_mask(found, site["scale"], site["mask"])
+            site.update(unscaled_log_prob=found, log_prob=kept, log_prob_sum=kept.sum())
 
 
 def _sites(trace: poutine.Trace) -> dict[str, dict]:

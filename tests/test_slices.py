@@ -88,6 +88,25 @@ def test_acceleration_restarts_masks_and_other_arguments(case, options):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
 
 
+def test_values_may_be_missing_in_some_slices_only():
+    def with_gaps(x: Tensor) -> None:
+        weight = pyro.param("weight", lambda: x.new_tensor([[1.0], [0.5]]))
+        bias, sigma = pyro.param("bias", lambda: x.new_zeros(2)), pyro.param("sigma", lambda: x.new_ones(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            fn = dist.Normal(z @ weight.T + bias, sigma).mask(~x.isnan()).to_event(1)
+            pyro.sample("x", fn, obs=x.nan_to_num())
+
+    x, found = data(), []
+    x[70, 0] = x[71] = math.nan
+    for batch_size in (None, 30):
+        pyro.clear_param_store()
+        em = EM(with_gaps, e_step="gaussian", m_step=steps.linear_gaussian(noise_form="diagonal"))
+        em.run(x, max_iter=8, stop=None, batch_size=batch_size)
+        found.append({name: value.detach().clone() for name, value in em.blocks.constrained().items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
 def test_each_slice_is_at_most_as_large_and_seen_once():
     seen = []
 

@@ -335,6 +335,31 @@ def test_many_data_go_in_slices_by_default(few, case, options):
     assert (went(sliced), went(whole)) == ("slices of 30", "whole: batch_size=None")
 
 
+@pytest.mark.parametrize("case", ["mixture", "factors"])
+def test_the_slices_that_were_compared_with_the_whole_are_those_of_the_first_iteration(few, case):
+    runs: list[int] = []
+    model, e_step, m_step = CASES[case]
+
+    def counting(x: Tensor) -> None:
+        runs.append(len(x))
+        model(x)
+
+    pyro.clear_param_store()
+    x, found = data(), []
+    em = EM(counting, e_step=e_step, m_step=m_step())
+    em.run(x, max_iter=1, stop=None)
+    start = {name: value.detach().clone() for name, value in em.blocks.constrained().items()}
+    for batch_size in ("auto", 30):
+        assign(em.blocks, start)
+        runs.clear()
+        em.run(x, max_iter=1, stop=None, batch_size=batch_size)
+        each, kept = 1 + (e_step == "gaussian"), [101] if batch_size == "auto" else []
+        expected = [60] + 4 * [30] + kept + 2 * [25, 25, 25, 26]  # compared, one iteration, the objective at its end
+        assert runs == [size for size in expected for _ in range(each)]
+        found.append({name: value.detach().clone() for name, value in em.blocks.constrained().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in start)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_few_data_are_taken_whole_bit_for_bit(case):
     fit, found = fitted(case, data())

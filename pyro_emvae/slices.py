@@ -32,7 +32,7 @@ Found = tuple[State, Info, "Sums"]
 EVIDENCE = (None, "log evidence")
 CHECKED = 500
 LEAST = 20_000
-BYTES, LENGTHS = 2**21, (1024, 8192)
+BYTES, LENGTHS = 2**21, (1024, 16384)
 
 
 @dataclass
@@ -263,7 +263,7 @@ def attempted(check: Callable[[], str]) -> tuple[str, BaseException | None]:
 class Automatic:
     r"""Slices where they give what the whole gives, else the whole: which, is decided before the first iteration.
 
-    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 8192 data. Slices
+    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 16384 data. Slices
     are taken if the verification of `Slices` holds, and then the log evidence and the statistics of all slices add up
     to those of the whole, at the initial theta: data that depend on each other only here and there are found, at the
     cost of an E-step on the whole. That over the slices is the first iteration's.

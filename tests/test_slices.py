@@ -370,7 +370,7 @@ def test_few_data_are_taken_whole_bit_for_bit(case):
 
 def test_the_length_of_a_slice_is_that_of_two_mebibytes():
     lengths = [slices._best_length(((torch.zeros(30_000, width, dtype=F64),), {})) for width in (2, 64, 1000)]
-    assert lengths == [8192, 2**21 // (64 * 8), 1024]
+    assert lengths == [16384, 2**21 // (64 * 8), 1024]
     assert slices._best_length(((torch.zeros(9, 32), torch.zeros(9, 96), torch.zeros(99)), {})) == 2**21 // (128 * 4)
 
 

@@ -19,7 +19,7 @@ from pyro_emvae import steps
 from .timing import Call, Case
 
 ITERATIONS = 10
-SLICE = {"mixture": 16_000, "factors": 16_000, "wide": 8_000}
+SLICE = {"mixture": 4_000, "factors": 16_000, "wide": 8_000}
 
 
 def mixture(number: int, width: int = 10, components: int = 10) -> tuple[Callable, Tensor, Tensor]:

@@ -285,7 +285,7 @@ class EM(Inference):
             batch_size: Data per slice, at most: E-step and statistics are made slice by slice, and the update once,
                 with the result of the whole. That saves memory and, as temporaries fit into the cache, time. For an
                 exact E-step and M-steps in closed form; what is data, and what is verified: see `slices.Slices`.
-                ``"auto"``: slices of 1024 to 8192 data, where there are at least 20,000 on the CPU and slices are
+                ``"auto"``: slices of 1024 to 16384 data, where there are at least 20,000 on the CPU and slices are
                 found to add up to the whole (see `slices.Automatic`); not with a loader, ``anneal=``, ``device=``,
                 full history, or starts that run side by side. ``fit.provenance["slices"]`` says what was done, and
                 why. None: no slices.

@@ -117,4 +117,4 @@ class Latent:
 def fixed_normal(like: Point, seed: int) -> Point:
     """Return standard normal numbers that are the same in every call; torch's generator is not used."""
     generator = torch.Generator().manual_seed(seed)
-    return Point(*(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in like))
+    return Point(*(torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in like))

@@ -290,7 +290,7 @@ class LogJoint:
 
 
 class _At(Messenger):
-    """Give every latent a value from coordinates that are leaves of autograd; zeros where none are given."""
+    """Give latents their values, from coordinates that are leaves of autograd, zeros by default; hold theta."""
 
     def __init__(self, coordinates: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -312,6 +312,12 @@ class _At(Messenger):
             coordinates = _like(fn).new_zeros(shape)
         self.leaves[name] = leaf = coordinates.detach().clone().requires_grad_()
         msg["value"], msg["done"] = _apply(transform, leaf), True
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = value.detach()
+            vars(msg["value"]).update(vars(value))
 
 
 def _like(fn: Any) -> Tensor:

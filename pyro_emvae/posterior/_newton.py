@@ -200,7 +200,7 @@ def _climb(
 
 def _half_square(joint: LogJoint, white: Point) -> Tensor:
     """Return what a full Newton step promises, in nats, from the whitened gradient: as `LogJoint.log_p`."""
-    local = 0.5 * white.local.square().sum(-1)
+    local = white.local.square() @ white.local.new_full(white.local.shape[-1:], 0.5)
     return local if joint.separable else (local.sum() + 0.5 * white.common.square().sum()).reshape(1)
 
 

@@ -20,9 +20,11 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from .._checks import StepError, fail, nearest
+from .._pyro import scale_and_mask
 from ..particles import hold_batch, is_subsample, refuse_non_finite, report, with_own_mask
 from ._masks import counted_without, refuse_counted
 from ._plates import Batch, in_plates
+from ._squares import squares
 from .base import Posterior, Support
 
 __all__ = ["EnumeratedPosterior"]
@@ -417,6 +419,7 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
     for site in _sites(trace).values():
         _move_own_mask(site, nesting)
     try:
+        _score_normals(trace)
         trace.compute_log_prob()
     except ValueError as cause:
         for name, site in _sites(trace).items():
@@ -431,6 +434,15 @@ def _move_own_mask(site: dict, nesting: int) -> None:
     moved = with_own_mask(dict(site))
     if not isinstance(moved["mask"], Tensor) or moved["mask"].dim() <= nesting:
         site.update(fn=moved["fn"], mask=moved["mask"])
+
+
+def _score_normals(trace: poutine.Trace) -> None:
+    """Note the log densities of normals; `compute_log_prob` leaves alone what is noted."""
+    for site in _sites(trace).values():
+        found = None if site["args"] or site["kwargs"] else squares(site["fn"], site["value"])
+        if found is not None:
+            kept = scale_and_mask(found, site["scale"], site["mask"])
+            site.update(unscaled_log_prob=found, log_prob=kept, log_prob_sum=kept.sum())
 
 
 def _sites(trace: poutine.Trace) -> dict[str, dict]:

@@ -17,6 +17,8 @@ from pyro_emvae._checks import DataError
 from pyro_emvae.diagnostics.container import finalize, fit_stats
 from pyro_emvae.plots import plot_elbo, plot_latent, plot_reconstructions, plot_variance_ladder
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
+
 STEPS = 12
 
 

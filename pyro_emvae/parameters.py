@@ -274,6 +274,13 @@ def keep_store() -> Iterator[None]:
             store.set_state(before)
 
 
+@contextlib.contextmanager
+def own_store() -> Iterator[None]:
+    """Run code in a parameter store of its own, which is empty at first and gone at the end."""
+    with pyro.get_param_store().scope():
+        yield
+
+
 def is_wrapped() -> bool:
     """Whether handlers of Pyro are at work around the caller."""
     return poutine.runtime.am_i_wrapped()

@@ -19,7 +19,7 @@ from .replicates import Problem, draw_batch, minibatch_variance, sample, time_ro
 from .result import GradientComparison
 from .rows import Row, is_unbiased, make_row, specifications, warm_up
 
-__all__ = ["compare_gradients"]
+__all__ = ["compare_gradients", "measure"]
 
 
 def compare_gradients(
@@ -100,6 +100,34 @@ def compare_gradients(
         >>> bool(variance.sel(estimator="score") > 5 * variance.sel(estimator="pathwise"))
         True
     """
+    options = {"objective": objective, "blocks": blocks, "max_coordinates": max_coordinates, "memory": memory}
+    options |= {"equal": equal, "budget": budget, "reference": reference, "seed": seed}
+    rows = {"estimators": estimators, "num_replicates": num_replicates, "num_particles": num_particles}
+    comparison = measure(model, guide, args, kwargs, **rows, **options)
+    if weak := comparison.weak_signals():
+        warnings.warn(_weak(weak, num_replicates), stacklevel=2)
+    return comparison
+
+
+def measure(
+    model: Callable,
+    guide: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    estimators: Any,
+    num_replicates: int,
+    num_particles: int,
+    equal: str | None,
+    budget: float | None,
+    reference: Any,
+    objective: Any,
+    blocks: Any,
+    max_coordinates: int,
+    memory: float | None,
+    seed: int | None,
+) -> GradientComparison:
+    """Do what `compare_gradients` does, but do not warn; `reference` may be a function of the leaves."""
     positive_int("compare_gradients", "num_replicates", num_replicates, 2)
     positive_int("compare_gradients", "num_particles", num_particles)
     check_equal(equal, budget)
@@ -111,7 +139,9 @@ def compare_gradients(
         rows = [make_row(*spec, num_particles, objective) for spec in specs]
         batch = draw_batch(model, guide, args, kwargs) if reference is None else {}
         problem = Problem(model, guide, args, kwargs, parameters, choose(parameters, max_coordinates))
-        exact = exact_by_block(reference, problem.coordinates)
+        exact = exact_by_block(
+            reference(parameters.leaves()) if callable(reference) else reference, problem.coordinates
+        )
         base = int(torch.randint(2**31, ()))
         with hold_batch(batch):
             limit = _run(rows, problem, num_replicates, memory, base, equal, budget)
@@ -120,10 +150,7 @@ def compare_gradients(
     dataset = assemble(rows, problem.coordinates, parameters.moving, exact, minibatch, num_replicates)
     if equal:
         dataset.attrs |= {"equal": equal, "budget": limit}
-    comparison = GradientComparison(dataset, {row.name: row.looped for row in rows if row.looped})
-    if weak := comparison.weak_signals():
-        warnings.warn(_weak(weak, num_replicates), stacklevel=2)
-    return comparison
+    return GradientComparison(dataset, {row.name: row.looped for row in rows if row.looped})
 
 
 def _run(rows: list[Row], problem: Problem, num_replicates, memory, base, equal, budget) -> float | None:

@@ -117,6 +117,7 @@ def plot_variance_cost(
             ax.plot(np.broadcast_to(x, y.shape), np.where(y > 0, y, np.nan), label=label, **style)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    _ticks(ax, np.asarray(table[cost], dtype=float))
     ax.set_xlabel(labels[cost])
     ax.set_ylabel(
         f"variance of the gradient, {name}, " + ("largest coordinate" if maximum else "mean over coordinates")
@@ -173,8 +174,11 @@ def plot_snr(sweep: Any, block: str | None = None, ax: Any = None) -> Any:
                 ax.plot(counts[above], fit, color=color, linewidth=1)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.axhspan(ax.get_ylim()[0], floor, color="black", alpha=0.1, linewidth=0)
+    _ticks(ax, counts)
+    bottom = min(ax.get_ylim()[0], table.attrs["snr_noise"] / 1.5)
+    ax.axhspan(bottom, floor, color="black", alpha=0.1, linewidth=0)
     ax.axhline(table.attrs["snr_noise"], color="black", linestyle=":", linewidth=1)
+    ax.set_ylim(bottom=bottom)
     ax.set_xlabel("particles K")
     ax.set_ylabel(f"signal-to-noise ratio, {name}, mean over coordinates")
     legend_outside(ax)
@@ -256,6 +260,14 @@ def _places(table: Any, over: str = "", short: tuple[str, ...] = ()) -> list[tup
     combinations = itertools.product(*(table[d].values.tolist() for d in dims))
     places = [dict(zip(dims, values, strict=True)) for values in combinations]
     return [(", ".join(str(v) if d in short else f"{d} {v}" for d, v in place.items()), place) for place in places]
+
+
+def _ticks(ax: Any, values: np.ndarray) -> None:
+    """Put the ticks of a logarithmic axis at the whole numbers that were used, if they are few."""
+    few = np.unique(values[np.isfinite(values)])
+    if len(few) <= 10 and bool((few == few.round()).all()):
+        ax.set_xticks(few, [f"{n:g}" for n in few])
+        ax.set_xticks([], minor=True)
 
 
 def _rungs(table: Any, variable: str, block: str, place: dict[str, Any]) -> np.ndarray:

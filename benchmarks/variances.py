@@ -71,7 +71,8 @@ def section(quick: bool = False) -> str:
                 exact, got = stage["variance"][name][i], measured.get((name, step, parameter), math.nan)
                 ratio = got / exact
                 ok = "not registered" if math.isnan(got) else "yes" if abs(ratio - 1) <= LIMIT else "**no**"
-                lines.append((step, parameter, f"`{name}`", f"{exact:.4g}", f"{got:.4g}", f"{ratio:.3f}", ok))
+                figures = ("", "") if math.isnan(got) else (f"{got:.4g}", f"{ratio:.3f}")
+                lines.append((step, parameter, f"`{name}`", f"{exact:.4g}", *figures, ok))
     head = ("step", "parameter", "estimator", "reference", "measured", "ratio", "within 15 %")
     text = TEXT.format(samples=made["samples"], fewer=made["samples of measure_valued"], command=made["command"])
     return f"{text}\n\n{markdown(head, lines)}"

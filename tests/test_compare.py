@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,13 +18,14 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanFie
 from torch import nn
 
 import pyro_emvae as emvae
-from pyro_emvae import problems
-from pyro_emvae._registry import Traits
+from pyro_emvae import _registry, problems
+from pyro_emvae._registry import Traits, entries
 from pyro_emvae.compare.cost import _most_by_count
 from pyro_emvae.compare.replicates import split
 from pyro_emvae.compare.rows import Row
 from pyro_emvae.engine import Replicator, gradient, record
 from pyro_emvae.estimators import LeaveOneOut, Score
+from pyro_emvae.objectives import ELBO, Objective
 from pyro_emvae.particles import hold_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
@@ -376,6 +377,47 @@ def test_what_may_be_the_reference(row, unbiased):
     assert (table.dataset.attrs["reference"] != "nothing") == unbiased
 
 
+@dataclass(frozen=True)
+class Doubled(Objective):
+    """Another objective than the ELBO: twice that."""
+
+    name: ClassVar[str] = "doubled"
+    bounds: ClassVar[str] = "none"
+
+    def terms(self, particles):
+        return [term._replace(value=2 * term.value) for term in ELBO().terms(particles)]
+
+
+def test_the_reference_is_a_row_of_the_objective():
+    """`Trace_ELBO` and a loss of the ELBO have less variance, but are no reference for another objective."""
+    normal = problems.normal_normal()
+    theirs = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    rows = {"theirs": theirs, "elbo": emvae.MonteCarloELBO(20), "doubled": "score"}
+    options = {"estimators": rows, "num_replicates": 100, "seed": 0}
+    data = emvae.compare_gradients(normal.model, normal.guide, *normal.args, **options, objective=Doubled()).dataset
+    assert data.attrs["reference"] == "the row 'doubled'"
+    assert float(data.bias_z.sel(estimator="elbo").max()) > data.attrs["bias_z_limit"]
+    analytic = emvae.compare_gradients(
+        normal.model, normal.guide, *normal.args, **options, objective="elbo_analytic_kl"
+    ).dataset
+    assert analytic.attrs["reference"] in ("the row 'theirs'", "the row 'elbo'")
+
+
+def test_default_rows_of_another_objective_are_those_that_list_it(monkeypatch):
+    normal = problems.normal_normal()
+    pair = (normal.model, normal.guide, *normal.args)
+    with pytest.raises(emvae.EmvaeError, match=re.escape("estimators=[]")):
+        emvae.compare_gradients(*pair, objective=Doubled(), num_replicates=5)
+    known = {
+        entry.name: replace(entry, traits=replace(entry.traits, objectives=("elbo", "doubled")))
+        for entry in entries("estimator")
+        if entry.name in ("score", "pathwise")
+    }
+    monkeypatch.setitem(_registry._ENTRIES, "estimator", known)
+    table = emvae.compare_gradients(*pair, objective=Doubled(), num_replicates=5)
+    assert sorted(table.dataset.estimator.values) == ["pathwise", "score"]
+
+
 def test_default_rows_have_the_same_number_of_particles():
     for number, rows in ((1, ["score", "Trace_ELBO"]), (3, ["score", "leave_one_out", "Trace_ELBO"])):
         table = emvae.compare_gradients(*switch(), num_particles=number, num_replicates=10, seed=0).dataset
@@ -416,18 +458,18 @@ def test_no_row_at_all(estimators):
 def test_site_rows_are_those_of_the_parameters_that_move_the_site():
     problem = problems.two_level()
     loss = emvae.MonteCarloELBO(2, estimator="score")
-    data = compare(problem, estimators=["score"], num_replicates=3000).dataset
+    data = compare(problem, estimators=["score"], num_replicates=5000).dataset
     assert data.site.values.tolist() == ["first", "second"]
     torch.manual_seed(1)
-    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(3000)]
+    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(1000)]
     moving = {"first": ["loc", "scale"], "second": ["slope", "intercept", "inner_scale"]}
     names = {site: [n for n in problem.guide_params if n in found] for site, found in moving.items()}
     assert sorted(itertools.chain(*names.values())) == sorted(problem.guide_params)
     for site, found in names.items():
         variance = torch.cat([torch.stack([g[n].reshape(-1) for g in loop]).var(0) for n in found])
         got = data.sel(estimator="score", site=site)
-        assert float(got.site_variance_mean) == pytest.approx(float(variance.mean()), rel=0.15)
-        assert float(got.site_variance_max) == pytest.approx(float(variance.max()), rel=0.15)
+        assert float(got.site_variance_mean) == pytest.approx(float(variance.mean()), rel=0.2)
+        assert float(got.site_variance_max) == pytest.approx(float(variance.max()), rel=0.2)
     assert f"score      {'second'}" in str(compare(problem, estimators=["score"], num_replicates=10))
 
 
@@ -453,14 +495,14 @@ def test_second_moment_and_cosine_are_those_of_the_gradients():
     data = compare(problem, estimators=["leave_one_out"], num_replicates=4000, reference=exact).dataset
     loss = emvae.MonteCarloELBO(2, estimator="leave_one_out")
     torch.manual_seed(5)
-    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(2000)]
+    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(600)]
     for block, names in (("guide", problem.guide_params), ("model", problem.model_params)):
         g = -torch.stack([torch.cat([row[n].reshape(-1) for n in names]) for row in loop])
         e = torch.cat([exact[n].reshape(-1) for n in names])
         cell = data.sel(estimator="leave_one_out", block=block)
         moment, cosine = g.pow(2).sum(1), torch.cosine_similarity(g, e[None], dim=1)
         for got, values in ((cell.second_moment, moment), (cell.cosine, cosine)):
-            assert abs(float(got) - float(values.mean())) < 6 * float(values.std()) / math.sqrt(2000)
+            assert abs(float(got) - float(values.mean())) < 6 * float(values.std()) / math.sqrt(600)
         assert float(cell.second_moment_evaluations) == pytest.approx(2 * float(cell.second_moment))
 
 
@@ -532,7 +574,7 @@ def test_equal_evaluations_are_the_same_number_for_all():
     problem = problems.two_level()
     losses = {"own": emvae.MonteCarloELBO(3), "theirs": Trace_ELBO(num_particles=4)}
     rows = {"score": "score", "leave_one_out": "leave_one_out", **losses}
-    data = compare(problem, estimators=rows, num_replicates=60, equal="evaluations", budget=12).dataset
+    data = compare(problem, estimators=rows, num_replicates=5, equal="evaluations", budget=12).dataset
     assert data.evaluations.values.tolist() == [12] * 4
     assert data.particles.values.tolist() == [12, 12, 3, 4]
     assert data.repeats.values.tolist() == [1, 1, 4, 3]
@@ -560,11 +602,11 @@ def test_repeats_are_averages(vectorized):
     """The mean of m gradients has a variance of one m-th, whether replicates are vectorized or looped."""
     problem = problems.two_level()
     loss = emvae.MonteCarloELBO(2, estimator="pathwise") if vectorized else Trace_ELBO(num_particles=2)
-    count = 4000 if vectorized else 400
+    count = 4000 if vectorized else 150
     one = compare(problem, estimators=[loss], num_replicates=count).dataset
     four = compare(problem, estimators=[loss], num_replicates=count, equal="evaluations", budget=8).dataset
     ratio = float(one.variance_mean[0, 0] / four.variance_mean[0, 0])
-    assert ratio == pytest.approx(4, rel=0.1 if vectorized else 0.35)
+    assert ratio == pytest.approx(4, rel=0.1 if vectorized else 0.4)
     assert float(four.second_moment_evaluations[0, 0]) == pytest.approx(8 * float(four.second_moment[0, 0]))
 
 
@@ -576,14 +618,29 @@ def test_the_most_particles_that_keep_to_the_budget(budget, particles):
     assert row.loss.num_particles == particles and row.evaluations <= budget
 
 
-def test_equal_milliseconds_are_about_the_same():
-    problem = problems.logistic_regression()
-    rows = {"score": "score", "pathwise": "pathwise", "theirs": Trace_ELBO(num_particles=12)}
-    data = compare(problem, estimators=rows, num_replicates=10, equal="milliseconds").dataset
-    particles, limit = data.particles.values.tolist(), data.attrs["budget"]
-    assert particles[0] > 2 and particles[1] > 2 and particles[2] == 12
-    assert float(data.milliseconds.max()) < 3 * limit and float(data.milliseconds.min()) > limit / 6
-    assert data.evaluations.values.tolist() == particles
+@pytest.mark.parametrize(("budget", "particles"), [(None, [90, 90, 30]), (1.3, [30, 30, 30]), (1.15, None)])
+def test_equal_milliseconds_are_the_most_particles_within_the_time(monkeypatch, budget, particles):
+    """With a clock that takes a millisecond and a hundredth per particle; to a tenth of the answer."""
+    clock = lambda row, problem: row.repeats * (1 + row.loss.num_particles / 100)  # noqa: E731
+    monkeypatch.setattr("pyro_emvae.compare.cost.time_gradient", clock)
+    rows = {"score": "score", "leave_one_out": "leave_one_out", "theirs": Trace_ELBO(num_particles=30)}
+    rows |= {"dear": emvae.MonteCarloELBO(90)} if budget is None else {}
+    options = {"estimators": rows, "num_replicates": 5, "equal": "milliseconds", "budget": budget}
+    if particles is None:
+        with pytest.raises(emvae.EmvaeError, match=r"'theirs' a cost of 1.15 milliseconds: got 1.3 for 30 particles"):
+            compare(problems.bernoulli(), **options)
+        return
+    data = compare(problems.bernoulli(), **options).dataset
+    got = data.particles.values[:3]
+    assert all(0.9 * most <= k <= most for k, most in zip(got, particles, strict=True))
+    assert data.repeats.values.tolist() == [1] * len(rows)
+    assert data.evaluations.values.tolist() == data.particles.values.tolist()
+
+
+def test_cheap_rows_get_more_particles_for_the_same_time():
+    rows = {"score": "score", "theirs": Trace_ELBO(num_particles=20)}
+    data = compare(problems.bernoulli(), estimators=rows, num_replicates=5, equal="milliseconds").dataset
+    assert float(data.particles.sel(estimator="score")) > 2 and data.attrs["budget"] > 0
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, fail, message, positive_int
+from .._registry import create
 from ..parameters import Parameters, discover, keep_store
 from ..particles import hold_batch, quiet
 from .coordinates import choose
@@ -47,8 +48,9 @@ def compare_gradients(
         model, guide, args, kwargs: The problem.
         estimators: Rows: registered names, instances, mappings from site to these, or any `pyro.infer.ELBO`, run
             through its own ``loss_and_grads``; or a mapping from label to row. By default ``"score"``,
-            ``"leave_one_out"`` (if K > 1), ``"pathwise"`` if every site allows it, and `Trace_ELBO`. A row wins over
-            the guide's annotations.
+            ``"leave_one_out"`` (if K > 1), ``"pathwise"`` if every site allows it, and `Trace_ELBO`; of another
+            objective than the ELBO, every registered unbiased estimator that fits. A row wins over the guide's
+            annotations.
         num_replicates: R, independent replicates of each row. They are vectorized over the recorded gradient; a row
             that cannot be (a Pyro loss, a sampler without a batching rule) is looped and named.
         num_particles: K of the default rows and of those that are no instances of a loss.
@@ -58,8 +60,8 @@ def compare_gradients(
             particles and gradients, so that a row may spend a little less than the budget, never more; what it spent
             is in the table. Milliseconds are those of an ordinary eager gradient, and differ from run to run.
         budget: What one gradient of each row may cost; by default what the dearest row costs with `num_particles`.
-        reference: Exact gradient by parameter name. By default bias is the paired difference to the unbiased row of
-            least variance, whose own bias is then not measured (NaN).
+        reference: Exact gradient by parameter name. By default bias is the paired difference to the row of least
+            variance that is unbiased for the objective, whose own bias is then not measured (NaN).
         objective: Objective of the rows.
         blocks: See `EM`.
         max_coordinates: Per block at most so many coordinates, drawn at random, are kept.
@@ -135,7 +137,8 @@ def measure(
         parameters = discover(model, guide, args, kwargs, blocks=blocks)
     _require_parameters(parameters)
     with quiet(seed=seed), keep_store():
-        specs = specifications(model, guide, args, kwargs, estimators, num_particles)
+        objective = create("objective", objective)
+        specs = specifications(model, guide, args, kwargs, estimators, num_particles, objective)
         rows = [make_row(*spec, num_particles, objective) for spec in specs]
         batch = draw_batch(model, guide, args, kwargs) if reference is None else {}
         problem = Problem(model, guide, args, kwargs, parameters, choose(parameters, max_coordinates))
@@ -144,7 +147,7 @@ def measure(
         )
         base = int(torch.randint(2**31, ()))
         with hold_batch(batch):
-            limit = _run(rows, problem, num_replicates, memory, base, equal, budget)
+            limit = _run(rows, problem, objective, num_replicates, memory, base, equal, budget)
         best = least_variance(rows) or rows[0]
         minibatch = minibatch_variance(best, problem, num_replicates) if batch else None
     dataset = assemble(rows, problem.coordinates, parameters.moving, exact, minibatch, num_replicates)
@@ -153,13 +156,13 @@ def measure(
     return GradientComparison(dataset, {row.name: row.looped for row in rows if row.looped})
 
 
-def _run(rows: list[Row], problem: Problem, num_replicates, memory, base, equal, budget) -> float | None:
+def _run(rows: list[Row], problem: Problem, objective, num_replicates, memory, base, equal, budget) -> float | None:
     """Check, equalize, sample and time the rows."""
     for row in rows:
         warm_up(row, *problem.pair)
     limit = equalize(rows, problem, equal, budget) if equal else None
     for row in rows:
-        row.unbiased = is_unbiased(row, *problem.pair)
+        row.unbiased = is_unbiased(row, *problem.pair, objective)
         sample(row, problem, num_replicates, memory, base)
     time_rows(rows, problem)
     return limit

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import objectives
 from .._checks import EmvaeError, EstimatorError, fail
-from ..estimators.base import Estimator, is_point_mass
+from .._registry import entries
+from ..estimators.base import Estimator, is_point_mass, misfit
 from ..loss import MonteCarloELBO
 from ..particles import draw
 
@@ -49,15 +50,28 @@ def evaluations(loss: Any) -> int:
     return getattr(loss, "evaluations", loss.num_particles)
 
 
-def specifications(model, guide, args, kwargs, estimators, num_particles) -> list[tuple[str, Any]]:
+def specifications(model, guide, args, kwargs, estimators, num_particles, objective) -> list[tuple[str, Any]]:
     """Return a label and a specification for each row that the user asked for."""
     if estimators is None:
         with torch.no_grad():
             sites = draw(model, guide, args, kwargs).guide.values()
-        pathwise = ["pathwise"] if all(s.fn.has_rsample for s in sites if not s.is_observed) else []
+        fns = [site.fn for site in sites if not site.is_observed]
+        if not isinstance(objective, objectives.ELBO):
+            return labelled(_fitting(fns, num_particles, objective))
+        pathwise = ["pathwise"] if all(fn.has_rsample for fn in fns) else []
         several = ["leave_one_out"] if num_particles > 1 else []
         estimators = ["score", *several, *pathwise, Trace_ELBO(num_particles=num_particles)]
     return labelled(estimators)
+
+
+def _fitting(fns: list[Any], num_particles: int, objective: Any) -> list[str]:
+    """Return the registered unbiased estimators that differentiate the objective and fit all sites."""
+    fitting = [e for e in entries("estimator") if e.traits.unbiased and objective.name in e.traits.objectives]
+    return [
+        e.name
+        for e in fitting
+        if not e.traits.arguments and all(misfit(e.factory(), fn, num_particles) is None for fn in fns)
+    ]
 
 
 def labelled(estimators: Iterable[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -124,15 +138,18 @@ def _twin(loss: ELBO) -> ELBO:
     return twin
 
 
-def is_unbiased(row: Row, model, guide, args, kwargs) -> bool:
-    """Whether the row's mean is the gradient of its objective, as far as traits and Pyro's documentation say so.
+def is_unbiased(row: Row, model, guide, args, kwargs, objective: Any) -> bool:
+    """Whether the row's mean is the gradient of `objective`, as far as traits and Pyro's documentation say so.
 
     `Trace_ELBO` leaves auxiliary sites of the guide out of the score function's signal.
     """
+    of_elbo = isinstance(objective, objectives.ELBO)
     if isinstance(row.loss, MonteCarloELBO):
-        return all(resolution.estimator.traits.unbiased for resolution in row.loss.table)
-    if isinstance(row.loss, TraceGraph_ELBO | TraceMeanField_ELBO | TraceEnum_ELBO):
-        return True
+        own = row.loss.objective
+        same = isinstance(own, objectives.ELBO) if of_elbo else own == objective
+        return same and all(resolution.estimator.traits.unbiased for resolution in row.loss.table)
+    if not of_elbo or isinstance(row.loss, TraceGraph_ELBO | TraceMeanField_ELBO | TraceEnum_ELBO):
+        return of_elbo
     with torch.no_grad():
         sites = draw(model, guide, args, kwargs).guide.values()
     auxiliary = any(s.infer.get("is_auxiliary") and not is_point_mass(s.fn) for s in sites)

@@ -82,6 +82,12 @@ def test_only_what_was_asked_for_by_a_sequence_is_a_dim():
     assert dict(sweep(problem, num_particles=[2]).snr.sizes) == {"num_particles": 1, "estimator": 2, "block": 2}
 
 
+def test_the_dearest_row_is_the_budget_of_each_cell():
+    rows = ["score", pyro.infer.Trace_ELBO(num_particles=2)]
+    data = sweep(problems.normal_normal(), estimators=rows, num_particles=[1, 4], equal="evaluations", num_replicates=5)
+    assert data.budget.values.tolist() == [2, 4] and data.evaluations.values.tolist() == [[2, 2], [4, 4]]
+
+
 def test_dimensions_are_problems_of_their_own(calls):
     """E|g|^2 grows with the dimension; the store is as it was."""
     pyro.param("loc", torch.tensor(7.0))

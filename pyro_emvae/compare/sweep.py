@@ -22,7 +22,7 @@ from .rows import labelled
 
 __all__ = ["sweep_gradients"]
 
-VARYING = ("reference", "bias_z_limit", "coordinates")  # attributes that differ from cell to cell
+VARYING = ("reference", "bias_z_limit", "coordinates", "budget")  # attributes that differ from cell to cell
 
 
 def sweep_gradients(
@@ -75,7 +75,8 @@ def sweep_gradients(
 
     Returns:
         An `xarray.Dataset`: the variables of `compare_gradients` over ``estimator``, ``block``, ``site`` and the dims
-        that were asked for by a sequence; ``reference`` and ``bias_z_limit`` are variables, as they differ by cell.
+        that were asked for by a sequence; what differs by cell is a variable, too (``reference``,
+        ``bias_z_limit``, ``budget``).
         `plots.plot_variance_ladder`, `plots.plot_variance_cost` and `plots.plot_snr` draw it. No warning is given of a
         signal below the floor: `plots.plot_snr` draws the floor, and `plots.snr_slopes` leaves such points out.
 
@@ -152,7 +153,7 @@ class Sweep:
         rows = None if self.rows is None else dict(self.rows)
         own = {"num_particles": count, "reference": setting.exact(self.reference), "seed": seed}
         dataset = measure(*setting.pair, estimators=rows, **self.options, **own).dataset
-        return dataset.assign({name: dataset.attrs.pop(name) for name in VARYING})
+        return dataset.assign({name: dataset.attrs.pop(name) for name in VARYING if name in dataset.attrs})
 
 
 class _Trainer:

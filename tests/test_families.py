@@ -13,7 +13,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from family_sites import FAMILIES, SITES, SUPPORT, bound, draw, site
+from family_sites import DISCRETE, FAMILIES, SITES, SUPPORT, bound, draw, site
 from pyro.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -116,7 +116,7 @@ def test_extreme_contexts(name, size, sign, dtype):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_recorded_and_vectorized(name):
     """A graph of draw, density and gradient gives the same numbers from the same generator: no branch on data."""
-    family, event = bound(name, (3,))
+    family, event = bound(name, (2,))
     context = torch.randn(5, family.num_features(event))
     value = draw(family.distribution(context, event))
     with pyro.validation_enabled(False):
@@ -151,7 +151,7 @@ def test_quantiles_rise_or_are_refused(name, shape):
     try:
         values = family.quantile(fn, levels)
     except EmvaeError as error:
-        assert "pyro.infer.Predictive" in str(error) and name in ("flow", "one_hot", "mixture")
+        assert "pyro.infer.Predictive" in str(error)
         return
     assert values.shape == (5, 4, *event)
     if SUPPORT[name] == "circle":
@@ -178,6 +178,15 @@ def test_a_family_serves_a_site_or_names_those_that_do(name, support):
 def test_direct_is_what_draws_in_the_site():
     free = {"flow", "full_rank_normal", "low_rank_normal", "mixture", "normal", "student_t"}
     assert {name for name in FAMILIES if not bound(name)[0].direct} == free
+
+
+def test_what_has_a_reparameterised_sampler_and_quantiles():
+    made = {name: bound(name) for name in FAMILIES}
+    fns = {name: one.distribution(torch.zeros(one.num_features(event)), event) for name, (one, event) in made.items()}
+    drawn = {name for name, fn in fns.items() if not fn.has_rsample}
+    assert drawn == {"bernoulli", "categorical", "mixture", "one_hot", "von_mises"}
+    without = {name for name, (family, _) in made.items() if type(family).quantile is Family.quantile}
+    assert without == {"flow", "mixture", "one_hot"}
 
 
 @pytest.mark.parametrize(
@@ -246,7 +255,7 @@ def test_a_family_of_the_users():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_start_is_at_the_value(name):
-    """The median of a distribution started at a value is near it; families without a location start at zeros."""
+    """A tenth of the draws or more lies on either side of it; families without a location start at zeros."""
     family, event = bound(name, (2,), float64)
     values = {
         "continuous": [[-9.0, 2.5]],
@@ -259,17 +268,12 @@ def test_start_is_at_the_value(name):
     value = torch.tensor(values.get(SUPPORT[name], [[1.0, 0.0]]), dtype=float64)
     context = family.start(value, event)
     assert context.shape == (1, family.num_features(event)) and context.dtype == float64
-    fn = family.distribution(context, event)
     if not context.any():
-        assert SUPPORT[name] in ("binary", "categorical", "one_hot")
-    elif name in ("flow", "mixture"):
-        near = fn.sample((400,)).median(0).values
-        assert ((near - value).abs() < 2).all()
-    else:
-        low, high = (family.quantile(fn, torch.tensor(level, dtype=float64)) for level in (0.25, 0.75))
-        inside = torch.remainder(high - low, 2 * math.pi) if SUPPORT[name] == "circle" else high - low
-        off = torch.remainder(value - low, 2 * math.pi) if SUPPORT[name] == "circle" else value - low
-        assert (off >= 0).all() and (off <= inside).all()
+        assert SUPPORT[name] in DISCRETE
+        return
+    off = family.distribution(context, event).sample((400,)) - value
+    off = torch.remainder(off + math.pi, 2 * math.pi) - math.pi if SUPPORT[name] == "circle" else off
+    assert ((off > -1e-12).double().mean(0) > 0.1).all() and ((off < 1e-12).double().mean(0) > 0.1).all()
 
 
 def test_normal_equals_its_formula(dtype):

@@ -131,6 +131,42 @@ def test_recorded_and_vectorized(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_float32_agrees_with_float64(name):
+    family, event = bound(name, (2,), float64)
+    context = torch.randn(20, family.num_features(event), dtype=float64).float()
+    single = copy.deepcopy(family)
+    for module in single.modules():
+        module.float()
+    fn = single.distribution(context, event)
+    value = fn.sample()
+    value = (
+        value if SUPPORT[name] in DISCRETE else value.clamp(max=0.999) if SUPPORT[name] == "unit_interval" else value
+    )
+    expected = family.distribution(context.double(), event)
+    wide = value if SUPPORT[name] == "categorical" else value.double()
+    wide = wide / wide.sum(-1, keepdim=True) if SUPPORT[name] == "simplex" else wide
+    if family.direct and SUPPORT[name] == "continuous":
+        assert torch.allclose(expected.mean, wide, rtol=1e-5)
+    else:
+        assert torch.allclose(fn.log_prob(value).double(), expected.log_prob(wide), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_everything_is_made_on_the_contexts_device(name):
+    """A tensor on any other device would not go with one that has no data."""
+    family, event = bound(name, (2, 3))
+    for module in family.modules():
+        module.to("meta")
+    with pyro.validation_enabled(False):
+        context = torch.empty(5, family.num_features(event), device="meta")
+        fn = family.distribution(context, event)
+        value = torch.empty(5, *event, device="meta").to(
+            torch.int64 if SUPPORT[name] == "categorical" else torch.float32
+        )
+        assert fn.log_prob(value).device == family.start(value.float(), event).device == context.device
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_copies(name):
     family, event = bound(name, (2,))
     context = torch.randn(3, family.num_features(event))
@@ -209,11 +245,30 @@ def test_what_has_a_reparameterised_sampler_and_quantiles():
         (dist.Binomial(torch.tensor([3.0, 4.0]), 0.5), "count"),
         (dist.Poisson(1.0), "count"),
         (dist.OneHotCategorical(torch.ones(2)), "one_hot"),
+        (
+            dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)),
+            "real",
+        ),
+        (
+            dist.MixtureSameFamily(dist.Categorical(torch.ones(2, 3)), dist.Gamma(torch.ones(2, 3), 1.0)).to_event(1),
+            "positive",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_kinds_of_sites(fn, expected):
     assert kind(fn) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_site_with_a_mixture_of_normals_is_a_real_one(name):
+    components = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+    fn = dist.MixtureSameFamily(dist.Categorical(torch.ones(3)), components)
+    assert create("family", name).fits(fn) == (SUPPORT[name] == "continuous")
+    if SUPPORT[name] == "continuous":
+        family = create("family", name).for_site("z", fn)
+        context = torch.randn(5, family.num_features(fn.event_shape))
+        assert family.distribution(context, fn.event_shape).sample().shape == (5, 2)
 
 
 def test_no_family_for_counts():

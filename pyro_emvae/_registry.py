@@ -28,7 +28,8 @@ class Traits:
     Args:
         unbiased: The expectation of the gradient (or value) is the exact one.
         needs_rsample: The site's distribution must have a reparameterised sampler.
-        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``.
+        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``; for a family also ``"positive"``,
+            ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"categorical"``, ``"one_hot"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
             with weights; ``"relaxed"``: values with a path, of another distribution.

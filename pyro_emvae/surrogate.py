@@ -92,19 +92,27 @@ class Composer:
     ) -> None:
         self.particles, self.bound, self.depends, self.probe = particles, bound, depends, probe
         self.raw = terms
-        self.terms = terms if bound is None else bound.weighted(bound.slopes)
+        self.terms = terms if bound is None else bound.by_values()
         self.probes = 0
         self._groups: dict[frozenset, dict[tuple, Tensor]] = {}
 
     def signal(self, site: Site, estimator: Estimator) -> Tensor:
         """Return the learning signal of a site: what its draw reaches, in its plates, detached."""
         if self.bound is not None:
-            bound = self.bound
-            return (bound.scale * bound.value.detach()).expand_as(bound.slopes) * len(bound.slopes)
+            return self._signal_of_bound(self.bound, site, estimator)
         reached = self._reached(site.name, estimator)
         if reached not in self._groups:
             self._groups[reached] = group([t for i, t in enumerate(self.raw) if i in reached])
         return reduced(self._groups[reached], site.frames)
+
+    def _signal_of_bound(self, bound: Bound, site: Site, estimator: Estimator) -> Tensor:
+        """Return L h, what a local draw's score is weighed by; for one above, all that it reaches, per group."""
+        if site.name not in bound.above:
+            return bound.size * bound.signal
+        reached = [term for term in bound.rest if reaches(self.depends, site.name, estimator, term)]
+        costs = group(reached)
+        costs[bound.frames] = costs[bound.frames] + bound.signal if bound.frames in costs else bound.signal
+        return reduced(costs, site.frames)
 
     def _reached(self, name: str, estimator: Estimator) -> frozenset[int]:
         return frozenset(i for i, t in enumerate(self.raw) if reaches(self.depends, name, estimator, t))
@@ -114,8 +122,7 @@ class Composer:
         entropies = {term.site: term.value for term in self.terms if term.kind == "entropy"}
         through, direct, controls, following = [], [], {}, {}
         for site, estimator in rows:
-            keeps = self.bound is not None and estimator.traits.needs_signal  # its direct term has no mean zero
-            entropy = entropies.get(site.name) if keeps else entropies.pop(site.name, None)
+            entropy = None if self._keeps(site, estimator) else entropies.pop(site.name, None)
             signal = self.signal(site, estimator) if estimator.traits.needs_signal else None
             view = self._view(site, estimator, entropy, signal, state)
             old = state.get(site.name) or estimator.init(view, signal)
@@ -126,8 +133,7 @@ class Composer:
             new = estimator.update(view, signal, old)
             if new:
                 following[site.name] = {k: v.detach() for k, v in new.items()}
-        rest = [t.value for t in self.terms if t.kind != "entropy"] + list(entropies.values())
-        surrogate = self._paths(_sum(rest), through, direct, rows) / self.particles.num_particles
+        surrogate = self._paths(list(entropies.values()), through, direct, rows) / self.particles.num_particles
         if any(controls.values()):
             surrogate = self._controlled(surrogate, controls, state, following)
         return surrogate, following
@@ -178,16 +184,40 @@ class Composer:
         probed = self.probe(site, values, estimator, signal)
         return SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields, probes=values, probed=probed)
 
-    def _paths(self, common: Tensor | float, through: list, direct: list, rows: list[Row]) -> Tensor:
-        along = common + _sum([t for t in direct if t is not None])
+    def _keeps(self, site: Site, estimator: Estimator) -> bool:
+        """Whether a site's log q stays beside its estimator: in a weight of several particles its mean is not zero."""
+        return self.bound is not None and estimator.traits.needs_signal and site.name not in self.bound.above
+
+    def _paths(self, left: list[Tensor], through: list, direct: list, rows: list[Row]) -> Tensor:
+        """Return what is differentiated directly and, where values are cut, through them."""
+        common = _sum([t.value for t in self.terms if t.kind != "entropy"] + left)
+        splits = self.bound is not None and self.bound.objective.splits_paths
+        climbed = _sum([t.value for t in self.bound.by_model() if t.kind != "entropy"] + left) if splits else common
+        along = climbed + _sum([t for t in direct if t is not None])
         if not any(self.particles.cuts):
             return along
-        if any(estimator.traits.doubly for _, estimator in rows):
-            count = self.particles.num_particles
-            factors = count * self.bound.objective.doubly(self.bound.slopes / count)
-            return along + through_values(total(self.bound.weighted(factors)), self.particles.cuts)
+        doubly = self._doubly(rows)
         value = common + _sum([t for t in through if t is not None])
-        return along + through_values(value, self.particles.cuts)
+        along = along + through_values(value, self.particles.cuts, lambda leaf: id(leaf) not in doubly)
+        if not doubly:
+            return along
+        value = total(self.bound.by_values(doubly=True))
+        return along + through_values(value, self.particles.cuts, lambda leaf: id(leaf) in doubly)
+
+    def _doubly(self, rows: list[Row]) -> set[int]:
+        """Return the cut values that are differentiated doubly: those above have one weight, and none is left out."""
+        sites = [site for site, e in rows if e.traits.doubly and self.bound and site.name not in self.bound.above]
+        scored = [site.name for site, e in rows if e.traits.needs_signal]
+        for name, other in ((s.name, o) for s in sites for o in scored if self.depends.moves(s.name, "guide", o)):
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"reparameterise site {name!r} doubly",
+                got=f"site {other!r}, differentiated by its score, whose distribution depends on it",
+                because="the score of such a site has to be upstream of what is doubly reparameterised",
+                fix=f'Use estimator={{"{name}": "pathwise"}}.',
+            )
+        return {id(one.value) for site in sites for one in site.runs or (site,)}
 
     def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Tensor:
         r"""Add $\sum_l a_l c_l$ with lagged coefficients, as $\langle g,\theta\rangle$ with g the whole gradient."""
@@ -276,25 +306,28 @@ def reduced(costs: Mapping[tuple, Tensor], frames: tuple) -> Tensor:
     return torch.as_tensor(sum(reduce_to(cost, own, frames) for own, cost in costs.items()))
 
 
-def through_values(value: Tensor, cuts: tuple) -> Tensor | float:
+def through_values(value: Tensor, cuts: tuple, keep: Callable[[Tensor], bool] = lambda leaf: True) -> Tensor | float:
     r"""Return $\sum_s\langle a_s, z_s\rangle$ with $a_s$ the total derivative of `value` by the s-th cut value.
 
     A drawn value depends on the parameters and on earlier cut values; going backwards, each passes its cotangent on.
+    The sum is over the values that are kept.
     """
     total: Tensor | float = 0.0
     for run in cuts:
         leaves = [leaf for _, leaf in run]
-        if not leaves:
+        kept = [i for i, leaf in enumerate(leaves) if keep(leaf)]
+        if not kept:
             continue
         cotangents = list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
         for i in range(len(run) - 1, -1, -1):
             drawn, cotangent = run[i][0], cotangents[i]
             if cotangent is None:
                 continue
-            if i:
+            if i > kept[0]:
                 back = torch.autograd.grad(drawn, leaves[:i], cotangent, retain_graph=True, allow_unused=True)
                 for j, part in enumerate(back):
                     if part is not None:
                         cotangents[j] = part if cotangents[j] is None else cotangents[j] + part
-            total = total + (cotangent.detach() * drawn).sum()
+            if i in kept:
+                total = total + (cotangent.detach() * drawn).sum()
     return total

@@ -186,7 +186,9 @@ class Composer:
 
     def _keeps(self, site: Site, estimator: Estimator) -> bool:
         """Whether a site's log q stays beside its estimator: in a weight of several particles its mean is not zero."""
-        return self.bound is not None and estimator.traits.needs_signal and site.name not in self.bound.above
+        bound = self.bound
+        several = bound is not None and bound.size > 1 and site.name not in bound.above
+        return several and estimator.traits.needs_signal
 
     def _paths(self, left: list[Tensor], through: list, direct: list, rows: list[Row]) -> Tensor:
         """Return what is differentiated directly and, where values are cut, through them."""

@@ -89,10 +89,13 @@ class Replay:
         self.sizes: dict[str, int] = {}
         random = {n: s for n, s in first.particles.guide.items() if not is_point_mass(s.fn)}
         objective = self.loss.objective
-        self.above = {n for n, s in random.items() if isinstance(objective, MultiSample) and objective.is_above(s.frames)}
+        self.above = {
+            n for n, s in random.items() if isinstance(objective, MultiSample) and objective.is_above(s.frames)
+        }
         for name, site in random.items():
             shape = site.value.shape
-            shape = (shape[0] // objective.num_local_particles, *shape[1:]) if name in self.above else tuple(shape)
+            groups = () if name not in self.above else (num_particles // objective.num_local_particles,)
+            shape = (*groups, *shape[1:]) if groups and num_particles > 1 else tuple(shape)
             if base(site.fn).has_enumerate_support:
                 self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
                 self.noise[name] = ("finite", shape)
@@ -116,7 +119,7 @@ class Replay:
 
     def _rows(self, name: str, noise: Tensor) -> Tensor:
         """Return a site's noise for all particles: those of a group share that of a draw above them."""
-        if name not in self.above:
+        if name not in self.above or self.num_particles == 1:
             return noise
         repeated = noise.unsqueeze(1).expand(-1, self.loss.objective.num_local_particles, *noise.shape[1:])
         return repeated.reshape(-1, *noise.shape[1:])
@@ -228,9 +231,7 @@ class Replay:
         return math.exp(min(sum(logs), 100.0)), normal
 
 
-def fitting_sites(
-    problem: Problem, estimator: Estimator, num_particles: int, objective: Any = "elbo"
-) -> list[str]:
+def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int, objective: Any = "elbo") -> list[str]:
     """Return the guide's sites that the estimator fits, without those that are functions of others."""
     objective = create("objective", objective)
     named = {"objective": objective.name, "multi_sample": isinstance(objective, MultiSample)}

@@ -137,9 +137,7 @@ class MultiSampleScore(ScoreFunction):
     """
 
     decay: float = 0.9
-    traits: ClassVar[Traits] = Traits(
-        min_particles=2, objectives=("multi_sample",), stateful=True, auto=15, recordable=True
-    )
+    traits: ClassVar[Traits] = Traits(min_particles=2, objectives=("multi_sample",), stateful=True, auto=25)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:

@@ -172,6 +172,7 @@ class Composer:
             "bound": self.bound,
             "weight": self.particles.weights.get(site.name),
             "prior": prior and prior.fn,
+            "particles": self.particles,
         }
         view = SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields)
         if estimator.traits.probes == "no":

@@ -12,10 +12,11 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
-from pyro_emvae import EmvaeError, MonteCarloELBO, Traits, compare_gradients
-from pyro_emvae.estimators import Control, Estimator, Score
+from pyro_emvae import EmvaeError, EstimatorError, MonteCarloELBO, Traits, compare_gradients
+from pyro_emvae.estimators import Control, Estimator, LeaveOneOut, Score
 from pyro_emvae.estimators.base import base
 from pyro_emvae.particles import dependence
+from pyro_emvae.testing import check_estimator
 
 NAMES = ("a", "b", "c", "d", "e", "f")
 
@@ -208,3 +209,10 @@ def test_iwae_of_one_particle_is_the_elbo():
         pyro.set_rng_seed(0)
         values.append(MonteCarloELBO(1, objective=name, estimator="score").loss(model, guide, X))
     assert values[0] == pytest.approx(values[1], abs=1e-12)
+
+
+def test_a_learned_coefficient_of_leave_one_out_is_unbiased():
+    rows = check_estimator(LeaveOneOut(coefficient="learned"), problems=["bernoulli", "two_level"], num_particles=[2])
+    assert [row.how for row in rows] == ["enumeration", "quadrature"]
+    with pytest.raises(EstimatorError, match="coefficient='half'"):
+        LeaveOneOut(coefficient="half")

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._checks import EstimatorError, fail
 from .._registry import Traits, entries, lookup
 from ..objectives import Bound
+from ..particles import Particles
 
 __all__ = [
     "Control",
@@ -127,6 +128,7 @@ class SiteTerms:
         weight: K times the weights of the particles, where an estimator drew weighted ones.
         probed: What was found at the estimator's `probes`; `probes` are those values.
         prior: The model's distribution at the site, None for an auxiliary site.
+        particles: All sites of guide and model.
     """
 
     name: str
@@ -140,6 +142,7 @@ class SiteTerms:
     probes: Tensor | None = None
     probed: Probed | None = None
     prior: Any = None
+    particles: Particles | None = field(default=None, repr=False)
 
 
 class Estimator(ABC):

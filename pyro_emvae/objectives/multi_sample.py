@@ -184,7 +184,8 @@ class MultiSample(Objective):
             side = "guide" if term.kind == "entropy" else "model"
             reached = any(moves(name, side, term.site) for name in local)
             (inside if reached else rest).append(term._replace(value=particles.rows(term.value)))
-        frames = _shared(inside, type(self).__name__)
+        nested = any(site.frames for site in drawn.values())
+        frames = _shared(inside, type(self).__name__, nested)
         scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
         count = particles.num_particles
         parts = [reduce_to(term.value, term.frames, frames) for term in inside]
@@ -208,7 +209,7 @@ def _check_groups(above: frozenset[str], local: list[str], moves: Moves) -> None
             f"draw local particles under site {name!r}",
             got="no latent in a plate",
             because="num_local_particles is for local latents under global ones",
-            fix='Write objective="iwae".',
+            fix='Write objective="iwae" for whole data, or "elbo" for minibatches.',
         )
     found = [(one, other) for one in above for other in local if moves(other, "guide", one)]
     if found:
@@ -222,7 +223,7 @@ def _check_groups(above: frozenset[str], local: list[str], moves: Moves) -> None
         )
 
 
-def _shared(terms: list[Term], obj: str) -> tuple:
+def _shared(terms: list[Term], obj: str, nested: bool) -> tuple:
     """Return the plates that all summands share; the others must not subsample."""
     every = [set(term.frames) for term in terms]
     shared = set.intersection(*every) if every else set()
@@ -230,6 +231,7 @@ def _shared(terms: list[Term], obj: str) -> tuple:
         for frame in term.frames:
             if frame not in shared and frame.full_size not in (None, frame.size):
                 outside = next((t.site for t in terms if frame not in t.frames), term.site)
+                local = f"Write objective={obj}(num_local_particles=...) for the global latent, or give whole data."
                 fail(
                     EmvaeError,
                     obj,
@@ -237,6 +239,6 @@ def _shared(terms: list[Term], obj: str) -> tuple:
                     got=f"site {outside!r} outside plate {frame.name!r}, which subsamples {frame.size} of "
                     f"{frame.full_size}",
                     because="one weight for all data is no bound once it is scaled",
-                    fix=f"For a global latent, write objective={obj}(num_local_particles=...); or give whole data.",
+                    fix=local if nested else 'Give whole data, or write objective="elbo".',
                 )
     return tuple(frame for frame in (terms[0].frames if terms else ()) if frame in shared)

@@ -24,7 +24,7 @@ from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, draw, hold_batch, quiet
 from ..problems import Problem
 
-__all__ = ["Replay", "fitting_sites"]
+__all__ = ["Expectation", "Replay", "fitting_sites"]
 
 CHUNK = 4096
 
@@ -111,11 +111,17 @@ class Replay:
         order: int = 1,
     ) -> Evaluation:
         """Evaluate at given noise; what it does not name is drawn. For `order` see `MonteCarloELBO.evaluate`."""
-        self.loss.noise = {name: self._rows(name, noise[name]) for name in self.noise if name in noise}
         problem, state = self.problem, self.state if state is None else state
+        with self._dictated(noise, leaves):
+            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
+
+    @contextlib.contextmanager
+    def _dictated(self, noise: Mapping[str, Tensor], leaves: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Let the loss take this noise, these minibatches and these leaves."""
+        self.loss.noise = {name: self._rows(name, noise[name]) for name in self.noise if name in noise}
         batch = hold_batch({name: noise[name] for name in self.plates if name in noise})
         with self._enter(self.leaves if leaves is None else leaves), batch:
-            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
+            yield
 
     def _rows(self, name: str, noise: Tensor) -> Tensor:
         """Return a site's noise for all particles: those of a group share that of a draw above them."""
@@ -172,7 +178,7 @@ class Replay:
 
     def _differentiates(self, traits: list[Traits]) -> bool:
         """Whether a gradient is taken inside an evaluation."""
-        return self.loss.objective.splits_paths or any(t.splits_paths or t.controls for t in traits)
+        return self.loss.objective.splits_paths or any(t.splits_paths or t.controls or t.stateful for t in traits)
 
     def _at(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor] | None = None) -> tuple[Evaluation, Tensor]:
         noise = dict(zip((*self.noise, *self.plates), values, strict=True))
@@ -229,6 +235,28 @@ class Replay:
         logs += [math.log(self.sizes[n]) * math.prod(self.noise[n][1]) for n in self.sizes]
         normal = sum(math.prod(shape) for kind, shape in self.noise.values() if kind == "normal")
         return math.exp(min(sum(logs), 100.0)), normal
+
+
+class Expectation(Replay):
+    r"""The mean objective itself in place of an estimate: its gradient is exact, without an estimator.
+
+    $$\nabla\sum_zP_\phi(z)\,E_\epsilon[J(z,\epsilon)],$$
+
+    with the finite outcomes z summed and normal noise $\epsilon$ integrated along its paths; what `mean` returns.
+    """
+
+    def __init__(self, problem: Problem, num_particles: int, objective: Any) -> None:
+        super().__init__(problem, dict.fromkeys(problem.sites, "pyro"), num_particles, objective=objective)
+
+    def _at(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor] | None = None) -> tuple[Evaluation, Tensor]:
+        noise = dict(zip((*self.noise, *self.plates), values, strict=True))
+        problem, loss = self.problem, self.loss
+        with self._dictated(noise, leaves):
+            particles = loss.particles(problem.model, problem.guide, problem.args, {})
+            objective, _, _ = loss._objective(loss._plans[(problem.model, problem.guide)], particles, [])
+        logs = [self._log_probability(name, particles) for name in self.sizes]
+        probability = torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
+        return Evaluation(objective, probability * objective, particles, {}), torch.ones_like(probability).detach()
 
 
 def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int, objective: Any = "elbo") -> list[str]:

@@ -142,7 +142,7 @@ def _check_mean(replay: Replay, part: Estimator, where: str, max_samples: int, s
     if isinstance(objective, MultiSample):
         exact = exact_mean(Expectation(problem, replay.num_particles, objective))
         if exact is None:
-            return _check_pairs(replay, where, seed)
+            return _check_pairs(replay, where, max_samples, seed, strict)
         expected = exact.gradients
     else:
         expected = exact_gradients(problem)
@@ -182,37 +182,52 @@ def _check_samples(
     samples = _samples(replay, pilot, seed)
     count = max(pilot, int(1.3 * max(needed(x, detect) for x in samples.values())))
     if count > most:
-        if strict:
-            fail(
-                Underpowered,
-                "check_estimator",
-                f"judge the mean gradient of {where}",
-                got=f"{count} draws needed, and max_samples={max_samples}",
-                because="a deviation of a tenth of the largest gradient has to be found",
-                fix="Give a smaller problem, or a larger max_samples.",
-            )
-        return Checked(replay.problem.name, replay.num_particles, "underpowered", pilot)
+        return _underpowered(replay, where, count, pilot, max_samples, strict)
     for name, x in _samples(replay, count, seed + 1).items():
         alpha = 1e-6 / len(expected)
         assert_mean(x, expected[name], detect=1.5 * detect, alpha=alpha, what=f"{where}: gradient of {name!r}")
     return Checked(replay.problem.name, replay.num_particles, "statistics", count)
 
 
-def _check_pairs(replay: Replay, where: str, seed: int) -> Checked:
+def _check_pairs(replay: Replay, where: str, max_samples: int, seed: int, strict: bool) -> Checked:
     """Test the mean difference to the pathwise and score-function gradients on the same draws."""
     problem, objective = replay.problem, replay.loss.objective
     plain = Replay(problem, dict.fromkeys(problem.sites, "pyro"), replay.num_particles, objective=objective)
-    count = 100 if replay.own_draws else 2000
-    right = _samples(plain, count, seed)
-    largest = max(float(x.mean(0).abs().max()) for x in right.values())
-    rows = {n: x - right[n] for n, x in _samples(replay, count, seed).items()}
-    rows = {n: x for n, x in rows.items() if float(x.abs().max()) > 1e-9 * largest}
-    if any(needed(x, 0.15 * largest) > count for x in rows.values()):
-        return Checked(problem.name, replay.num_particles, "underpowered", count)
+
+    def differences(count: int, seed: int) -> tuple[dict[str, Tensor], float]:
+        right, found = (_samples(r, count, seed) for r in (plain, replay))
+        largest = max(float(x.mean(0).abs().max()) for x in right.values())
+        rows = {n: x - right[n] for n, x in found.items()}
+        return {n: x for n, x in rows.items() if float(x.abs().max()) > 1e-9 * largest}, largest
+
+    pilot, most = (64, max_samples // MANY * 8) if replay.own_draws else (2000, max_samples)
+    rows, largest = differences(pilot, seed)
+    count = max(pilot, int(2 * max([needed(x, 0.15 * largest) for x in rows.values()] or [0])))
+    if count > most:
+        return _underpowered(replay, where, count, pilot, max_samples, strict)
+    rows, largest = differences(count, seed + 1)
     for name, x in rows.items():
         what = f"{where}: gradient of {name!r} less the plain one"
-        assert_mean(x, torch.zeros_like(x[0]), detect=0.2 * largest, alpha=1e-6 / len(rows), what=what)
+        try:
+            assert_mean(x, torch.zeros_like(x[0]), detect=0.25 * largest, alpha=1e-6 / len(rows), what=what)
+        except Underpowered:  # skew that the pilot did not show
+            if strict:
+                raise
+            return Checked(problem.name, replay.num_particles, "underpowered", count)
     return Checked(problem.name, replay.num_particles, "statistics", count)
+
+
+def _underpowered(replay: Replay, where: str, count: int, pilot: int, max_samples: int, strict: bool) -> Checked:
+    if strict:
+        fail(
+            Underpowered,
+            "check_estimator",
+            f"judge the mean gradient of {where}",
+            got=f"{count} draws needed, and max_samples={max_samples}",
+            because="a deviation of a tenth of the largest gradient has to be found",
+            fix="Give a smaller problem, or a larger max_samples.",
+        )
+    return Checked(replay.problem.name, replay.num_particles, "underpowered", pilot)
 
 
 def _samples(replay: Replay, count: int, seed: int) -> dict[str, Tensor]:

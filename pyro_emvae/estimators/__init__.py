@@ -5,6 +5,7 @@ from .decaying_average import DecayingAverage
 from .draws import Antithetic, Independent, Sobol
 from .dreg import DReG
 from .leave_one_out import LeaveOneOut
+from .measure_valued import MeasureValued
 from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
@@ -27,6 +28,7 @@ __all__ = [
     "Full",
     "Independent",
     "LeaveOneOut",
+    "MeasureValued",
     "MultiSampleScore",
     "NeuralBaseline",
     "PartialPathwise",

@@ -33,8 +33,8 @@ class Replay:
     r"""The gradient of one problem by one estimator as a function of dictated noise.
 
     It is mapped over rows of noise, so thousands of outcomes cost milliseconds; an estimator that is not ``recordable``
-    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution
-    (``own_draws``). The param store is not touched.
+    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution, and an
+    estimator that is ``noisy`` (``own_draws``). The param store is not touched.
 
     Args:
         problem: A `Problem`.
@@ -101,7 +101,8 @@ class Replay:
                 self.noise[name] = ("finite", shape)
             elif is_normal(site.fn):
                 self.noise[name] = ("normal", shape)
-        self.own_draws = len(self.noise) < len(random)
+        noisy = any(row.estimator.traits.noisy for row in self.loss.table)
+        self.own_draws = noisy or len(self.noise) < len(random)
 
     def evaluate(
         self,

@@ -424,7 +424,7 @@ class MonteCarloELBO(ELBO):
 
         composer = Composer(particles, terms, bound, plan.depends or Dependence(), further)
         state = self.state if state is None else state
-        if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
+        if order == 2 and not self.objective.splits_paths and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
         surrogate, following = composer.compose(rows, state)
         self.evaluations = self.num_particles * (1 + composer.probes)

@@ -146,6 +146,8 @@ class Composer:
         is zero, come in as constants times $e^{\ell-\bar\ell}-1$.
         """
         scores = [(site, estimator) for site, estimator in rows if isinstance(estimator, ScoreFunction)]
+        if self.bound is not None:
+            return self._dice_of_bound(self.bound, scores, state)
         sampled = {term.site for term in self.terms if term.kind == "entropy"}
         surrogate: Tensor | float = 0.0
         for term in self.terms:
@@ -153,16 +155,34 @@ class Composer:
             exponent = sum(reduce_to(site.log_prob, site.frames, term.frames) for site in reach)
             surrogate = surrogate + (term.value * _one(exponent) if reach else term.value).sum()
         for site, estimator in scores:
-            signal = self.signal(site, estimator)
-            view = self._view(site, estimator, None, signal, state)
-            old = state.get(site.name) or estimator.init(view, signal)
-            advantage = estimator.advantage(view, signal, self.particles.num_particles, old)
-            beyond = advantage - self.signal(site, Score())
-            zero = _one(site.log_prob) - 1
-            surrogate = surrogate + (beyond * zero).sum()
-            if site.name in sampled:
-                surrogate = surrogate + scale_and_mask(zero, site.scale, site.mask).sum()
+            surrogate = surrogate + self._beyond(site, estimator, state, site.name in sampled)
         return surrogate / self.particles.num_particles
+
+    def _beyond(self, site: Site, estimator: Estimator, state: States, sampled: bool) -> Tensor:
+        """Return what an estimator adds to the plain score function, and what takes the direct score off."""
+        signal = self.signal(site, estimator)
+        view = self._view(site, estimator, None, signal, state)
+        old = state.get(site.name) or estimator.init(view, signal)
+        advantage = estimator.advantage(view, signal, self.particles.num_particles, old)
+        zero = _one(site.log_prob) - 1
+        added = ((advantage - self.signal(site, Score())) * zero).sum()
+        return added + scale_and_mask(zero, site.scale, site.mask).sum() if sampled else added
+
+    def _dice_of_bound(self, bound: Bound, scores: list[Row], state: States) -> Tensor:
+        """Return `dice` of an objective of several particles: h of a datum is multiplied by all draws of its group."""
+        count, groups = len(bound.log_weight), len(bound.value)
+        exponent: Tensor | float = 0.0
+        for site, _ in scores:
+            rows = reduce_to(self.particles.rows(site.log_prob), site.frames, bound.frames)
+            folded = bound.fold(rows.expand(count, *rows.shape[1:])).sum(0)
+            exponent = exponent + (folded / bound.size if site.name in bound.above else folded)
+        surrogate = bound.scale * (_one(exponent) * bound.value if scores else bound.value).sum() / groups
+        for term in bound.rest:
+            reach = [s for s, _ in scores if self.depends.moves(s.name, side_of(term), term.site)]
+            exponent = sum(reduce_to(s.log_prob, s.frames, term.frames) for s in reach)
+            surrogate = surrogate + (term.value * _one(exponent) if reach else term.value).sum() / count
+        parts = [self._beyond(s, e, state, s.name in bound.above) for s, e in scores]
+        return surrogate + _sum(parts) / count
 
     def _view(self, site: Site, estimator: Estimator, entropy, signal, state: States) -> SiteTerms:
         prior = self.particles.model.get(site.name)

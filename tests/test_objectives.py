@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from test_higher_order import second_derivatives
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -481,6 +482,34 @@ def test_the_choice_of_vimco_or_ovis_is_lagged_and_can_change():
             right = Replay(params, chosen, count, objective="iwae")
             found = replay.gradient(replay.evaluate(noise, state))
             assert_gradients(found, right.gradient(right.evaluate(noise)))
+
+
+@pytest.mark.parametrize(
+    ("problem", "estimator", "objective", "count"),
+    [
+        (bits(2), "score", IWAE(), 2),
+        (bits(2), "vimco", Renyi(0.5), 2),
+        (bits(2), "ovis", IWAE(), 2),
+        (bits_under_a_bit(1), "vimco", IWAE(2), 4),
+        (bits_under_a_bit(1), "score", IWAE(2), 2),
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
+def test_hessian_over_all_outcomes(problem, estimator, objective, count):
+    """Second derivatives of `differentiable_loss`."""
+    replay = Replay(problem, estimator, count, objective=objective)
+    noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=DOUBLE))
+    leaves, found = list(replay.leaves.values()), 0.0
+    for i, weight in enumerate(weights):
+        with quiet(seed=0, validate=False):
+            evaluation = replay.evaluate({n: rows[i] for n, rows in noise.items()}, order=2)
+        logs = [replay._log_probability(name, evaluation.particles).detach() for name in replay.sizes]
+        found = found + weight * torch.stack(logs).sum().exp() * second_derivatives(evaluation.surrogate, leaves)
+    fresh, size = problem.unconstrained(), objective.num_local_particles or count
+    h = BY_HAND["renyi 0.5" if objective.name == "renyi" else "iwae"][1]
+    by_hand = bits_by_hand if problem.name == "bits" else under_a_bit_by_hand
+    exact = second_derivatives(by_hand(problem.constrained(fresh), h, size), [fresh[n] for n in replay.leaves])
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
 
 
 # Planted defects, each caught by a named check ----------------------------------------------------------------------

@@ -3,7 +3,7 @@ r"""Score-function gradients of objectives of several particles, each with a bas
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from .score import ScoreFunction
 
 __all__ = ["OVIS", "VIMCO", "MultiSampleScore"]
 
-OF_OTHERS = Traits(min_particles=2, objectives=("multi_sample",))
+OF_OTHERS = Traits(min_particles=2, objectives=("multi_sample",), higher_order=True)
 
 
 def other_groups(signal: Tensor, bound: Bound) -> Tensor:
@@ -137,7 +137,7 @@ class MultiSampleScore(ScoreFunction):
     """
 
     decay: float = 0.9
-    traits: ClassVar[Traits] = Traits(min_particles=2, objectives=("multi_sample",), stateful=True, auto=25)
+    traits: ClassVar[Traits] = replace(OF_OTHERS, stateful=True, auto=25)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.decay < 1.0:

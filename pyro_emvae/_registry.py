@@ -39,7 +39,8 @@ class Traits:
         doubly: An objective of several particles is differentiated through their values with the weights of doubly
             reparameterised gradients.
         min_particles: The least number of particles.
-        objectives: The objectives that it can differentiate; ``"any"``: all.
+        objectives: The objectives that it can differentiate; ``"multi_sample"``: all of several particles that are no
+            sum of terms, such as ``"iwae"``; ``"any"``: all.
         recordable: It has no ``.item()`` and no data-dependent branch.
         higher_order: Second derivatives of the surrogate are right too.
         splits_paths: Its terms differ between the path through the value and the direct one.

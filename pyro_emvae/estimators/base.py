@@ -40,11 +40,13 @@ class Situation:
     Args:
         name: The guide's site.
         fn: Its distribution, expanded by the plates; with several particles its batch shape starts with them.
-        num_particles: K.
+        num_particles: How many draws of the site there are that can be compared: K, or fewer for an objective with
+            ``num_local_particles``.
         objective: The objective's name.
         infer: The site's annotations.
         upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
         prior: The model's distribution at the site; None if not known.
+        multi_sample: Whether the objective is one of several particles, no sum of terms.
     """
 
     name: str
@@ -54,6 +56,12 @@ class Situation:
     infer: Mapping[str, Any] = field(default_factory=dict, repr=False)
     upstream: tuple[str, ...] | None = ()
     prior: Any = None
+    multi_sample: bool = False
+
+    @property
+    def objectives(self) -> set[str]:
+        """The names by which the trait ``objectives`` may allow this objective."""
+        return {self.objective, "any"} | ({"multi_sample"} if self.multi_sample else set())
 
 
 @dataclass(frozen=True)
@@ -203,7 +211,7 @@ def misfit(estimator: Estimator, at: Situation) -> str | None:
         return "it needs a Bernoulli site"
     if at.num_particles < traits.min_particles:
         return f"it compares particles and needs at least {traits.min_particles}"
-    if at.objective not in traits.objectives and "any" not in traits.objectives:
+    if not at.objectives & set(traits.objectives):
         return f"it is made for the objective {' or '.join(map(repr, traits.objectives))}"
     if traits.draws in ("coupled", "weighted") and at.upstream:
         return f"particles drawn together need one distribution, and this one depends on the draw of {at.upstream[0]!r}"
@@ -222,7 +230,7 @@ def require_fit(estimator: Estimator, at: Situation) -> None:
     elif is_point_mass(fn):
         fix = f"Leave {at.name!r} out: name the auxiliary site that it is computed from."
     else:
-        if at.objective not in traits.objectives and "any" not in traits.objectives:
+        if not at.objectives & set(traits.objectives):
             got = f"objective={at.objective!r}"
         fix = _alternatives(at)
     fail(EstimatorError, type(estimator).__name__, f"differentiate site {at.name!r}", got=got, because=reason, fix=fix)
@@ -235,7 +243,7 @@ def _alternatives(at: Situation) -> str:
     return f"Use estimator={' or '.join(map(repr, sorted(good, key=_PREFERRED.index)[:2]))}.".replace("'", '"')
 
 
-_PREFERRED = ("pathwise", "dreg", "vimco", "leave_one_out", "disarm", "score")
+_PREFERRED = ("pathwise", "multi_sample_score", "vimco", "leave_one_out", "disarm", "score")
 
 
 def _make(name: str) -> Estimator:

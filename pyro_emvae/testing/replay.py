@@ -14,16 +14,17 @@ from torch import Tensor, fx
 
 from .. import particles
 from .._checks import EmvaeError, fail
-from .._registry import create
+from .._registry import Traits, create
 from ..engine import trace
 from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
 from ..estimators.draws import from_noise, is_normal
 from ..loss import Evaluation, MonteCarloELBO, States
+from ..objectives import MultiSample
 from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, draw, hold_batch, quiet
 from ..problems import Problem
 
-__all__ = ["Replay", "fitting_sites"]
+__all__ = ["Expectation", "Replay", "fitting_sites"]
 
 CHUNK = 4096
 
@@ -40,6 +41,7 @@ class Replay:
         estimator: An instance or a registered name, for the sites that it fits, or a mapping from site to these; the
             other sites get ``"auto"``.
         num_particles: K.
+        objective: A registered objective or an instance.
         state: The estimators' state, by site.
 
     Raises:
@@ -51,11 +53,18 @@ class Replay:
         {'k': ('finite', (2, 1)), 'z': ('normal', (2, 1))}
     """
 
-    def __init__(self, problem: Problem, estimator: Any, num_particles: int, state: States | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        estimator: Any,
+        num_particles: int,
+        state: States | None = None,
+        objective: Any = "elbo",
+    ) -> None:
         self.problem, self.num_particles, self.state = problem, num_particles, state or {}
         if not isinstance(estimator, Mapping):
             part: Estimator = create("estimator", estimator)
-            estimator = dict.fromkeys(fitting_sites(problem, part, num_particles), part)
+            estimator = dict.fromkeys(fitting_sites(problem, part, num_particles, objective), part)
             if not estimator:
                 fail(
                     EmvaeError,
@@ -65,7 +74,8 @@ class Replay:
                     because="there has to be a site that it fits",
                     fix="Choose a problem by the estimator's traits.",
                 )
-        self.loss = _Dictated(num_particles, problem.max_plate_nesting, vectorize_particles=True, estimator=estimator)
+        options = {"vectorize_particles": True, "estimator": estimator, "objective": objective}
+        self.loss = _Dictated(num_particles, problem.max_plate_nesting, **options)
         once = one_particle(problem)
         sites = (*once.guide.values(), *once.model.values())
         self.plates = {f.name: (f.full_size, f.size) for s in sites for f in s.frames if f.size != f.full_size}
@@ -78,12 +88,19 @@ class Replay:
         self.dtype = first.objective.dtype
         self.sizes: dict[str, int] = {}
         random = {n: s for n, s in first.particles.guide.items() if not is_point_mass(s.fn)}
+        objective = self.loss.objective
+        self.above = {
+            n for n, s in random.items() if isinstance(objective, MultiSample) and objective.is_above(s.frames)
+        }
         for name, site in random.items():
+            shape = site.value.shape
+            groups = () if name not in self.above else (num_particles // objective.num_local_particles,)
+            shape = (*groups, *shape[1:]) if groups and num_particles > 1 else tuple(shape)
             if base(site.fn).has_enumerate_support:
                 self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
-                self.noise[name] = ("finite", tuple(site.value.shape))
+                self.noise[name] = ("finite", shape)
             elif is_normal(site.fn):
-                self.noise[name] = ("normal", tuple(site.value.shape))
+                self.noise[name] = ("normal", shape)
         noisy = any(row.estimator.traits.noisy for row in self.loss.table)
         self.own_draws = noisy or len(self.noise) < len(random)
 
@@ -95,11 +112,24 @@ class Replay:
         order: int = 1,
     ) -> Evaluation:
         """Evaluate at given noise; what it does not name is drawn. For `order` see `MonteCarloELBO.evaluate`."""
-        self.loss.noise = {name: noise[name] for name in self.noise if name in noise}
         problem, state = self.problem, self.state if state is None else state
+        with self._dictated(noise, leaves):
+            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
+
+    @contextlib.contextmanager
+    def _dictated(self, noise: Mapping[str, Tensor], leaves: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Let the loss take this noise, these minibatches and these leaves."""
+        self.loss.noise = {name: self._rows(name, noise[name]) for name in self.noise if name in noise}
         batch = hold_batch({name: noise[name] for name in self.plates if name in noise})
         with self._enter(self.leaves if leaves is None else leaves), batch:
-            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
+            yield
+
+    def _rows(self, name: str, noise: Tensor) -> Tensor:
+        """Return a site's noise for all particles: those of a group share that of a draw above them."""
+        if name not in self.above or self.num_particles == 1:
+            return noise
+        repeated = noise.unsqueeze(1).expand(-1, self.loss.objective.num_local_particles, *noise.shape[1:])
+        return repeated.reshape(-1, *noise.shape[1:])
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return the gradient of the maximised surrogate by parameter name."""
@@ -138,7 +168,7 @@ class Replay:
             return probability, *gradient.values()
 
         try:
-            if self.problem.traits.modules or any(t.splits_paths or t.controls or t.stateful for t in traits):
+            if self.problem.traits.modules or self._differentiates(traits):
                 key = tuple(r.dtype for r in rows)
                 step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
             return [torch.func.vmap(step)(*(r[i : i + CHUNK] for r in rows)) for i in range(0, len(rows[0]), CHUNK)]
@@ -147,11 +177,20 @@ class Replay:
                 raise
             return None
 
+    def _differentiates(self, traits: list[Traits]) -> bool:
+        """Whether a gradient is taken inside an evaluation."""
+        return self.loss.objective.splits_paths or any(t.splits_paths or t.controls or t.stateful for t in traits)
+
     def _at(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor] | None = None) -> tuple[Evaluation, Tensor]:
         noise = dict(zip((*self.noise, *self.plates), values, strict=True))
         evaluation = self.evaluate(noise, leaves=leaves)
-        logs = [evaluation.particles.guide[name].log_prob.detach().sum() for name in self.sizes]
+        logs = [self._log_probability(name, evaluation.particles).detach() for name in self.sizes]
         return evaluation, torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
+
+    def _log_probability(self, name: str, particles: Particles) -> Tensor:
+        """Return the log probability of a finite site's values in all particles."""
+        total = particles.guide[name].log_prob.sum()
+        return total / self.loss.objective.num_local_particles if name in self.above else total
 
     def mean(self, noise: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
         """Return the sum of gradients times weights times probabilities along the rows of noise."""
@@ -199,12 +238,36 @@ class Replay:
         return math.exp(min(sum(logs), 100.0)), normal
 
 
-def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> list[str]:
+class Expectation(Replay):
+    r"""The mean objective itself in place of an estimate: its gradient is exact, without an estimator.
+
+    $$\nabla\sum_zP_\phi(z)\,E_\epsilon[J(z,\epsilon)],$$
+
+    with the finite outcomes z summed and normal noise $\epsilon$ integrated along its paths; what `mean` returns.
+    """
+
+    def __init__(self, problem: Problem, num_particles: int, objective: Any) -> None:
+        super().__init__(problem, dict.fromkeys(problem.sites, "pyro"), num_particles, objective=objective)
+
+    def _at(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor] | None = None) -> tuple[Evaluation, Tensor]:
+        noise = dict(zip((*self.noise, *self.plates), values, strict=True))
+        problem, loss = self.problem, self.loss
+        with self._dictated(noise, leaves):
+            particles = loss.particles(problem.model, problem.guide, problem.args, {})
+            objective, _, _ = loss._objective(loss._plans[(problem.model, problem.guide)], particles, [])
+        logs = [self._log_probability(name, particles) for name in self.sizes]
+        probability = torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
+        return Evaluation(objective, probability * objective, particles, {}), torch.ones_like(probability).detach()
+
+
+def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int, objective: Any = "elbo") -> list[str]:
     """Return the guide's sites that the estimator fits, without those that are functions of others."""
+    objective = create("objective", objective)
+    named = {"objective": objective.name, "multi_sample": isinstance(objective, MultiSample)}
     run, depends = one_particle(problem), dependence(problem)
     priors = {name: site.fn for name, site in run.model.items()}
     places = [
-        Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n), priors.get(n))
+        Situation(n, s.fn, num_particles, infer=s.infer, upstream=depends.upstream(n), prior=priors.get(n), **named)
         for n, s in run.guide.items()
         if not is_point_mass(s.fn)
     ]

@@ -28,7 +28,7 @@ class Traits:
     Args:
         unbiased: The expectation of the gradient (or value) is the exact one.
         needs_rsample: The site's distribution must have a reparameterised sampler.
-        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``.
+        support: ``"any"``, ``"discrete"``, ``"binary"``, ``"categorical"`` or ``"continuous"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"weighted"``: together, with weights; ``"relaxed"``: values with a path, of another distribution.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.

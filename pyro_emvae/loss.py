@@ -230,6 +230,11 @@ class MonteCarloELBO(ELBO):
 
         return sampler
 
+    def _uniform(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw the numbers in (0, 1) that an estimator of site `name` asks for."""
+        tiny = torch.finfo(like.dtype).eps / 2
+        return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(tiny, 1 - tiny)
+
     def _refuse_loop(self, name: str, estimator: Estimator) -> None:
         fail(
             EstimatorError,
@@ -380,7 +385,7 @@ class MonteCarloELBO(ELBO):
             pair = (model, guide, args, kwargs)
             return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape)
 
-        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further)
+        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform)
         surrogate, following = composer.compose(rows, self.state if state is None else state)
         self.evaluations = self.num_particles * (1 + composer.probes)
         return Evaluation(objective.detach(), surrogate, particles, following)

@@ -3,6 +3,7 @@ r"""The scalar whose gradient is the estimate: terms, weights, signals, paths an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,6 +79,7 @@ class Composer:
         bound: The objective of several particles that they make up, or None.
         depends: Which draws reach which summands.
         probe: Runs the model at further values of a site; see `Estimator.probes`.
+        uniform: Draws uniform numbers for a site, by its name, of a shape and like a tensor.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class Composer:
         bound: Bound | None,
         depends: Dependence,
         probe: Callable[..., Any],
+        uniform: Callable[[str, tuple[int, ...], Tensor], Tensor],
     ) -> None:
         self.particles, self.bound, self.depends, self.probe = particles, bound, depends, probe
+        self.uniform = uniform
         self.raw = terms
         self.terms = terms if bound is None else bound.weighted(bound.slopes)
         self.probes = 0
@@ -140,6 +144,9 @@ class Composer:
             "prior": prior and prior.fn,
         }
         view = SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields)
+        shape = estimator.noise(view)
+        if shape is not None:
+            view = replace(view, noise=self.uniform(site.name, shape, site.log_prob))
         if estimator.traits.probes == "no":
             return view
         old = state.get(site.name) or estimator.init(view, signal)
@@ -147,8 +154,7 @@ class Composer:
         if values is None:
             return view
         self.probes += len(values)
-        probed = self.probe(site, values, estimator, signal)
-        return SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields, probes=values, probed=probed)
+        return replace(view, probes=values, probed=self.probe(site, values, estimator, signal))
 
     def _paths(self, common: Tensor | float, through: list, direct: list, rows: list[Row]) -> Tensor:
         along = common + _sum([t for t in direct if t is not None])

@@ -1,5 +1,7 @@
 r"""Gradient estimators: one file each, found by name in the registry."""
 
+from .arm import Arm
+from .arms import Arms, Disarm
 from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
 from .leave_one_out import LeaveOneOut
@@ -7,11 +9,16 @@ from .partial import PartialPathwise
 from .pathwise import Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
 from .score import Score
+from .top_k import RaoBlackwellTopK
+from .unordered_set import UnorderedSet
 
 __all__ = [
     "POLICIES",
+    "Arm",
+    "Arms",
     "Control",
     "DecayingAverage",
+    "Disarm",
     "Draw",
     "Estimator",
     "Full",
@@ -19,9 +26,11 @@ __all__ = [
     "PartialPathwise",
     "Pathwise",
     "Probed",
+    "RaoBlackwellTopK",
     "Score",
     "SiteTerms",
     "Situation",
     "StickTheLanding",
+    "UnorderedSet",
     "auto_table",
 ]

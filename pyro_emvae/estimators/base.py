@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from .._checks import EstimatorError, fail
 from .._registry import Traits, entries, lookup
@@ -23,6 +25,7 @@ __all__ = [
     "Situation",
     "State",
     "base",
+    "exponential",
     "is_discrete",
     "is_point_mass",
     "misfit",
@@ -117,6 +120,7 @@ class SiteTerms:
         weight: K times the weights of the particles, where an estimator drew weighted ones.
         probed: What was found at the estimator's `probes`; `probes` are those values.
         prior: The model's distribution at the site, None for an auxiliary site.
+        noise: Uniform numbers in (0, 1), where an estimator asked for them.
     """
 
     name: str
@@ -130,6 +134,7 @@ class SiteTerms:
     probes: Tensor | None = None
     probed: Probed | None = None
     prior: Any = None
+    noise: Tensor | None = None
 
 
 class Estimator(ABC):
@@ -154,6 +159,21 @@ class Estimator(ABC):
 
     def draw(self, fn: Any, num_particles: int) -> Draw | None:
         """Draw all particles of the site together, where the trait ``draws`` is not ``"independent"``."""
+        return None
+
+    def weigh(self, fn: Any, value: Tensor) -> Tensor | None:
+        """Return the weights that `draw` gives to these values, ``(particles, *plates)``; None if it gives none."""
+        return None
+
+    def joint(self, fn: Any, value: Tensor) -> Tensor | None:
+        """Return the log probability that `draw` gives these rows of a finite site, by plate element, for proofs.
+
+        None stands for independent rows.
+        """
+        return None
+
+    def noise(self, site: SiteTerms) -> tuple[int, ...] | None:
+        """Return the shape of the uniform numbers that `probes` and `surrogate` find in ``site.noise``, or None."""
         return None
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
@@ -194,8 +214,10 @@ def misfit(estimator: Estimator, at: Situation) -> str | None:
         return "it needs a discrete site"
     if traits.support == "continuous" and is_discrete(fn):
         return "it needs a continuous site"
-    if traits.support == "binary" and "Bernoulli" not in type(base(fn)).__name__:
+    if traits.support == "binary" and not isinstance(base(fn), Bernoulli):
         return "it needs a Bernoulli site"
+    if traits.support == "categorical" and not isinstance(base(fn), Categorical | OneHotCategorical):
+        return "it needs a Categorical or OneHotCategorical site"
     if at.num_particles < traits.min_particles:
         return f"it compares particles and needs at least {traits.min_particles}"
     if at.objective not in traits.objectives and "any" not in traits.objectives:
@@ -242,6 +264,11 @@ def base(fn: Any) -> Any:
     while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
         fn = fn.base_dist
     return fn
+
+
+def exponential(like: Tensor) -> Tensor:
+    """Draw standard exponential numbers of the shape of a tensor, none of them zero."""
+    return -torch.log1p(-torch.rand_like(like)).clamp(max=-torch.finfo(like.dtype).tiny)
 
 
 def is_point_mass(fn: Any) -> bool:

@@ -31,7 +31,8 @@ class Traits:
         support: ``"any"``, ``"discrete"``, ``"binary"``, ``"categorical"`` or ``"continuous"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"weighted"``: together, with weights; ``"relaxed"``: values with a path, of another distribution.
-        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
+        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there;
+            ``"twice"``: and its derivative differentiated.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly
             reparameterised gradients.

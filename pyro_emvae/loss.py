@@ -33,7 +33,7 @@ from .particles import (
     generators,
     quiet,
 )
-from .probing import probe
+from .probing import check_relaxed, differentiates, probe
 from .surrogate import Composer, States, annealed, reweighted, total
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
@@ -74,6 +74,7 @@ class Plan:
     depends: Dependence | None = None
     uses: int = 0
     probes: tuple[bool, int] | None = None
+    relaxed: set[str] = field(default_factory=set)
 
 
 class MonteCarloELBO(ELBO):
@@ -311,7 +312,12 @@ class MonteCarloELBO(ELBO):
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)
-        return splits or unknown
+        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        relaxed = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.relaxed]
+        for site, estimator in relaxed:
+            check_relaxed(pair, self.objective, plan, particles, site, estimator)
+            plan.relaxed.add(site.name)
+        return splits or unknown or bool(relaxed)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
@@ -383,7 +389,7 @@ class MonteCarloELBO(ELBO):
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
             pair = (model, guide, args, kwargs)
-            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape)
+            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape, beta)
 
         composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform)
         surrogate, following = composer.compose(rows, self.state if state is None else state)

@@ -154,7 +154,8 @@ class Composer:
         if values is None:
             return view
         self.probes += len(values)
-        return replace(view, probes=values, probed=self.probe(site, values, estimator, signal))
+        probed = self.probe(site, values, estimator, signal)
+        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
 
     def _paths(self, common: Tensor | float, through: list, direct: list, rows: list[Row]) -> Tensor:
         along = common + _sum([t for t in direct if t is not None])

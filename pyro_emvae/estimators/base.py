@@ -76,11 +76,14 @@ class Probed:
 
     Args:
         signal: The learning signal there, detached: ``(probes, particles?, *plates)``, nats.
-        gradient: With the trait ``probes="differentiable"``, the derivative of the signal's sum by the probed values.
+        gradient: With the trait ``probes="differentiable"``, the derivative by the probed values of all terms of the
+            signals, each counted once. With ``"twice"``, signal and gradient are not detached from `values`.
+        values: The probed values, as the leaf that these derivatives are by.
     """
 
     signal: Tensor
     gradient: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)

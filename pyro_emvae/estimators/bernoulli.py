@@ -20,6 +20,7 @@ __all__ = [
     "logits_of",
     "minority",
     "subset_log_prob",
+    "summed",
 ]
 
 
@@ -42,7 +43,7 @@ def by_element(site: SiteTerms, logits: Tensor) -> Tensor:
 
 def lift(signal: Tensor, fn: Any) -> Tensor:
     """Give a tensor over particles and plates the event dims of the site, of size one."""
-    return signal.reshape(*signal.shape, *(1,) * fn.event_dim)
+    return signal.reshape((*signal.shape, *(1,) * fn.event_dim))
 
 
 def minority(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,3 +90,8 @@ def subset_log_prob(logits: Tensor, value: Tensor) -> Tensor:
         choose = torch.tensor([math.comb(rows - j, others) for j in range(rows + 1)], dtype=log_m.dtype)
         total = total + (-1) ** others * choose[rare] * part
     return total.clamp(min=0).log()
+
+
+def summed(log_prob: Tensor, fn: Any) -> Tensor:
+    """Sum over the event dims."""
+    return log_prob.reshape(*log_prob.shape[: log_prob.dim() - fn.event_dim], -1).sum(-1)

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
 
 from .. import particles
-from .._checks import EmvaeError, fail
+from .._checks import EmvaeError, EstimatorError, fail
 from .._registry import create
 from ..engine import trace
 from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
@@ -146,7 +146,7 @@ class Replay:
             return probability, *gradient.values()
 
         try:
-            inside = any(t.splits_paths or t.controls or t.probes == "differentiable" for t in traits)
+            inside = any(t.splits_paths or t.controls or t.probes in ("differentiable", "twice") for t in traits)
             if self.problem.traits.modules or inside:
                 key = tuple(r.dtype for r in rows)
                 step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
@@ -225,7 +225,22 @@ def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) ->
     sites = [(n, s) for n, s in one_particle(problem).guide.items() if not is_point_mass(s.fn)]
     depends = dependence(problem)
     places = [Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n)) for n, s in sites]
-    return [at.name for at in places if misfit(estimator, at) is None]
+    fitting = [at.name for at in places if misfit(estimator, at) is None]
+    if estimator.traits.probes not in ("differentiable", "twice"):
+        return fitting
+    return [name for name in fitting if _relaxes(problem, {name: estimator}, num_particles)]
+
+
+def _relaxes(problem: Problem, estimator: Mapping[str, Estimator], num_particles: int) -> bool:
+    """Whether the problem takes the relaxed values that the estimator asks for."""
+    enter, leaves = _scope(problem)
+    loss = MonteCarloELBO(num_particles, problem.max_plate_nesting, vectorize_particles=True, estimator=estimator)
+    with quiet(seed=0, validate=False), torch.no_grad(), enter(leaves):
+        try:
+            loss.particles(problem.model, problem.guide, problem.args, {})
+        except EstimatorError:
+            return False
+    return True
 
 
 def one_particle(problem: Problem) -> Particles:

@@ -56,7 +56,7 @@ def probe(
         beta: A factor of the latents' terms.
     """
     differentiate, twice = differentiates(estimator), estimator.traits.probes == "twice"
-    leaf = values.detach().requires_grad_(differentiate)
+    leaf = values.detach().requires_grad_() if differentiate else values.detach()
     with torch.set_grad_enabled(differentiate), _unvalidated(differentiate):
         terms = _terms(pair, objective, plan, particles, site, leaf, estimator, beta)
         signal = reduced(group(terms, detach=False), site.frames).reshape(len(values), *shape)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -18,8 +18,8 @@ from torch.distributions import constraints
 
 from pyro_emvae import MonteCarloELBO
 from pyro_emvae._checks import EstimatorError
-from pyro_emvae._registry import create
-from pyro_emvae.estimators import Control, Rebar, Relax
+from pyro_emvae._registry import Traits, create
+from pyro_emvae.estimators import Control, Estimator, Rebar, Relax
 from pyro_emvae.problems import Problem, exact_gradients
 from pyro_emvae.problems._problem import ProblemTraits
 from pyro_emvae.surrogate import _learn
@@ -441,3 +441,67 @@ def test_a_relaxed_bernoulli_is_no_bernoulli_site():
 
 def test_registered_names_make_the_defaults():
     assert create("estimator", "rebar") == Rebar() and create("estimator", "relax") == Relax()
+
+
+@dataclasses.dataclass(frozen=True)
+class OnePath(Rebar):
+    """The second draw's path, given b, is left out."""
+
+    def surrogate(self, site, signal, rows, state):
+        half = dataclasses.replace(site.probed, gradient=site.probed.gradient * tensor([1.0, 0.0]).reshape(2, 1))
+        return super().surrogate(dataclasses.replace(site, probed=half), signal, rows, state)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneDraw(Rebar):
+    """Both relaxed draws are the same."""
+
+    def probes(self, site, rows, state):
+        return super().probes(site, rows, state)[:1].expand(2, *site.value.shape)
+
+
+@pytest.mark.parametrize("estimator", [OnePath(), OneDraw()])
+def test_planted_defects_are_caught(estimator):
+    replay = Replay(bernoulli_toy(0.45, 2.0), estimator, 1)
+    mean = moments(replay, *_logistic(2, 0))[0]
+    assert abs(mean - TRUE[(0.45, 2.0)]) > 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Flip(Estimator):
+    """The whole sum over a bit, by running the model at both of its values."""
+
+    traits: ClassVar[Traits] = Traits(support="binary", probes="yes")
+
+    def probes(self, site, rows, state):
+        return torch.stack([torch.zeros_like(site.value), torch.ones_like(site.value)])
+
+    def surrogate(self, site, signal, rows, state):
+        zero, one = site.probed.signal
+        term = (one - zero) * site.fn.logits.sigmoid()
+        return {"value": term, "guide": term}
+
+
+@pytest.mark.parametrize("weighted", ["rao_blackwell_topk", "unordered_set"])
+def test_further_values_keep_the_weights_of_another_site(weighted):
+    problem = composite("categorical", 2, 1)
+    mean = exact_mean(Replay(problem, {"g": Flip(), "z": weighted}, 2))
+    for name, gradient in exact_gradients(problem).items():
+        torch.testing.assert_close(mean.gradients[name], gradient, rtol=1e-10, atol=1e-10)
+
+
+def test_further_values_are_annealed_as_the_draws_are():
+    """By hand: the data's terms whole, the latent's by beta."""
+
+    def model() -> None:
+        b = pyro.sample("b", dist.Bernoulli(tensor(0.4)))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=tensor(0.3))
+
+    q = tensor(0.2).sigmoid()
+    for beta in (1.0, 0.25):
+        loss = MonteCarloELBO(estimator={"b": Flip()})
+        evaluation = loss.evaluate(model, bit_guide, (), {}, beta=tensor(beta))
+        (found,) = torch.autograd.grad(evaluation.surrogate, pyro.param("phi").unconstrained())
+        latent = (tensor(0.4 / 0.6)).log() - 0.2
+        expected = q * (1 - q) * (0.5 * (0.3**2 - 0.7**2) + beta * latent)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)

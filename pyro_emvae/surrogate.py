@@ -204,15 +204,16 @@ def _learn(control: Control, old: State, key: str, rest: Tensor, part: Tensor) -
 def _leaves(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
-    seen = {id(leaf) for run in particles.cuts for _, leaf in run}
+    cut = {id(leaf) for run in particles.cuts for _, leaf in run}
+    seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
     found: dict[str, Tensor] = {}
     stack = [surrogate.grad_fn]
     while stack:
         node = stack.pop()
         leaf = getattr(node, "variable", None)
-        if node is None or id(node) in seen or id(leaf) in seen:
+        if node is None or node in seen or id(leaf) in cut:
             continue
-        seen.add(id(node))
+        seen.add(node)
         if leaf is not None:
             found[names.get(id(leaf), f"leaf_{len(found)}")] = leaf
         stack.extend(parent for parent, _ in node.next_functions)

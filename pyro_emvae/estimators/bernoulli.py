@@ -87,7 +87,7 @@ def subset_log_prob(logits: Tensor, value: Tensor) -> Tensor:
     for others in range(rows + 1):
         count = (rare + others).to(log_m.dtype)
         part = torch.where(count > 0, _log_both(log_m, rows, count).exp(), 1.0)
-        choose = torch.tensor([math.comb(rows - j, others) for j in range(rows + 1)], dtype=log_m.dtype)
+        choose = log_m.new_tensor([math.comb(rows - j, others) for j in range(rows + 1)])
         total = total + (-1) ** others * choose[rare] * part
     return total.clamp(min=0).log()
 

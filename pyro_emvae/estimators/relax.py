@@ -2,9 +2,9 @@ r"""Score function with a control variate made from the relaxed Bernoulli draw: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from .base import Control, Estimator, SiteTerms, State
 from .bernoulli import element_logits, lift
 
 __all__ = ["Rebar", "Relax"]
+
+CONTROL = "relaxed"  # the name of the control variate, with which its learned moments start
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,15 @@ class Rebar(Estimator):
         return {"log_temperature": start, **_moments({"log_temperature": start})}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
-        return relaxed(site)[0].div(state["log_temperature"].exp()).sigmoid()
+        return relaxed(site).at(state)
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
-        return _surrogate(site, signal, *_model(site, state))
+        draws = relaxed(site)
+        return _surrogate(site, signal, draws, *_model(site, draws, state))
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        own = {name: state[name] for name in self.init(site, signal)}
-        return _descend(site, signal, own, ("log_temperature",), lambda s: _model(site, s), self.lr)
+        own = {name: value for name, value in state.items() if not name.startswith(CONTROL)}
+        return _descend(site, signal, own, ("log_temperature",), _model, self.lr)[0]
 
 
 @dataclass(frozen=True)
@@ -147,78 +150,99 @@ class Relax(Estimator):
         return {**weights, **_moments({n: weights[n] for n in self._names}), "average": zero, "seen": zero}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
-        return relaxed(site)[0].div(state["log_temperature"].exp()).sigmoid() if self.model else None
+        return relaxed(site).at(state) if self.model else None
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
-        return _surrogate(site, signal, *self._c(site, state))
+        draws = relaxed(site)
+        return _surrogate(site, signal, draws, *self._c(site, draws, state))
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        own = {name: state[name] for name in self.init(site, signal)}
-        left = signal - self._c(site, {**own, "average": torch.zeros_like(own["average"])})[0]
-        new = _descend(site, signal, own, self._names, lambda s: self._c(site, s), self.lr)
-        average = self.beta * own["average"] + (1 - self.beta) * left.detach().mean()
+        own = {name: value for name, value in state.items() if not name.startswith(CONTROL)}
+        new, c = _descend(site, signal, own, self._names, self._c, self.lr)
+        left = (signal - c).mean() + self._average(own)
+        average = self.beta * own["average"] + (1 - self.beta) * left
         return {**new, "average": average, "seen": self.beta * own["seen"] + (1 - self.beta)}
 
-    def _c(self, site: SiteTerms, state: State) -> tuple[Tensor, Tensor]:
+    def _average(self, state: State) -> Tensor:
+        return state["average"] / state["seen"].clamp(min=1 - self.beta)
+
+    def _c(self, site: SiteTerms, draws: Draws, state: State) -> tuple[Tensor, Tensor]:
         """Return c at the second draw, ``(particles?, *plates)``, and its derivative by both draws."""
-        z = relaxed(site)[0]
-        s = z.sigmoid()
-        flat = (2 * s - 1).reshape(*z.shape[: z.dim() - site.fn.event_dim], -1)
+        s = draws.z.sigmoid()
+        flat = (2 * s - 1).reshape(*s.shape[: s.dim() - site.fn.event_dim], -1)
         units = (flat @ state["weight_in"] + state["bias_in"]).tanh()
-        value = units[1] @ state["weight_out"] + state["average"] / state["seen"].clamp(min=1 - self.beta)
-        slope = (((1 - units**2) * state["weight_out"]) @ state["weight_in"].mT).reshape(z.shape) * 2 * s * (1 - s)
+        value = units[1] @ state["weight_out"] + self._average(state)
+        slope = (((1 - units**2) * state["weight_out"]) @ state["weight_in"].mT).reshape(s.shape) * 2 * s * (1 - s)
         if not self.model:
             return value, slope
-        model_value, model_slope = _model(site, state)
+        model_value, model_slope = _model(site, draws, state)
         return value + model_value, slope + model_slope
 
 
-def relaxed(site: SiteTerms) -> tuple[Tensor, Tensor]:
-    r"""Return two draws of z given b, and their derivatives by the logits: of z itself, and of $\tilde z$ given b."""
-    logits, on = element_logits(site).detach(), site.value.detach() > 0
-    signed = torch.where(on, logits, -logits)
-    inner = torch.logit(site.noise) + softplus(signed)
-    z, given = softplus(inner), inner.sigmoid() * signed.sigmoid()
-    return torch.where(on, z, -z), torch.stack([torch.ones_like(given[0]), given[1]])
+class Draws(NamedTuple):
+    r"""Two draws of z given b, ``(2, *value.shape)``, their derivatives by the logits, and b - p.
+
+    The first is z itself, whose derivative is 1; the second $\tilde z$, whose path keeps b.
+    """
+
+    z: Tensor
+    slope: Tensor
+    residual: Tensor
+
+    def at(self, state: State) -> Tensor:
+        """Return the relaxed values at the state's temperature."""
+        return (self.z / state["log_temperature"].exp()).sigmoid()
 
 
-def _model(site: SiteTerms, state: State) -> tuple[Tensor, Tensor]:
+def relaxed(site: SiteTerms) -> Draws:
+    """Return the draws of z that the site's uniform numbers stand for."""
+    logits, value = element_logits(site).detach(), site.value.detach()
+    sign = 2 * value - 1
+    inner = torch.logit(site.noise) + softplus(sign * logits)
+    given = inner[1].sigmoid() * (sign * logits).sigmoid()
+    return Draws(sign * softplus(inner), torch.stack([torch.ones_like(given), given]), value - logits.sigmoid())
+
+
+def _model(site: SiteTerms, draws: Draws, state: State) -> tuple[Tensor, Tensor]:
     r"""Return $f(\sigma(z/\lambda))$ at the second draw, and its derivative by both draws."""
-    temperature = state["log_temperature"].exp()
-    x = (relaxed(site)[0] / temperature).sigmoid()
-    return site.probed.signal[1], site.probed.gradient * x * (1 - x) / temperature
+    x = draws.at(state)
+    return site.probed.signal[1], site.probed.gradient * x * (1 - x) / state["log_temperature"].exp()
 
 
-def _by_logits(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+def _by_logits(site: SiteTerms, signal: Tensor, draws: Draws, c: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradient by each logit: the score's part, and the control variate."""
-    residual = site.value.detach() - element_logits(site).detach().sigmoid()
-    paths = slope * relaxed(site)[1]
-    return lift(signal, site.fn) * residual, paths[0] - paths[1] - lift(c, site.fn) * residual
+    paths = slope * draws.slope
+    control = paths[0] - paths[1] - lift(c, site.fn) * draws.residual
+    return lift(signal, site.fn) * draws.residual, control
 
 
-def _surrogate(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor) -> dict[str, Any]:
-    score, control = (part.detach() for part in _by_logits(site, signal, c, slope))
+def _surrogate(site: SiteTerms, signal: Tensor, draws: Draws, c: Tensor, slope: Tensor) -> dict[str, Any]:
+    score, control = (part.detach() for part in _by_logits(site, signal, draws, c, slope))
     logits = element_logits(site)
     term = (score + control) * logits
-    return {"value": term, "guide": term, "controls": {"relaxed": Control(control * logits, low=-1.0, high=1.0)}}
+    return {"value": term, "guide": term, "controls": {CONTROL: Control(control * logits, low=-1.0, high=1.0)}}
 
 
-def _descend(site: SiteTerms, signal: Tensor, state: State, names: tuple[str, ...], c: Any, lr: float) -> State:
-    """Return the state after one step of Adam down the squared gradient by the logits."""
+def _descend(
+    site: SiteTerms, signal: Tensor, state: State, names: tuple[str, ...], function: Callable[..., Any], lr: float
+) -> tuple[State, Tensor]:
+    """Return the state after one step of Adam down the squared gradient by the logits, and c at the second draw."""
+    draws = relaxed(site)
     if not lr:
-        return state
+        return state, function(site, draws, state)[0].detach()
     leaves = {name: state[name].detach().requires_grad_() for name in names}
     with torch.enable_grad():
-        score, control = _by_logits(site, signal, *c({**state, **leaves}))
+        c, slope = function(site, draws, {**state, **leaves})
+        score, control = _by_logits(site, signal, draws, c, slope)
         squares = ((score + control) ** 2).sum()
         wanted = [*leaves.values(), *([site.probes] if site.probes is not None else [])]
         found = torch.autograd.grad(squares, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
         grads = dict(zip(leaves, found, strict=False))
         if site.probes is not None:  # the model moves with the temperature through the values that it was run at
-            x = (relaxed(site)[0] / leaves["log_temperature"].exp()).sigmoid()
+            x = draws.at(leaves)
             (through,) = torch.autograd.grad((x * found[-1].detach()).sum(), leaves["log_temperature"])
             grads["log_temperature"] = grads["log_temperature"] + through
-    return {**state, **_adam(state, grads, lr)}
+    return {**state, **_adam(state, grads, lr)}, c.detach()
 
 
 def _moments(params: Mapping[str, Tensor]) -> State:

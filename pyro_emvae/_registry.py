@@ -28,12 +28,13 @@ class Traits:
     Args:
         unbiased: The expectation of the gradient (or value) is the exact one.
         needs_rsample: The site's distribution must have a reparameterised sampler.
-        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``; for a family also ``"positive"``,
-            ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"categorical"``, ``"one_hot"``.
+        support: ``"any"``, ``"discrete"``, ``"binary"``, ``"categorical"`` or ``"continuous"``; for a family also
+            ``"positive"``, ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"one_hot"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
             with weights; ``"relaxed"``: values with a path, of another distribution.
-        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
+        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there;
+            ``"twice"``: and its derivative differentiated.
         noisy: Its surrogate draws random numbers of its own.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly

@@ -34,7 +34,7 @@ from .particles import (
     plates_of,
     quiet,
 )
-from .probing import probe
+from .probing import check_relaxed, differentiates, probe
 from .surrogate import Composer, States, annealed, reweighted, total
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
@@ -75,6 +75,7 @@ class Plan:
     depends: Dependence | None = None
     uses: int = 0
     probes: tuple[bool, int] | None = None
+    relaxed: set[str] = field(default_factory=set)
 
 
 class MonteCarloELBO(ELBO):
@@ -251,6 +252,11 @@ class MonteCarloELBO(ELBO):
 
         return sampler
 
+    def _uniform(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw the numbers in (0, 1) that an estimator of site `name` asks for."""
+        tiny = torch.finfo(like.dtype).eps / 2
+        return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(tiny, 1 - tiny)
+
     def _draw_above(self, plan: Plan, msg: dict, estimator: Estimator) -> Tensor:
         """Draw a global latent once for each group of local particles."""
         if not plan.vectorize:
@@ -344,7 +350,12 @@ class MonteCarloELBO(ELBO):
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)
-        return splits or unknown
+        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        relaxed = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.relaxed]
+        for site, estimator in relaxed:
+            check_relaxed(pair, self.objective, plan, particles, site, estimator)
+            plan.relaxed.add(site.name)
+        return splits or unknown or bool(relaxed)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
@@ -420,9 +431,9 @@ class MonteCarloELBO(ELBO):
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
             pair = (model, guide, args, kwargs)
-            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape)
+            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape, beta)
 
-        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further)
+        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform)
         state = self.state if state is None else state
         if order == 2 and not self.objective.splits_paths and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)

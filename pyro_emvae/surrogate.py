@@ -3,6 +3,7 @@ r"""The scalar whose gradient is the estimate: terms, weights, signals, paths an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class Composer:
         bound: The objective of several particles that they make up, or None.
         depends: Which draws reach which summands.
         probe: Runs the model at further values of a site; see `Estimator.probes`.
+        uniform: Draws uniform numbers for a site, by its name, of a shape and like a tensor.
     """
 
     def __init__(
@@ -89,8 +91,10 @@ class Composer:
         bound: Bound | None,
         depends: Dependence,
         probe: Callable[..., Any],
+        uniform: Callable[[str, tuple[int, ...], Tensor], Tensor],
     ) -> None:
         self.particles, self.bound, self.depends, self.probe = particles, bound, depends, probe
+        self.uniform = uniform
         self.raw = terms
         self.terms = terms if bound is None else bound.by_values()
         self.probes = 0
@@ -195,6 +199,9 @@ class Composer:
             "particles": self.particles,
         }
         view = SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields)
+        shape = estimator.noise(view)
+        if shape is not None:
+            view = replace(view, noise=self.uniform(site.name, shape, site.log_prob))
         if estimator.traits.probes == "no":
             return view
         old = state.get(site.name) or estimator.init(view, signal)
@@ -203,7 +210,7 @@ class Composer:
             return view
         self.probes += len(values)
         probed = self.probe(site, values, estimator, signal)
-        return SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields, probes=values, probed=probed)
+        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
 
     def _keeps(self, site: Site, estimator: Estimator) -> bool:
         """Whether a site's log q stays beside its estimator: in a weight of several particles its mean is not zero."""
@@ -278,15 +285,16 @@ def _learn(control: Control, old: State, key: str, rest: Tensor, part: Tensor) -
 def _leaves(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
-    seen = {id(leaf) for run in particles.cuts for _, leaf in run}
+    cut = {id(leaf) for run in particles.cuts for _, leaf in run}
+    seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
     found: dict[str, Tensor] = {}
     stack = [surrogate.grad_fn]
     while stack:
         node = stack.pop()
         leaf = getattr(node, "variable", None)
-        if node is None or id(node) in seen or id(leaf) in seen:
+        if node is None or node in seen or id(leaf) in cut:
             continue
-        seen.add(id(node))
+        seen.add(node)
         if leaf is not None:
             found[names.get(id(leaf), f"leaf_{len(found)}")] = leaf
         stack.extend(parent for parent, _ in node.next_functions)

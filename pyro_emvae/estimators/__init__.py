@@ -1,7 +1,10 @@
 r"""Gradient estimators: one file each, found by name in the registry."""
 
+from .arm import Arm
+from .arms import Arms, Disarm
 from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
+from .double_control import DoubleControlVariate
 from .draws import Antithetic, Independent, Sobol
 from .dreg import DReG
 from .leave_one_out import LeaveOneOut
@@ -10,7 +13,10 @@ from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
+from .relax import Rebar, Relax
 from .score import Score, ScoreFunction
+from .top_k import RaoBlackwellTopK
+from .unordered_set import UnorderedSet
 from .vimco import OVIS, VIMCO, MultiSampleScore
 
 __all__ = [
@@ -20,9 +26,13 @@ __all__ = [
     "AdaptiveSticking",
     "Analytic",
     "Antithetic",
+    "Arm",
+    "Arms",
     "Control",
     "DReG",
     "DecayingAverage",
+    "Disarm",
+    "DoubleControlVariate",
     "Draw",
     "Estimator",
     "Full",
@@ -34,11 +44,15 @@ __all__ = [
     "PartialPathwise",
     "Pathwise",
     "Probed",
+    "RaoBlackwellTopK",
+    "Rebar",
+    "Relax",
     "Score",
     "ScoreFunction",
     "SiteTerms",
     "Situation",
     "Sobol",
     "StickTheLanding",
+    "UnorderedSet",
     "auto_table",
 ]

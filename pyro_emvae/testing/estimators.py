@@ -95,11 +95,10 @@ def check_estimator(
     rows = []
     for name in given:
         problem = _build(name, dtypes[0], strict)
-        if problem is None or not fitting_sites(problem, part, max(counts), objective):
-            continue
-        if several and problem.traits.subsampled and not problem.traits.local:  # one weight for all data is no bound
-            continue
-        for count in counts:
+        fitting = [] if problem is None else [c for c in counts if fitting_sites(problem, part, c, objective)]
+        if several and problem is not None and problem.traits.subsampled and not problem.traits.local:
+            continue  # one weight for all data is no bound
+        for count in fitting:
             replay = Replay(problem, part, count, objective=objective)
             where = f"{part} on problem {problem.name!r} with {count} particles"
             _check_state(replay, part, where)
@@ -112,7 +111,7 @@ def check_estimator(
                 rows.append(Checked(problem.name, count, "biased", 0))
             else:
                 rows.append(_check_mean(replay, part, where, max_samples, seed, strict))
-                if part.traits.stateful and count == counts[0]:
+                if part.traits.stateful and count == fitting[0]:
                     later = Replay(problem, part, count, _later_state(replay), objective)
                     _check_mean(later, part, f"{where} and the state of three steps", max_samples, seed, strict=False)
     assert rows, f"{part} fits no site of the problems {[str(p) for p in given]}: its traits are {part.traits}"

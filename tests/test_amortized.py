@@ -394,6 +394,20 @@ def test_default_encoder_needs_no_input():
         AutoAmortized(factor, dependence="structure")
 
 
+@pytest.mark.parametrize("net", [None, linear(3, 4)], ids=["default", "given"])
+def test_data_of_another_dtype(net):
+    guide = AutoAmortized(factor, net)
+    guide(DATA)
+    match = (
+        r"read the observed site 'x': got torch.float64 on cpu, torch.float32"
+        if net is None
+        else (r"encode the data: got a tensor of torch.float64 on cpu.*parameters are of torch.float32 on cpu")
+    )
+    with pytest.raises(ModelError, match=match):
+        guide(DATA.double())
+    assert guide(DATA)["z"].dtype == torch.float32
+
+
 # Missing data -----------------------------------------------------------------------------------------------------
 
 

@@ -78,10 +78,11 @@ class DefaultEncoder(nn.Module):
         self.observed, self.served = tuple(observed), dict(served)
         self.levels = _levels(self.observed, self.served)
         values = [value for value, _ in first.values()]
+        self.register_buffer("numbers", torch.zeros((), device=values[0].device))
         dtype = next((v.dtype for v in values if v.is_floating_point()), torch.get_default_dtype())
         options = {"device": values[0].device, "dtype": dtype}
         numbers = [_numbers(o, *_flat(o, *first[o.name], self._level(o))) for o in self.observed]
-        self.register_buffer("numbers", torch.stack(numbers).to(**options))
+        self.numbers = torch.stack(numbers).to(**options)
         self.widths = tuple(sum(self._columns(o, *first[o.name]).shape[-1] for o in v.reads) for v in self.levels)
         self.bodies, self.mixers, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, level in enumerate(self.levels):
@@ -148,6 +149,8 @@ class DefaultEncoder(nn.Module):
         """Return a site's columns: ``(*level plates, columns)``."""
         if (mask is not None) != site.is_masked:
             refuse_change(site.name, "a mask" if mask is not None else "no mask")
+        if (value.dtype, value.device) != (site.dtype, self.numbers.device):
+            refuse_change(site.name, f"{value.dtype} on {value.device}, {site.dtype} on {self.numbers.device} before")
         flat, there = _flat(site, value, mask, self._level(site))
         columns = _features(site, flat, there, self.numbers[self.observed.index(site)])
         return columns if there is None else torch.cat([columns, there.to(columns.dtype)], -1)

@@ -30,6 +30,7 @@ class Observed:
         kind: ``"real"``, ``"count"`` (non-negative integers) or ``"category"``.
         num_categories: How many columns a category takes, else 0.
         is_masked: Whether a mask says which of its values are there.
+        dtype: Of its values.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Observed:
     kind: str
     num_categories: int
     is_masked: bool
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -73,10 +75,12 @@ def observed_sites(look: Look, plate: str) -> tuple[Observed, ...]:
     found = []
     for name, msg in look.messages.items():
         frames = {f.name: f.dim for f in msg["cond_indep_stack"] if f.vectorized}
-        if not msg["is_observed"] or plate not in frames or isinstance(msg["fn"], Unit) or msg["mask"] is False:
+        inside = msg["is_observed"] and plate in frames and isinstance(msg["value"], Tensor)
+        if not inside or isinstance(msg["fn"], Unit) or msg["mask"] is False:
             continue
         kind, categories = _kind(msg["fn"])
-        found.append(Observed(name, msg["fn"].event_dim, frames, kind, categories, leaf_mask(msg) is not None))
+        masked, dtype = leaf_mask(msg) is not None, msg["value"].dtype
+        found.append(Observed(name, msg["fn"].event_dim, frames, kind, categories, masked, dtype))
     return tuple(found)
 
 

@@ -111,6 +111,8 @@ def split_context(
     Raises:
         ModelError: It has another shape.
     """
+    if len(sites) == 1 and _fits_one(context, sites[0], reading.plate, sizes):
+        return {sites[0].name: sites[0].place(context)}
     known = sizes or {name: plate.size for name, plate in reading.plates.items()}
     shapes = {site.name: tuple(known[p] for p in list(site.plates)[1:]) for site in sites}
     widths = {site.name: math.prod(shapes[site.name]) * site.width for site in sites}
@@ -120,13 +122,17 @@ def split_context(
     fits = isinstance(context, Tensor) and context.dim() == 2 and context.shape[1] == sum(widths.values())
     if not fits or rows not in (None, len(context)):
         _wrong_context(context, rows, widths, reading.plate)
-    if len(sites) == 1 and len(sites[0].plates) == 1:
-        return {sites[0].name: sites[0].place(context)}
     parts = context.split(list(widths.values()), -1)
     return {
         site.name: site.place(part.reshape(len(part), *shapes[site.name], site.width))
         for site, part in zip(sites, parts, strict=True)
     }
+
+
+def _fits_one(context: Any, site: LocalSite, plate: str, sizes: Mapping[str, int] | None) -> bool:
+    """Whether a context is that of the only site, in one plate: the common case, without tables of sizes."""
+    fits = isinstance(context, Tensor) and len(site.plates) == 1 and context.dim() == 2
+    return fits and context.shape[1] == site.width and (sizes is None or len(context) == sizes[plate])
 
 
 def _split_mapping(context: Mapping, sites: Sequence[LocalSite], shapes: Mapping, rows: int | None, plate: str) -> dict:

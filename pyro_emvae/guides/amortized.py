@@ -20,7 +20,7 @@ from ._draw import Call, encode, foreign_parameter, open_plate, refuse_foreign, 
 from ._global import bare, give_models, make_global, set_up_global
 from ._observed import Observed, find_source, observed_sites
 from ._parts import check_parts, family_per_site, made_families, refuse_no_argument
-from ._plate import Look, PlateReader, cover, look, signature
+from ._plate import DataPlate, Look, PlateReader, cover, look, signature
 from ._reading import Reading, default_encoder, refuse_run, split_context
 from ._sites import LocalSite, choose_plate, local_site
 
@@ -138,6 +138,7 @@ class AutoAmortized(AutoGuide):
         self._cover: tuple[str, ...] = ()
         self._first: Reading | None = None
         self._looks: dict[Any, Reading] = {}
+        self._opened: dict[DataPlate, Any] = {}
 
     # Set-up ---------------------------------------------------------------------------------------------------
 
@@ -248,8 +249,19 @@ class AutoAmortized(AutoGuide):
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self.master is not None or self.create_plates is not None:
             return super()._create_plates(*args, **kwargs)
-        self.plates = {name: open_plate(plate) for name, plate in self._look(args, kwargs)[0].plates.items()}
+        self.plates = {name: self._open(plate) for name, plate in self._look(args, kwargs)[0].plates.items()}
         return self.plates
+
+    def _open(self, plate: DataPlate) -> Any:
+        """Open a plate, or return it as it was opened before, if it draws nothing."""
+        if plate.source == "drawn":
+            return open_plate(plate)
+        found = self._opened.get(plate)
+        if found is None:
+            if len(self._opened) >= MAX_LOOKS:
+                self._opened.clear()
+            found = self._opened[plate] = open_plate(plate)
+        return found
 
     # The guide ------------------------------------------------------------------------------------------------
 
@@ -278,7 +290,7 @@ class AutoAmortized(AutoGuide):
         if self.master is not None or self.create_plates is not None:
             plates = super()._create_plates(*args, **kwargs)
         else:
-            plates = self.plates = {name: open_plate(plate) for name, plate in reading.plates.items()}
+            plates = self.plates = {name: self._open(plate) for name, plate in reading.plates.items()}
         values = {} if self.global_guide is None else dict(self.global_guide(*args, **kwargs))
         _ = self.flows  # Pyro registers the parameters of a module when it is read
         contexts = self._contexts(args, kwargs, reading, messages, plates)
@@ -369,7 +381,7 @@ class AutoAmortized(AutoGuide):
             self._model, self.master = model, master
         if self.global_guide is not None:
             state["_modules"] = {**state["_modules"], "global_guide": bare(self._modules["global_guide"])}
-        return {**state, "_reader": None, "plates": {}}
+        return {**state, "_reader": None, "_opened": {}, "plates": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoAmortized:
         result = memo[id(self)] = self.__class__.__new__(self.__class__)

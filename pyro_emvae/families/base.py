@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import EmvaeError, ModelError, fail
 from .._registry import Traits
-from ._supports import base_of, names_for, serves
+from ._supports import base_of, names_for, serves, support_of
 
 __all__ = ["Family"]
 
@@ -97,13 +97,25 @@ class Family(ABC):
             fn: What `distribution` returned.
             level: Probabilities that broadcast against ``(*batch, *event)``.
         """
+        self._lacks("give medians and quantiles", "the inverse distribution function")
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        r"""Return the marginal distribution function of each coordinate: the inverse of `quantile`.
+
+        Args:
+            fn: What `distribution` returned.
+            value: What broadcasts against ``(*batch, *event)``.
+        """
+        self._lacks("give probabilities", "the distribution function")
+
+    def _lacks(self, act: str, what: str) -> None:
         fail(
             EmvaeError,
             type(self).__name__,
-            "give medians and quantiles",
-            got="a family without marginal quantiles",
-            because="they need the inverse distribution function of each coordinate",
-            fix="Draw from the guide with pyro.infer.Predictive and take empirical quantiles.",
+            act,
+            got=f"a family without {what}",
+            because="they need it for each coordinate",
+            fix="Draw from the guide with pyro.infer.Predictive and take empirical ones.",
         )
 
     def _refuse(self, name: str, fn: Any, support: Any) -> None:
@@ -113,7 +125,7 @@ class Family(ABC):
             ModelError,
             type(self).__name__,
             f"serve site {name!r}",
-            got=f"{type(base_of(fn)).__name__} with support {fn.support if support is None else support}",
+            got=f"{type(base_of(fn)).__name__} with support {support_of(fn, support)}",
             because=f"the support of its values is {self.traits.support}",
             fix=f"Write family={', or '.join(fitting)}." if fitting else by_hand,
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._maps import check_setting, flat, scale
-from ._normals import loading, reshaped, vector_quantile
+from ._normals import loading, marginals, reshaped
 from .base import Family
 
 __all__ = ["FullRankNormal"]
@@ -72,7 +72,10 @@ class FullRankNormal(Family):
         return torch.cat([loc, zeros[..., loc.shape[-1] :]], -1)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return vector_quantile(fn, level)
+        return marginals(fn).icdf(level)
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        return marginals(fn).cdf(value)
 
 
 def _unit_lower(below: Tensor, n: int) -> Tensor:
@@ -80,8 +83,8 @@ def _unit_lower(below: Tensor, n: int) -> Tensor:
     i, j = (torch.arange(n, device=below.device).reshape(shape) for shape in ((n, 1), (1, n)))
     last = below.shape[-1]
     place = torch.where(j < i, i * (i - 1) // 2 + j, torch.where(j == i, last + 1, last))
-    fixed = below.new_tensor([0.0, 1.0]).expand(*below.shape[:-1], 2)
-    return torch.cat([below, fixed], -1)[..., place]
+    zero, one = (below.new_full((*below.shape[:-1], 1), value) for value in (0.0, 1.0))
+    return torch.cat([below, zero, one], -1)[..., place]
 
 
 register(

@@ -18,6 +18,7 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNorma
 from pyro.infer.reparam import LocScaleReparam
 from torch import nn
 
+import pyro_emvae as emvae
 from pyro_emvae._checks import EmvaeError, ModelError
 from pyro_emvae.guides import AutoAmortized
 from pyro_emvae.loss import MonteCarloELBO
@@ -780,3 +781,76 @@ def test_structured_guide_holds_a_posterior_that_factors_cannot():
             svi.step(x)
         best[dependence] = -MonteCarloELBO(4000, vectorize_particles=True).loss(model, guide, x)
     assert evidence - best["structured"] < 1e-3 * len(x) < evidence - best["none"]
+
+
+def test_structured_guide_of_three_levels_reaches_the_evidence():
+    """All of it is Gaussian: q(mu) q(a | mu, x) q(b | a, mu, x) holds the posterior, with means linear in the data."""
+    x = MEMBERS.double()
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).to(x), 2.0))
+        with pyro.plate("groups", len(x), dim=-3):
+            a = pyro.sample("a", dist.Normal(mu, 1.0))
+            with pyro.plate("members", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(a, 0.5))
+                with pyro.plate("repeats", 2, dim=-1):
+                    pyro.sample("x", dist.Normal(b, 0.3), obs=x)
+
+    same = torch.kron(torch.eye(4), torch.ones(6, 6)), torch.kron(torch.eye(12), torch.ones(2, 2))
+    covariance = 4.0 * torch.ones(24, 24) + same[0] + 0.25 * same[1] + 0.09 * torch.eye(24)
+    evidence = dist.MultivariateNormal(torch.zeros(24).double(), covariance.double()).log_prob(x.flatten()).item()
+
+    class Means(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(1, 2).double(), nn.Linear(1, 2).double()
+
+        def forward(self, x):
+            return {"a": self.a(x.mean((1, 2)).unsqueeze(-1)), "b": self.b(x.mean(2).unsqueeze(-1))}
+
+    guide = AutoAmortized(model, Means(), dependence="structured")
+    optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.02 ** (1 / 500)})
+    loss = MonteCarloELBO(16, estimator="sticking_the_landing", vectorize_particles=True)
+    svi = SVI(model, guide, optim, loss)
+    for _ in range(500):
+        svi.step(x)
+    elbo = -MonteCarloELBO(2000, vectorize_particles=True).loss(model, guide, x)
+    assert evidence - 0.15 < elbo < evidence + 0.05
+
+
+@pytest.mark.parametrize("kind", ["normal", "full_rank_normal", "flow"])
+def test_families_with_dependence_and_copies(kind):
+    """A flow's own parameters are the guide's, and a copy has its own."""
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoAmortized(factor, family=kind, dependence="structured")
+        loss = Trace_ELBO()(factor, guide)
+        loss(DATA).backward()
+        assert all(p.grad is not None for p in guide.parameters())
+        assert (guide.flows is not None) == (kind == "flow")
+        other = copy.deepcopy(guide)
+        other.load_state_dict(guide.state_dict())
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(1.0)
+        pyro.set_rng_seed(0)
+        one = guide(DATA)["z"]
+        pyro.set_rng_seed(0)
+        assert not torch.equal(one, other(DATA)["z"])
+        pyro.set_rng_seed(0)
+        assert torch.equal(one, guide(DATA)["z"])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_recorded_steps(changed):
+    """Equal to eager ones number for number, unless a step runs the model once more, which then draws as well."""
+
+    def model(x):
+        factor(x + 0.0 if changed else x)
+
+    losses = []
+    for backend in ("eager", "graph"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = emvae.SVI(model, AutoAmortized(model), pyro.optim.Adam({"lr": 0.01}), backend=backend)
+        losses.append([svi.step(DATA + i) for i in range(4)])
+    assert (losses[0] == losses[1]) is not changed and all(map(math.isfinite, losses[1]))

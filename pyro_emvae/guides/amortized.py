@@ -62,7 +62,8 @@ class AutoAmortized(AutoGuide):
 
     **Without an encoder** the guide makes one at the first call that reads the observed values in the data plate, in
     the model's order, and their masks; ``print(guide)`` shows it. Where a value is an argument, or the rows of one that
-    a plate has in use, it is read there. Otherwise every call runs the model once more to see it.
+    a plate has in use, it is read there. Otherwise every call runs the model once more to see it; a recorded step then
+    makes the draws of that run too, so that its random numbers are others than an eager one's.
 
     Args:
         model: A Pyro model with latents in a plate.

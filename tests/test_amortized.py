@@ -409,6 +409,18 @@ def test_data_of_another_dtype(net):
     assert guide(DATA)["z"].dtype == torch.float32
 
 
+def test_latent_that_changes_its_shape():
+    def model(x, width=2):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(width), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(5, 3), 1.0).to_event(1), obs=x)
+
+    guide = AutoAmortized(model)
+    guide(DATA)
+    with pytest.raises(ModelError, match=r"draw site 'z': got event shape \(3,\) in plates \['data'\]; it was \(2,\)"):
+        guide(DATA, 3)
+
+
 # Missing data -----------------------------------------------------------------------------------------------------
 
 

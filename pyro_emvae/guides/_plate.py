@@ -14,7 +14,7 @@ from .._checks import ModelError, fail
 from .._pyro import Messenger
 from ..particles import is_subsample, quiet
 
-__all__ = ["DataPlate", "Look", "PlateReader", "cover", "look", "signature"]
+__all__ = ["DataPlate", "Look", "PlateReader", "check_shapes", "cover", "look", "signature"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,29 @@ def look(reader: PlateReader, model: Callable, wanted: Iterable[str], plates: It
             fix="Make one guide per structure.",
         )
     return seen
+
+
+def check_shapes(seen: Look, nodes: Mapping[str, Mapping[str, Any]]) -> None:
+    r"""Compare the latents seen with those of the prototype trace.
+
+    Raises:
+        ModelError: One has another event shape, or lies in other plates.
+    """
+    for name in seen.messages.keys() & nodes.keys():
+        now, before = _shape(seen.messages[name]), _shape(nodes[name])
+        if now != before:
+            fail(
+                ModelError,
+                "AutoAmortized",
+                f"draw site {name!r}",
+                got=f"event shape {now[0]} in plates {sorted(now[1])}; it was {before[0]} in {sorted(before[1])}",
+                because="the structure of the model has to be the same in every call",
+                fix="Make one guide per structure.",
+            )
+
+
+def _shape(node: Mapping[str, Any]) -> tuple[tuple, set[str]]:
+    return tuple(node["fn"].event_shape), {frame.name for frame in node["cond_indep_stack"]}
 
 
 def cover(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:

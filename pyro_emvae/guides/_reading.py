@@ -87,7 +87,8 @@ def default_encoder(observed: Sequence[Observed], sites: Sequence[LocalSite], re
             "make an encoder",
             got=f"a model that observes nothing in plate {reading.plate!r}",
             because="the default encoder reads the observed values of a datum",
-            fix="Write encoder=, a torch.nn.Module, and encoder_input= to say what it reads.",
+            fix="Write encoder=, a torch.nn.Module, and encoder_input= to say what it reads. In an AutoGuideList, hide "
+            "the other latents and not the data: poutine.block(model, hide=[...]).",
         )
     first = {}
     for site in observed:

@@ -20,7 +20,7 @@ from ._draw import Call, encode, foreign_parameter, open_plate, refuse_foreign, 
 from ._global import bare, give_models, make_global, set_up_global
 from ._observed import Observed, find_source, observed_sites
 from ._parts import check_parts, family_per_site, made_families, refuse_no_argument
-from ._plate import DataPlate, Look, PlateReader, cover, look, signature
+from ._plate import DataPlate, Look, PlateReader, check_shapes, cover, look, signature
 from ._reading import Reading, default_encoder, refuse_run, split_context
 from ._sites import LocalSite, choose_plate, local_site
 
@@ -256,7 +256,9 @@ class AutoAmortized(AutoGuide):
     def _run(self, wanted: set[str], args: tuple, kwargs: dict) -> Look:
         if self._model is None:
             refuse_run(sorted(wanted)[0])
-        return look(self._reader, self.model, wanted, self._first.plates, args, kwargs)
+        seen = look(self._reader, self.model, wanted, self._first.plates, args, kwargs)
+        check_shapes(seen, self.prototype_trace.nodes)
+        return seen
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self.master is not None or self.create_plates is not None:

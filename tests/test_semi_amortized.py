@@ -6,6 +6,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -94,6 +95,77 @@ def test_gap_decomposition_equals_brute_force():
     assert abs(gap.total - total) < 5 * gap.standard_error + 0.3
     assert abs(gap.amortization - (total - 8 * approximation)) < 5 * gap.elbo.standard_error + 0.3
     assert "approximation" in repr(gap)
+
+
+def test_each_datum_reaches_its_brute_force_optimum_on_a_logistic_model():
+    """One latent, so that the ELBO of each datum and its evidence are quadratures; its optimum by L-BFGS."""
+    slope = torch.tensor([2.0, -1.0, 3.0], dtype=torch.float64)
+    nodes, weights = (torch.as_tensor(a) for a in np.polynomial.hermite_e.hermegauss(60))
+    weights = weights / weights.sum()
+    x = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 3)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0).to(x), 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z.unsqueeze(-1) * slope).to_event(1), obs=x)
+
+    def log_likelihood(z):
+        return dist.Bernoulli(logits=z.unsqueeze(-1) * slope).log_prob(x.unsqueeze(1)).sum(-1)
+
+    def elbo(loc, scale):
+        z = loc.unsqueeze(-1) + scale.unsqueeze(-1) * nodes
+        kl = torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(0.0, 1.0))
+        return (log_likelihood(z) * weights).sum(-1) - kl
+
+    free = torch.zeros(2, 8, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([free], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -elbo(free[0], free[1].exp()).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    best = elbo(free[0], free[1].exp()).detach()
+    guide = AutoSemiAmortized(model, encoder(2), num_refinements=60, num_particles=256)
+    q = [poutine.trace(g).get_trace(x).nodes["z"]["fn"] for g in (guide, guide.amortized)]
+    refined, amortized = (elbo(fn.mean, fn.stddev).detach() for fn in q)
+    assert (refined <= best + 1e-6).all() and (refined > best - 0.01).all()
+    evidence = torch.logsumexp(log_likelihood(nodes.expand(8, 60)) + weights.log(), -1)
+    gap = emvae.elbo_gap(model, guide, x, num_particles=10_000, seed=0)
+    for got, expected in [
+        (gap.total, evidence - amortized),
+        (gap.approximation, evidence - best),
+        (gap.amortization, best - amortized),
+    ]:
+        assert abs(got - expected.sum().item()) < 0.1 + 5 * gap.standard_error
+
+
+@pytest.mark.parametrize("source", ["given", "drawn"])
+def test_minibatches(source):
+    """The steps see the rows that the guide sees, and so does the answer."""
+    seen = []
+
+    def model(x, index=None, size=None):
+        with pyro.plate("data", 8, subsample=index, subsample_size=size) as rows:
+            seen.append(rows)
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).to(x), 1.0).to_event(1))
+            obs = x if len(x) < 8 else x[rows]
+            pyro.sample("x", dist.Normal(z @ WEIGHT.T, SCALE).to_event(1), obs=obs)
+
+    guide = AutoSemiAmortized(model, encoder(), num_refinements=60, num_particles=64)
+    rows = torch.tensor([6, 2])
+    args = (DATA[rows], rows) if source == "given" else (DATA, None, 2)
+    guide(*args)
+    seen.clear()
+    tr = poutine.trace(guide).get_trace(*args)
+    rows = tr.nodes["data"]["value"] if source == "drawn" else rows
+    assert len(seen) > 60 and all(torch.equal(torch.as_tensor(r), rows) for r in seen)
+    fn = tr.nodes["z"]["fn"].base_dist
+    precision = torch.eye(2).double() + WEIGHT.T @ WEIGHT / SCALE**2
+    mean = torch.linalg.solve(precision, WEIGHT.T @ DATA.T / SCALE**2).T[rows]
+    assert torch.allclose(fn.mean, mean, atol=0.15)
 
 
 def test_gradient_of_the_encoder_is_that_by_the_refined_context():

@@ -667,6 +667,25 @@ def test_pickle(make):
     assert DATA.numpy().tobytes() not in data
 
 
+def test_nothing_is_kept_per_datum():
+    """A first call on 1e5 data, latents with parameters of their own, leaves what one on 5 data leaves."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(mu + x[:, 0], 1.0))
+            k = pyro.sample("k", dist.Bernoulli(logits=a))
+            pyro.sample("x", dist.Normal(a + k, 1.0), obs=x[:, 0], obs_mask=x[:, 1] > 0)
+
+    sizes = []
+    for rows in (5, 100_000):
+        pyro.clear_param_store()
+        guide = AutoAmortized(model, dependence="structured")
+        guide(DATA[:1].expand(rows, 3).clone())
+        sizes.append(len(pickle.dumps(guide)))
+    assert abs(sizes[1] - sizes[0]) < 1000
+
+
 def test_an_unpickled_guide_says_what_it_lacks():
     guide = AutoAmortized(entries)
     guide(DATA, ENTRIES)

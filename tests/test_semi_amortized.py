@@ -17,7 +17,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal
 from torch import nn
 
 import pyro_emvae as emvae
-from pyro_emvae._checks import EmvaeError, ModelError, NonFiniteError, RecordingError
+from pyro_emvae._checks import BlockError, EmvaeError, ModelError, NonFiniteError, RecordingError
 from pyro_emvae.guides import AutoSemiAmortized
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import vectorizable
@@ -290,6 +290,24 @@ def test_nested_plates():
     guide(DATA)
     losses = [MonteCarloELBO(300, vectorize_particles=True).loss(model, g, DATA) for g in (guide.amortized, guide)]
     assert losses[1] < losses[0] - 1.0 and guide(DATA)["b"].shape == (8, 3)
+
+
+def test_em_and_joint_steps():
+    """The steps are constants to EM; if they are not, the guide depends on theta, which only joint SVI may."""
+
+    def model(x):
+        weight = pyro.param("weight", WEIGHT.clone)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2).to(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ weight.T, SCALE).to_event(1), obs=x)
+
+    guide = AutoSemiAmortized(model, encoder(), num_refinements=2)
+    em = emvae.EM(model, guide, pyro.optim.Adam({"lr": 0.01}))
+    assert all(math.isfinite(em.step(DATA)) for _ in range(2))
+    guide.differentiable = True
+    with pytest.raises(BlockError, match=r"both log q and log p: \['weight'\]"):
+        emvae.EM(model, guide, pyro.optim.Adam({"lr": 0.01})).step(DATA)
+    assert math.isfinite(emvae.SVI(model, guide, pyro.optim.Adam({"lr": 0.01})).step(DATA))
 
 
 def test_check_guide():

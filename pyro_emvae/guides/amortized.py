@@ -16,7 +16,16 @@ from .._checks import require_data
 from ..families import Family
 from ..particles import quiet
 from ._dependence import Dependence, earlier_of
-from ._draw import Call, encode, foreign_parameter, open_plate, refuse_foreign, sample_site, take_rows
+from ._draw import (
+    Call,
+    encode,
+    foreign_parameter,
+    forget_values,
+    open_plate,
+    refuse_foreign,
+    sample_site,
+    take_rows,
+)
 from ._global import bare, give_models, make_global, set_up_global
 from ._observed import Observed, find_source, observed_sites
 from ._parts import check_parts, family_per_site, made_families, refuse_no_argument
@@ -203,6 +212,8 @@ class AutoAmortized(AutoGuide):
             like = next(self._modules["encoder"].parameters(), torch.zeros(()))
             self.links = Dependence(self.local_sites, earlier, like)
         self._check_names()
+        for name in hidden:
+            forget_values(self.prototype_trace.nodes[name])
 
     def _check_prototype(self, part_trace: Any) -> None:
         """Pyro calls this on the owner of a guide; `set_up_global` has compared the sites by then or will."""

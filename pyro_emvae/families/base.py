@@ -20,7 +20,7 @@ class Family(ABC):
 
     A context of zeros stands for the family's initial distribution, so that encoders and free parameters that start
     near zero start there. Families hold settings only and are never changed by use. Whatever the context, the
-    distribution is a valid one, and gradients are finite.
+    distribution is a valid one, and gradients are finite: that is tested for contexts up to 1000.
 
     A guide asks once per site ``family = family.for_site(name, fn)`` with the model's distribution there, and from
     then on uses what it got. ``traits.support`` says which sites a family can serve and where it draws:

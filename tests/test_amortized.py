@@ -20,6 +20,7 @@ from torch import nn
 
 import pyro_emvae as emvae
 from pyro_emvae._checks import EmvaeError, ModelError
+from pyro_emvae._registry import entries
 from pyro_emvae.guides import AutoAmortized
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import draw, vectorizable
@@ -107,6 +108,43 @@ def test_every_kind_of_site_trains(loss, dependence):
     assert kinds["k"] == "Categorical" and kinds["b"] == "Bernoulli" and kinds["w_unconstrained"] == "Independent"
     assert set(guide(DATA, COUNTS)) == {"mu", "shape", "k", "b", "z", "rate", "w"}
     assert guide.num_features == {"k": 3, "b": 1, "z": 4, "rate": 2, "w": 4}
+
+
+PRIORS = {
+    "continuous": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    "any": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    "positive": dist.Gamma(2.0, 1.0),
+    "unit_interval": dist.Beta(2.0, 2.0),
+    "simplex": dist.Dirichlet(torch.ones(3)),
+    "circle": dist.VonMises(0.0, 1.0),
+    "binary": dist.Bernoulli(0.3),
+    "categorical": dist.Categorical(torch.ones(3)),
+    "one_hot": dist.OneHotCategorical(torch.ones(3)),
+}
+FAMILIES = [e for e in entries("family") if not e.traits.arguments and e.traits.support in PRIORS]
+
+
+def one_site(prior):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior).float()
+            mean = z.reshape(*z.shape[: z.dim() - prior.event_dim], -1).mean(-1, keepdim=True)
+            pyro.sample("x", dist.Normal(mean + torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)
+def test_every_family(entry):
+    """Samples and densities agree, every parameter learns, and the guide can be copied."""
+    model = one_site(PRIORS[entry.traits.support])
+    guide = AutoAmortized(model, family=entry.name)
+    assert steps(model, guide, DATA) == []
+    assert vectorizable(model, guide, (DATA,), {}) == (True, 1, "")
+    assert pickle.loads(pickle.dumps(guide))(DATA[:2])["z"].shape[0] == 2
+    pyro.clear_param_store()
+    if entry.name != "point_mass":
+        check_guide(lambda model: AutoAmortized(model, family=entry.name), model, (DATA[:1],), num_samples=40_000)
 
 
 def test_first_call_creates_every_parameter_and_validation_data_of_another_size():

@@ -362,7 +362,7 @@ def test_values_among_the_arguments_are_read_without_a_run_of_the_model():
     assert len(calls) == 2, "once per shape"
     for _ in range(3):
         guide(DATA, None, None, True)
-    assert len(calls) == 2 + 3, "in every call"
+    assert len(calls) == 2 + 1 + 3, "once, and in every call"
 
 
 @pytest.mark.parametrize("kwargs", [{"subsample_size": 2}, {"index": torch.tensor([4, 1])}], ids=["drawn", "given"])
@@ -378,6 +378,30 @@ def test_default_encoder_of_a_subsampled_plate(kwargs):
     assert len(calls) == 2
     assert len(guide.median(DATA, **kwargs)["z"]) == (5 if "subsample_size" in kwargs else 2)
     assert steps(factor, guide, DATA, **kwargs) == []
+
+
+def test_changed_values_are_those_of_the_minibatch_in_use():
+    """Two drawn plates, nested, and data that the model computes: a run for them has the guide's own indices."""
+
+    def model(x, size=None):
+        with pyro.plate("data", 5, subsample_size=size, dim=-2) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("inner", 3, subsample_size=size, dim=-1) as columns:
+                w = pyro.sample("w", dist.Normal(z, 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=(x + 0.0)[rows][:, columns])
+
+    guide = AutoAmortized(model)
+    guide(DATA)
+    seen = []
+    guide.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]["x"][0]))
+    for _ in range(5):
+        tr = trace(guide, DATA, 2)
+        rows, inner = (tr.nodes[name]["value"] for name in ("data", "inner"))
+        assert torch.equal(seen[-1], DATA[rows][:, inner])
+    assert len(seen) == 5 and guide.median(DATA)["w"].shape == (5, 3)
+    with pytest.raises(ModelError, match=r"medians and quantiles: got a random minibatch of plate 'data'"):
+        guide.median(DATA, 2)
+    assert steps(model, guide, DATA, 2) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -427,6 +427,32 @@ def test_integers_and_categories():
     assert torch.equal(read[:, 4], 2 * flag - 1)
 
 
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (dist.Poisson(torch.ones(3)).to_event(1), "count"),
+        (dist.ZeroInflatedPoisson(torch.ones(3), gate=torch.tensor(0.5)).to_event(1), "count"),
+        (dist.Multinomial(4, torch.ones(3)), "count"),
+        (dist.Binomial(torch.tensor([4.0, 5, 6]), 0.5).to_event(1), "count"),
+        (dist.Categorical(torch.ones(300)).expand([3]).to_event(1), "count"),
+        (dist.Categorical(torch.ones(7)).expand([3]).to_event(1), "category"),
+        (dist.OneHotCategorical(torch.ones(3)), "real"),
+        (dist.Bernoulli(torch.ones(3) / 2).to_event(1), "real"),
+        (dist.Gamma(torch.ones(3), 1.0).to_event(1), "real"),
+    ],
+    ids=lambda value: getattr(value, "base_dist", value).__class__.__name__,
+)
+def test_kinds_of_observed_values(fn, kind):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", fn, obs=x)
+
+    guide = AutoAmortized(model)
+    guide(fn.sample((5,)))
+    assert guide.encoder.observed[0].kind == kind and guide(fn.sample((2,)))["z"].isfinite().all()
+
+
 def test_equal_data_equal_output_and_permutation():
     guide, order = AutoAmortized(mixed, dependence="structured"), torch.tensor([2, 0, 4, 1, 3])
     guide(DATA, COUNTS)

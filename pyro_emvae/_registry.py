@@ -2,6 +2,7 @@ r"""What parts there are: frozen records without behaviour, and one function to 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ NEEDS = {
     "problem": ("model", "guide", "args"),
 }
 KINDS = tuple(NEEDS)
+LATER = {"problem": "pyro_emvae.problems", "family": "pyro_emvae.families"}
 
 
 @dataclass(frozen=True)
@@ -232,4 +234,6 @@ def _kind(kind: str) -> dict[str, str]:
             because="parts are sorted by kind",
             fix=nearest(kind, KINDS),
         )
+    if kind in LATER:  # those that come with the package are registered by its import
+        importlib.import_module(LATER[kind])
     return _NAMES[kind]

@@ -193,7 +193,8 @@ class Replay:
     def _differentiates(self, traits: list[Traits]) -> bool:
         """Whether a gradient is taken inside an evaluation."""
         inside = (t.splits_paths or t.controls or t.stateful or t.probes in ("differentiable", "twice") for t in traits)
-        return self.loss.objective.splits_paths or any(inside)
+        analytic = any(row.estimator.integrates for row in self.loss.table)  # masks are compared by their memory
+        return self.loss.objective.splits_paths or analytic or any(inside)
 
     def _at(self, values: tuple[Tensor, ...], leaves: dict[str, Tensor] | None = None) -> tuple[Evaluation, Tensor]:
         noise = dict(zip((*self.noise, *self.plates), values, strict=True))

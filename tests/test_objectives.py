@@ -374,6 +374,32 @@ def test_dreg_under_a_global_draw(estimator):
     assert_gradients(mean_by_quadrature(problem, estimator, 2, objective, 14), right, 1e-6)
 
 
+def by_transform(positive: bool) -> Problem:
+    """`switched`'s number with a guide as Pyro's autoguides write it: an auxiliary normal and a point mass."""
+
+    def model(x):
+        z = pyro.sample("z", dist.LogNormal(tensor(0.2), 1.0) if positive else dist.Normal(tensor(0.2), 1.0))
+        pyro.sample("x", dist.Normal(z, param({"sigma": 0.9}, "sigma")), obs=x)
+
+    def guide(x):
+        loc, scale = param({"loc": 0.1}, "loc"), param({"scale": 0.3}, "scale")
+        u = pyro.sample("u", dist.Normal(loc, scale), infer={"is_auxiliary": True})
+        if positive:
+            pyro.sample("z", dist.Delta(u.exp(), log_density=-u))
+        else:
+            pyro.sample("z", dist.Delta(u * loc, log_density=-loc.abs().log()))
+
+    return make("by_transform", model, guide, {"sigma": 0.9}, {"loc": 0.4, "scale": 0.3}, (X[0],))
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_dreg_through_a_point_mass(positive):
+    """What a point mass adds, its own parameters too, keeps all its paths."""
+    problem = by_transform(positive)
+    right = mean_by_quadrature(problem, "pathwise", 2, IWAE(), 40)
+    assert_gradients(mean_by_quadrature(problem, {"u": "dreg"}, 2, IWAE(), 40), right, 1e-6)
+
+
 # Identities ---------------------------------------------------------------------------------------------------------
 
 
@@ -639,6 +665,21 @@ def test_what_does_not_fit_is_refused():
             wrong()
     with pytest.raises(EmvaeError, match=r"decay=1\.0"):
         MultiSampleScore(1.0)
+
+
+def test_a_loop_over_a_plate_that_subsamples_is_refused():
+    def model(x):
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            z = pyro.sample(f"z{i}", dist.Normal(tensor(0.0), 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample(f"z{i}", dist.Normal(pyro.param("m", tensor(0.1)), 1.0))
+
+    for options in ({"num_particles": 1}, {"num_particles": 1, "estimator": "score"}):
+        with pytest.raises(EmvaeError, match="a loop over plate 'data', which subsamples 2 of 3"):
+            MonteCarloELBO(objective="iwae", **options).loss(model, guide, X)
 
 
 def test_a_score_downstream_of_dreg_is_refused():

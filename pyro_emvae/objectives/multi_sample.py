@@ -46,6 +46,7 @@ class Bound:
     terms: list[Term] = field(repr=False)
     rest: list[Term] = field(repr=False)
     above: frozenset[str] = frozenset()
+    _baselines: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def total(self) -> Tensor:
@@ -65,6 +66,12 @@ class Bound:
     def held(self) -> Tensor:
         """The detached log weights, folded: ``(L, G, *plates)``."""
         return self.fold(self.log_weight.detach())
+
+    def without(self, mean: str) -> Tensor:
+        """Return `MultiSample.without` of the weights held, made once for all sites: ``(L, G, *plates)``."""
+        if mean not in self._baselines:
+            self._baselines[mean] = self.objective.without(self.held, mean)
+        return self._baselines[mean]
 
     @property
     def signal(self) -> Tensor:

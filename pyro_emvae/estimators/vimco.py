@@ -50,7 +50,7 @@ class VIMCO(ScoreFunction):
     Raises:
         EstimatorError: If fewer than two particles are given.
 
-    Source: Mnih and Rezende 2016, "Variational inference for Monte Carlo objectives", eq. 8 to 10. Differs: any h, one
+    Source: Mnih and Rezende 2016, "Variational inference for Monte Carlo objectives". Differs: any h, one
     baseline per datum.
 
     Example:
@@ -93,7 +93,7 @@ class OVIS(ScoreFunction):
         EstimatorError: If fewer than two particles are given.
 
     Source: Liévin, Dittadi, Christensen and Winther 2020, "Optimal variance control of the score-function gradient
-    estimator for importance-weighted bounds", eq. 14, with their gamma = 0. Their gamma = 1 leaves out
+    estimator for importance-weighted bounds", with their gamma = 0. Their gamma = 1 leaves out
     $-\partial_kh$; its mean is the gradient plus that of reweighted wake-sleep, and it is not offered. The constant for
     other h is chosen so that the factor vanishes in the same way where weights are alike.
 

@@ -118,7 +118,7 @@ class MultiSample(Objective):
             one weight for all data is no bound once it is scaled. L does not divide K; no latent in a plate; a latent
             outside of them that depends on one inside.
 
-    Source: Rainforth et al. 2018, "Tighter variational bounds are not necessarily better", eq. 9 (MIWAE), for groups.
+    Source: Rainforth et al. 2018, "Tighter variational bounds are not necessarily better" (MIWAE), for groups.
     """
 
     sign: float = 1.0

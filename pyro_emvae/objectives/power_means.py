@@ -110,7 +110,7 @@ class Renyi(_PowerMean):
 
     $$\nabla_\phi E[h]=E\Big[\sum_k(h-v_k)\nabla_\phi\log q_\phi(z_k)\Big],\qquad v=\mathrm{softmax}((1-\alpha)\ell).$$
 
-    Source: Li and Turner 2016, "Renyi divergence variational inference", eq. 9 and theorem 2. Differs from Pyro's
+    Source: Li and Turner 2016, "Renyi divergence variational inference". Differs from Pyro's
     `RenyiELBO`: its surrogate, $\alpha/(1-\alpha)\log q$, has the gradient of infinitely many particles at sites that
     are not reparameterised, and none at all for $\alpha=0$; its scale N/B is inside the logarithm.
 
@@ -156,8 +156,8 @@ class Chi2(_PowerMean):
     Raises:
         EmvaeError: A global latent, with ``num_local_particles``.
 
-    Source: Dieng, Tran, Ranganath, Paisley and Blei 2017, "Variational inference via chi upper bound minimization",
-    eq. 4. Differs: the logarithm is kept (theirs is the gradient of its exponential), weights are per datum, theta.
+    Source: Dieng, Tran, Ranganath, Paisley and Blei 2017, "Variational inference via chi upper bound minimization".
+    Differs: the logarithm is kept (theirs is the gradient of its exponential), weights are per datum, theta.
 
     Example:
         >>> Chi2().bounds
@@ -196,7 +196,7 @@ _add(
     "renyi",
     Renyi,
     "variational Renyi bound of order alpha",
-    "Li & Turner 2016, eq. 9",
+    "Li & Turner 2016",
     traits=Traits(arguments=("alpha",)),
 )
-_add("chi2", Chi2, "minus the chi-square upper bound", "Dieng et al. 2017, eq. 4", aliases=("cubo",))
+_add("chi2", Chi2, "minus the chi-square upper bound", "Dieng et al. 2017", aliases=("cubo",))

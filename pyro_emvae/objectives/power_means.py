@@ -17,13 +17,15 @@ from .multi_sample import MultiSample
 __all__ = ["IWAE", "Chi2", "Renyi"]
 
 
-class _PowerMean(MultiSample):
+class _PowerMean:
     r"""$h=\tfrac s\beta\log\tfrac1K\sum_ke^{\beta\ell_k}$, s its sign; the mean of $\ell$ for $\beta=0$.
 
     Its derivatives are $s\,v_k$ with $v=\mathrm{softmax}(\beta\ell)$, and $\partial_k^2h=s\,\beta\,v_k(1-v_k)$.
     """
 
     power: float
+    sign: float
+    num_local_particles: int | None
 
     def value(self, log_weight: Tensor) -> Tensor:
         if self.power == 0.0:
@@ -70,7 +72,7 @@ def _log_sum_of_others(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IWAE(_PowerMean):
+class IWAE(_PowerMean, MultiSample):
     r"""The importance-weighted bound
 
     $$L_K=\sum_n c_n\,\log\tfrac1K\sum_k e^{\ell_{kn}}\le\log p(x),$$
@@ -94,7 +96,7 @@ class IWAE(_PowerMean):
 
 
 @dataclass(frozen=True)
-class Renyi(_PowerMean):
+class Renyi(_PowerMean, MultiSample):
     r"""The variational Renyi bound, of a finite number of particles,
 
     $$L_{\alpha,K}=\sum_nc_n\,\frac1{1-\alpha}\log\tfrac1K\sum_ke^{(1-\alpha)\ell_{kn}}.$$
@@ -137,7 +139,7 @@ class Renyi(_PowerMean):
 
 
 @dataclass(frozen=True)
-class Chi2(_PowerMean):
+class Chi2(_PowerMean, MultiSample):
     r"""The chi-square upper bound, which is *minimised* over the guide: the objective is minus it,
 
     $$-\mathrm{CUBO}_K=-\sum_nc_n\,\tfrac12\log\tfrac1K\sum_ke^{2\ell_{kn}}.$$

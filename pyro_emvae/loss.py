@@ -346,7 +346,8 @@ class MonteCarloELBO(ELBO):
         """
         traits = [self._table[name].estimator.traits for name in particles.guide if name in self._table]
         splits = (self.objective.splits_paths or any(t.splits_paths for t in traits)) and not plan.splits
-        unknown = any(t.needs_signal for t in traits) and plan.depends is None
+        several = isinstance(self.objective, MultiSample)
+        unknown = plan.depends is None and (several or any(t.needs_signal for t in traits))
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)

@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import RenyiELBO
 from test_higher_order import second_derivatives
 from torch import Tensor
 from torch.distributions import constraints
@@ -189,6 +190,32 @@ def test_values_and_their_order():
     assert ordered == sorted(ordered, reverse=True)
     above = [-float(bits_by_hand(params, chi2, k)) for k in (1, 8)]
     assert above[0] < evidence < above[1]  # an upper bound in the limit only
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", "score"])
+def test_terms_that_no_draw_reaches_are_in_no_weight(estimator):
+    """A penalty of theta outside the plate that subsamples: added once, also for one particle."""
+
+    def model(x):
+        m = pyro.param("m", tensor(0.4))
+        pyro.factor("penalty", -m.square())
+        with pyro.plate("data", 3, subsample_size=2, dim=-1) as index:
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+    def guide(x):
+        with pyro.plate("data", 3, subsample_size=2, dim=-1):
+            pyro.sample("z", dist.Normal(pyro.param("q", tensor(0.1)), 1.0))
+
+    for count in (1, 3):
+        pairs = []
+        for fine in (model, pyro.poutine.block(model, hide=["penalty"])):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(2)
+            loss = MonteCarloELBO(count, objective="iwae", estimator=estimator, max_plate_nesting=1)
+            pairs.append((loss.loss_and_grads(fine, guide, X), float(pyro.param("m").grad)))
+        assert pairs[0][0] - pairs[1][0] == pytest.approx(0.16, abs=1e-12)
+        assert pairs[0][1] - pairs[1][1] == pytest.approx(0.8, abs=1e-12)
 
 
 def test_scale_of_the_user_stays_inside():
@@ -372,6 +399,32 @@ def test_dreg_under_a_global_draw(estimator):
     problem, objective = number_under_a_number(), IWAE(2)
     right = mean_by_quadrature(problem, "pathwise", 2, objective, 14)
     assert_gradients(mean_by_quadrature(problem, estimator, 2, objective, 14), right, 1e-6)
+
+
+def by_transform(positive: bool) -> Problem:
+    """`switched`'s number with a guide as Pyro's autoguides write it: an auxiliary normal and a point mass."""
+
+    def model(x):
+        z = pyro.sample("z", dist.LogNormal(tensor(0.2), 1.0) if positive else dist.Normal(tensor(0.2), 1.0))
+        pyro.sample("x", dist.Normal(z, param({"sigma": 0.9}, "sigma")), obs=x)
+
+    def guide(x):
+        loc, scale = param({"loc": 0.1}, "loc"), param({"scale": 0.3}, "scale")
+        u = pyro.sample("u", dist.Normal(loc, scale), infer={"is_auxiliary": True})
+        if positive:
+            pyro.sample("z", dist.Delta(u.exp(), log_density=-u))
+        else:
+            pyro.sample("z", dist.Delta(u * loc, log_density=-loc.abs().log()))
+
+    return make("by_transform", model, guide, {"sigma": 0.9}, {"loc": 0.4, "scale": 0.3}, (X[0],))
+
+
+@pytest.mark.parametrize("positive", [True, False])
+def test_dreg_through_a_point_mass(positive):
+    """What a point mass adds, its own parameters too, keeps all its paths."""
+    problem = by_transform(positive)
+    right = mean_by_quadrature(problem, "pathwise", 2, IWAE(), 40)
+    assert_gradients(mean_by_quadrature(problem, {"u": "dreg"}, 2, IWAE(), 40), right, 1e-6)
 
 
 # Identities ---------------------------------------------------------------------------------------------------------
@@ -641,6 +694,21 @@ def test_what_does_not_fit_is_refused():
         MultiSampleScore(1.0)
 
 
+def test_a_loop_over_a_plate_that_subsamples_is_refused():
+    def model(x):
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            z = pyro.sample(f"z{i}", dist.Normal(tensor(0.0), 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        for i in pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample(f"z{i}", dist.Normal(pyro.param("m", tensor(0.1)), 1.0))
+
+    for options in ({"num_particles": 1}, {"num_particles": 1, "estimator": "score"}):
+        with pytest.raises(EmvaeError, match="a loop over plate 'data', which subsamples 2 of 3"):
+            MonteCarloELBO(objective="iwae", **options).loss(model, guide, X)
+
+
 def test_a_score_downstream_of_dreg_is_refused():
     """Its derivative by the value would be missing; upstream it is right."""
 
@@ -681,6 +749,23 @@ def test_looped_particles_have_the_same_gradients(vectorize):
             leaf.grad = None
     x, target = torch.stack(rows), torch.cat([g.reshape(-1) for g in right.values()])
     assert float(((x.mean(0) - target) / (x.std(0) / len(x) ** 0.5)).abs().max()) < 4.5
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0])
+def test_one_datum_reparameterised_is_pyro_s(alpha):
+    """There the two objectives are the same: loss and gradients at the same seed."""
+    problem = number_under_a_number()
+    found = []
+    for loss in (
+        RenyiELBO(alpha, 4, vectorize_particles=True, max_plate_nesting=1),
+        MonteCarloELBO(4, objective=Renyi(alpha)),
+    ):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(5)
+        value = loss.loss_and_grads(problem.model, problem.guide, *problem.args)
+        grads = [pyro.param(n).unconstrained().grad for n in (*problem.guide_params, *problem.model_params)]
+        found.append(torch.stack([tensor(value), *grads]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-10)
 
 
 def test_auto_takes_what_fits_the_objective():

@@ -36,7 +36,7 @@ class DReG(Estimator):
     Raises:
         EstimatorError: A site that is differentiated by its score depends on this one.
 
-    Source: Tucker, Lawson, Gu and Maddison 2019, "Doubly reparameterized gradient estimators", eq. 6 and 8; the general
+    Source: Tucker, Lawson, Gu and Maddison 2019, "Doubly reparameterized gradient estimators"; the general
     h is derived as they do. Differs: paths are split by cutting values, so that the guide runs once.
 
     Example:
@@ -58,5 +58,5 @@ register(
     DReG,
     aliases=("doubly_reparameterised", "doubly_reparameterized"),
     summary="several particles: doubly reparameterised gradient",
-    source="Tucker et al. 2019, eq. 8",
+    source="Tucker et al. 2019",
 )

@@ -28,8 +28,7 @@ def other_groups(signal: Tensor, bound: Bound) -> Tensor:
 
 def scored(bound: Bound, baseline: Tensor) -> Tensor:
     """Return L c (h - baseline) per particle; the baseline comes folded, see `Bound`."""
-    held = bound.objective.value(bound.held)
-    return bound.size * bound.scale * bound.unfold(held - baseline)
+    return bound.size * bound.scale * bound.unfold(bound.value.detach().unsqueeze(0) - baseline)
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class VIMCO(ScoreFunction):
     Raises:
         EstimatorError: If fewer than two particles are given.
 
-    Source: Mnih and Rezende 2016, "Variational inference for Monte Carlo objectives", eq. 8 to 10. Differs: any h, one
+    Source: Mnih and Rezende 2016, "Variational inference for Monte Carlo objectives". Differs: any h, one
     baseline per datum.
 
     Example:
@@ -76,7 +75,7 @@ class VIMCO(ScoreFunction):
     def advantage(self, site: SiteTerms, signal: Tensor, rows: int, state: State) -> Tensor:
         if site.name in site.bound.above:
             return other_groups(signal, site.bound)
-        return scored(site.bound, site.bound.objective.without(site.bound.held, self.mean))
+        return scored(site.bound, site.bound.without(self.mean))
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class OVIS(ScoreFunction):
         EstimatorError: If fewer than two particles are given.
 
     Source: Liévin, Dittadi, Christensen and Winther 2020, "Optimal variance control of the score-function gradient
-    estimator for importance-weighted bounds", eq. 14, with their gamma = 0. Their gamma = 1 leaves out
+    estimator for importance-weighted bounds", with their gamma = 0. Their gamma = 1 leaves out
     $-\partial_kh$; its mean is the gradient plus that of reweighted wake-sleep, and it is not offered. The constant for
     other h is chosen so that the factor vanishes in the same way where weights are alike.
 
@@ -110,7 +109,7 @@ class OVIS(ScoreFunction):
         if site.name in bound.above:
             return other_groups(signal, bound)
         constant = bound.objective.sign * math.log1p(-1 / bound.size)
-        return scored(bound, bound.objective.without(bound.held, "arithmetic") + constant)
+        return scored(bound, bound.without("arithmetic") + constant)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, fail
-from ..particles import Particles, reduce_to
+from ..particles import Particles, Site, reduce_to
 from .base import Objective, Term, summands
 
 __all__ = ["Bound", "MultiSample"]
@@ -46,6 +46,7 @@ class Bound:
     terms: list[Term] = field(repr=False)
     rest: list[Term] = field(repr=False)
     above: frozenset[str] = frozenset()
+    _baselines: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def total(self) -> Tensor:
@@ -65,6 +66,12 @@ class Bound:
     def held(self) -> Tensor:
         """The detached log weights, folded: ``(L, G, *plates)``."""
         return self.fold(self.log_weight.detach())
+
+    def without(self, mean: str) -> Tensor:
+        """Return `MultiSample.without` of the weights held, made once for all sites: ``(L, G, *plates)``."""
+        if mean not in self._baselines:
+            self._baselines[mean] = self.objective.without(self.held, mean)
+        return self._baselines[mean]
 
     @property
     def signal(self) -> Tensor:
@@ -111,7 +118,7 @@ class MultiSample(Objective):
             one weight for all data is no bound once it is scaled. L does not divide K; no latent in a plate; a latent
             outside of them that depends on one inside.
 
-    Source: Rainforth et al. 2018, "Tighter variational bounds are not necessarily better", eq. 9 (MIWAE), for groups.
+    Source: Rainforth et al. 2018, "Tighter variational bounds are not necessarily better" (MIWAE), for groups.
     """
 
     sign: float = 1.0
@@ -184,6 +191,7 @@ class MultiSample(Objective):
             side = "guide" if term.kind == "entropy" else "model"
             reached = any(moves(name, side, term.site) for name in local)
             (inside if reached else rest).append(term._replace(value=particles.rows(term.value)))
+        _check_loops([particles.guide[t.site] if t.kind == "entropy" else particles.model[t.site] for t in inside])
         nested = any(site.frames for site in drawn.values())
         frames = _shared(inside, type(self).__name__, nested)
         scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
@@ -221,6 +229,21 @@ def _check_groups(above: frozenset[str], local: list[str], moves: Moves) -> None
             because="the local particles of a group have different draws",
             fix='Write objective="elbo".',
         )
+
+
+def _check_loops(sites: list[Site]) -> None:
+    """Refuse plates that are looped over and subsample: all data then are in one weight."""
+    for site in sites:
+        for frame in site.loops:
+            fail(
+                EmvaeError,
+                "MultiSample",
+                "weigh the particles of each datum",
+                got=f"site {site.name!r} in a loop over plate {frame.name!r}, which subsamples {frame.size} of "
+                f"{frame.full_size}",
+                because="one weight for all data is no bound once it is scaled",
+                fix=f'Write "with pyro.plate({frame.name!r}, ...)" in place of the loop, or give whole data.',
+            )
 
 
 def _shared(terms: list[Term], obj: str, nested: bool) -> tuple:

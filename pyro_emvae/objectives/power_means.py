@@ -17,13 +17,15 @@ from .multi_sample import MultiSample
 __all__ = ["IWAE", "Chi2", "Renyi"]
 
 
-class _PowerMean(MultiSample):
+class _PowerMean:
     r"""$h=\tfrac s\beta\log\tfrac1K\sum_ke^{\beta\ell_k}$, s its sign; the mean of $\ell$ for $\beta=0$.
 
     Its derivatives are $s\,v_k$ with $v=\mathrm{softmax}(\beta\ell)$, and $\partial_k^2h=s\,\beta\,v_k(1-v_k)$.
     """
 
     power: float
+    sign: float
+    num_local_particles: int | None
 
     def value(self, log_weight: Tensor) -> Tensor:
         if self.power == 0.0:
@@ -70,7 +72,7 @@ def _log_sum_of_others(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IWAE(_PowerMean):
+class IWAE(_PowerMean, MultiSample):
     r"""The importance-weighted bound
 
     $$L_K=\sum_n c_n\,\log\tfrac1K\sum_k e^{\ell_{kn}}\le\log p(x),$$
@@ -94,7 +96,7 @@ class IWAE(_PowerMean):
 
 
 @dataclass(frozen=True)
-class Renyi(_PowerMean):
+class Renyi(_PowerMean, MultiSample):
     r"""The variational Renyi bound, of a finite number of particles,
 
     $$L_{\alpha,K}=\sum_nc_n\,\frac1{1-\alpha}\log\tfrac1K\sum_ke^{(1-\alpha)\ell_{kn}}.$$
@@ -110,7 +112,7 @@ class Renyi(_PowerMean):
 
     $$\nabla_\phi E[h]=E\Big[\sum_k(h-v_k)\nabla_\phi\log q_\phi(z_k)\Big],\qquad v=\mathrm{softmax}((1-\alpha)\ell).$$
 
-    Source: Li and Turner 2016, "Renyi divergence variational inference", eq. 9 and theorem 2. Differs from Pyro's
+    Source: Li and Turner 2016, "Renyi divergence variational inference". Differs from Pyro's
     `RenyiELBO`: its surrogate, $\alpha/(1-\alpha)\log q$, has the gradient of infinitely many particles at sites that
     are not reparameterised, and none at all for $\alpha=0$; its scale N/B is inside the logarithm.
 
@@ -137,7 +139,7 @@ class Renyi(_PowerMean):
 
 
 @dataclass(frozen=True)
-class Chi2(_PowerMean):
+class Chi2(_PowerMean, MultiSample):
     r"""The chi-square upper bound, which is *minimised* over the guide: the objective is minus it,
 
     $$-\mathrm{CUBO}_K=-\sum_nc_n\,\tfrac12\log\tfrac1K\sum_ke^{2\ell_{kn}}.$$
@@ -156,8 +158,8 @@ class Chi2(_PowerMean):
     Raises:
         EmvaeError: A global latent, with ``num_local_particles``.
 
-    Source: Dieng, Tran, Ranganath, Paisley and Blei 2017, "Variational inference via chi upper bound minimization",
-    eq. 4. Differs: the logarithm is kept (theirs is the gradient of its exponential), weights are per datum, theta.
+    Source: Dieng, Tran, Ranganath, Paisley and Blei 2017, "Variational inference via chi upper bound minimization".
+    Differs: the logarithm is kept (theirs is the gradient of its exponential), weights are per datum, theta.
 
     Example:
         >>> Chi2().bounds
@@ -196,7 +198,7 @@ _add(
     "renyi",
     Renyi,
     "variational Renyi bound of order alpha",
-    "Li & Turner 2016, eq. 9",
+    "Li & Turner 2016",
     traits=Traits(arguments=("alpha",)),
 )
-_add("chi2", Chi2, "minus the chi-square upper bound", "Dieng et al. 2017, eq. 4", aliases=("cubo",))
+_add("chi2", Chi2, "minus the chi-square upper bound", "Dieng et al. 2017", aliases=("cubo",))

@@ -177,7 +177,9 @@ def make_site(msg: dict, score: Callable[[Any, Tensor], Tensor | None] | None = 
         )
     frames = plates_of(msg)
     infer = msg["infer"] or {}
-    return Site(msg["name"], fn, value, log_prob, msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
+    loops = tuple(f for f in msg["cond_indep_stack"] if not f.vectorized and f.full_size not in (None, f.size))
+    own = (msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
+    return Site(msg["name"], fn, value, log_prob, *own, loops=loops)
 
 
 def refuse_non_finite(obj: str, site: str, value: Any, cause: BaseException | None = None) -> None:

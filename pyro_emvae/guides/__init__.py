@@ -2,5 +2,6 @@ r"""Guides that build themselves from the model; where a family's context comes 
 
 from .amortized import AutoAmortized
 from .exact import AutoExact
+from .mcmc import AutoMCMC
 
-__all__ = ["AutoAmortized", "AutoExact"]
+__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC"]

@@ -3,5 +3,6 @@ r"""Guides that build themselves from the model; where a family's context comes 
 from .amortized import AutoAmortized
 from .exact import AutoExact
 from .mcmc import AutoMCMC
+from .mixture import AutoMixture
 
-__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC"]
+__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC", "AutoMixture"]

@@ -5,6 +5,37 @@ parameters, an encoder, an encoder and some gradient steps.
 """
 
 from .base import Family
+from .bernoulli import Bernoulli
+from .beta import Beta
+from .categorical import Categorical
+from .dirichlet import Dirichlet
+from .flow import Flow
+from .full_rank_normal import FullRankNormal
+from .gamma import Gamma
+from .log_normal import LogNormal
+from .low_rank_normal import LowRankNormal
+from .mixture import Mixture
 from .normal import Normal
+from .one_hot import OneHot
+from .point_mass import PointMass
+from .student_t import StudentT
+from .von_mises import VonMises
 
-__all__ = ["Family", "Normal"]
+__all__ = [
+    "Bernoulli",
+    "Beta",
+    "Categorical",
+    "Dirichlet",
+    "Family",
+    "Flow",
+    "FullRankNormal",
+    "Gamma",
+    "LogNormal",
+    "LowRankNormal",
+    "Mixture",
+    "Normal",
+    "OneHot",
+    "PointMass",
+    "StudentT",
+    "VonMises",
+]

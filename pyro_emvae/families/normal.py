@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
-from .._checks import EmvaeError, fail
 from .._registry import Traits, register
+from ._maps import check_setting, flat, parts, scale
+from ._supports import base_of
 from .base import Family
 
 __all__ = ["Normal"]
@@ -30,8 +30,8 @@ class Normal(Family):
     When to use: the default; it cannot express correlations within a datum.
 
     Numerics: for $b\gg0$ the scale grows linearly, so that an encoder's wild output cannot overflow as $e^b$ would;
-    for $b\ll0$ it is $e^{b+c}$ to full relative precision, and underflows to 0 below about -103 in float32 (-745 in
-    float64). Nothing is clamped, so gradients vanish nowhere by fiat.
+    for $b\ll0$ it is $e^{b+c}$, down to 3e-8 of the initial scale in float32 and 2e-62 in float64, so that the density
+    of values far away still has finite gradients. Nothing is clamped, so gradients vanish nowhere by fiat.
 
     Args:
         init_scale: The scale at context zero. With 1, an encoder that starts near zero starts at the standard normal,
@@ -54,30 +54,21 @@ class Normal(Family):
     traits: ClassVar[Traits] = Traits(support="continuous")
 
     def __post_init__(self) -> None:
-        if not 0 < self.init_scale < math.inf:
-            fail(
-                EmvaeError,
-                "Normal",
-                "start at its initial scale",
-                got=f"init_scale={self.init_scale!r}",
-                because="a standard deviation is positive and finite",
-                fix="Write init_scale=1.0, or smaller.",
-            )
+        check_setting(self, "init_scale")
 
     def num_features(self, event_shape: torch.Size) -> int:
         return 2 * math.prod(event_shape)
 
     def distribution(self, context: Tensor, event_shape: torch.Size) -> Any:
-        loc, raw = (half.reshape(half.shape[:-1] + event_shape) for half in context.chunk(2, -1))
-        return dist.Normal(loc, softplus(raw + self._offset)).to_event(len(event_shape))
+        loc, raw = parts(context, event_shape, 2)
+        return dist.Normal(loc, scale(raw, self.init_scale)).to_event(len(event_shape))
+
+    def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
+        loc = flat(value, event_shape)
+        return torch.cat([loc, torch.zeros_like(loc)], -1)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return getattr(fn, "base_dist", fn).icdf(level)
-
-    @property
-    def _offset(self) -> float:
-        """The inverse of softplus at the initial scale."""
-        return self.init_scale + math.log(-math.expm1(-self.init_scale))
+        return base_of(fn).icdf(level)
 
 
 register(

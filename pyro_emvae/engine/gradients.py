@@ -88,11 +88,11 @@ def norm_of(grads: Mapping[str, Tensor]) -> float:
     """Return the Euclidean norm of all gradients, or raise naming the first parameter whose gradient is not finite."""
     if not grads:
         return 0.0
-    parts = torch._foreach_norm(list(grads.values()))
+    parts = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in grads.values()])
     norm = float(torch.linalg.vector_norm(torch.stack(parts))) if len(parts) > 1 else float(parts[0])
     if not math.isfinite(norm):
         for name, g in grads.items():
-            if not bool(torch.isfinite(g).all()):
+            if not bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()):
                 fail(
                     NonFiniteError,
                     "gradient",

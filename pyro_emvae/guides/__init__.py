@@ -3,6 +3,7 @@ r"""Guides that build themselves from the model; where a family's context comes 
 from .amortized import AutoAmortized
 from .exact import AutoExact
 from .mcmc import AutoMCMC
+from .mean_field import AutoMeanField
 from .mixture import AutoMixture
 
-__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC", "AutoMixture"]
+__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC", "AutoMeanField", "AutoMixture"]

@@ -113,7 +113,8 @@ def _importance_weights(particles: Particles) -> Tensor:
     for name, site in particles.latents.items():
         value = particles.values(name)
         if base(site.fn).has_enumerate_support:
-            log_h = log_h - math.log(len(base(site.fn).enumerate_support(expand=False))) * value[0].numel()
+            outcomes, per_draw = base(site.fn).enumerate_support(expand=False), base(site.fn).event_shape.numel()
+            log_h = log_h - math.log(len(outcomes)) * value[0].numel() / per_draw
             continue
         transform = biject_to(site.fn.support)
         u = transform.inv(value)

@@ -28,7 +28,8 @@ class Traits:
     Args:
         unbiased: The expectation of the gradient (or value) is the exact one.
         needs_rsample: The site's distribution must have a reparameterised sampler.
-        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``.
+        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``; for a family also ``"positive"``,
+            ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"categorical"``, ``"one_hot"``.
         draws: ``"independent"``, ``"coupled"`` or ``"weighted"``.
         min_particles: The least number of particles.
         objectives: The objectives that it can differentiate.

@@ -574,6 +574,29 @@ def test_every_problem_is_vectorizable(name):
     assert (agrees, nest, what) == (True, problem.max_plate_nesting, "")
 
 
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.Categorical(torch.ones(2, 3)),
+        dist.Bernoulli(torch.tensor([0.2, 0.5])),
+        dist.OneHotCategorical(torch.ones(3)),
+    ],
+    ids=lambda fn: type(fn).__name__,
+)
+def test_the_second_particle_of_a_discrete_site_stays_in_its_support(prior):
+    """Equal draws are moved to another value of the support, event dims or not."""
+    fn, values = prior.to_event(len(prior.batch_shape)), []
+
+    def model():
+        with pyro.plate("data", 6):
+            values.append(pyro.sample("z", fn))
+
+    assert vectorizable(model, model, (), {}) == (True, 1, "")
+    assert all(bool(fn.support.check(value).all()) for value in values) and len(values) > 3
+    pairs = [value for value in values if len(value) == 2]
+    assert pairs and all((one != two).any(-1).all() for one, two in pairs)
+
+
 def reads(function: Callable[[Tensor], Tensor], *, obs: Tensor = X) -> Callable[[], None]:
     """A plated model that passes its latents through a function."""
 

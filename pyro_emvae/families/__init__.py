@@ -4,6 +4,7 @@ A family knows nothing of data, plates or Pyro's handlers. Where its context com
 parameters, an encoder, an encoder and some gradient steps.
 """
 
+from ._supports import support_of
 from .base import Family
 from .bernoulli import Bernoulli
 from .beta import Beta
@@ -38,4 +39,5 @@ __all__ = [
     "PointMass",
     "StudentT",
     "VonMises",
+    "support_of",
 ]

@@ -48,7 +48,7 @@ def limited(x: Tensor, bound: float) -> Tensor:
         >>> limited(torch.tensor([0.5, 1e30]), 40.0)
         tensor([ 0.5000, 40.0000])
     """
-    return bound * (x / torch.hypot(x, x.new_tensor(bound)))
+    return bound * (x / torch.hypot(x, torch.full_like(x, bound)))
 
 
 def unlimited(y: Tensor, bound: float) -> Tensor:

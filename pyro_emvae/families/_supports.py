@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from pyro.distributions import constraints
 from torch.distributions import biject_to
+from torch.distributions.constraints import MixtureSameFamilyConstraint
 
 from .._registry import entries
 
-__all__ = ["base_of", "cardinality", "kind", "names_for", "serves"]
+__all__ = ["base_of", "cardinality", "kind", "names_for", "serves", "support_of"]
 
 
 def base_of(fn: Any) -> Any:
@@ -19,6 +20,17 @@ def base_of(fn: Any) -> Any:
     while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
         fn = fn.base_dist
     return fn
+
+
+def support_of(fn: Any, support: Any = None) -> Any:
+    """Return the support of a distribution, or the one given; of a `MixtureSameFamily` its components'.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> support_of(dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Gamma(torch.ones(2), 1.0)))
+        GreaterThanEq(lower_bound=0.0)
+    """
+    return _unmixed(fn.support if support is None else support)
 
 
 def kind(fn: Any, support: Any = None) -> str:
@@ -34,7 +46,7 @@ def kind(fn: Any, support: Any = None) -> str:
         >>> kind(dist.Beta(1.0, 1.0)), kind(dist.Poisson(torch.ones(3)).to_event(1))
         ('unit_interval', 'count')
     """
-    c = _inner(fn.support if support is None else support)
+    c = _inner(support_of(fn, support))
     if c.is_discrete:
         return _discrete(c)
     if type(base_of(fn)).__name__ == "VonMises":
@@ -58,19 +70,21 @@ def serves(support: str, fn: Any, own: Any = None) -> bool:
     where = kind(fn, own)
     discrete = where in ("binary", "categorical", "one_hot", "count")
     if support == "continuous":
-        return not discrete and _has_bijection(fn.support if own is None else own)
+        return not discrete and _has_bijection(support_of(fn, own))
     return support in ("any", where) or (support == "discrete" and discrete)
 
 
 def names_for(fn: Any, own: Any = None) -> list[str]:
-    """Return the registered families that can serve a site; those made for its support first."""
+    """Return the registered families that can serve a site; those made for its support first, then the default."""
     fitting = [entry for entry in entries("family") if serves(entry.traits.support, fn, own)]
-    return [entry.name for entry in sorted(fitting, key=lambda entry: entry.traits.support == "continuous")]
+    return [
+        entry.name for entry in sorted(fitting, key=lambda e: (e.traits.support == "continuous", e.name != "normal"))
+    ]
 
 
 def cardinality(fn: Any, support: Any = None) -> int:
     """Return how many values a site of the kind ``"categorical"`` can have."""
-    upper = torch.as_tensor(_inner(fn.support if support is None else support).upper_bound)
+    upper = torch.as_tensor(_inner(support_of(fn, support)).upper_bound)
     return int(upper.flatten()[0]) + 1
 
 
@@ -84,6 +98,14 @@ def _discrete(c: Any) -> str:
         if upper.numel() and bool((upper == upper.flatten()[0]).all()):
             return "categorical"
     return "count"
+
+
+def _unmixed(support: Any) -> Any:
+    if isinstance(support, MixtureSameFamilyConstraint):
+        return _unmixed(support.base_constraint)
+    if isinstance(support, constraints.independent):
+        return constraints.independent(_unmixed(support.base_constraint), support.reinterpreted_batch_ndims)
+    return support
 
 
 def _inner(support: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import EmvaeError, ModelError, fail
 from .._registry import Traits
-from ._supports import base_of, names_for, serves
+from ._supports import base_of, names_for, serves, support_of
 
 __all__ = ["Family"]
 
@@ -113,7 +113,7 @@ class Family(ABC):
             ModelError,
             type(self).__name__,
             f"serve site {name!r}",
-            got=f"{type(base_of(fn)).__name__} with support {fn.support if support is None else support}",
+            got=f"{type(base_of(fn)).__name__} with support {support_of(fn, support)}",
             because=f"the support of its values is {self.traits.support}",
             fix=f"Write family={', or '.join(fitting)}." if fitting else by_hand,
         )

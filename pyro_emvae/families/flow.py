@@ -19,7 +19,7 @@ from .._checks import EmvaeError, ModelError, fail, positive_int
 from .._registry import Traits, register
 from ._maps import flat, scale
 from ._normals import reshaped
-from ._supports import base_of
+from ._supports import base_of, support_of
 from .base import Family
 
 __all__ = ["Flow"]
@@ -71,8 +71,7 @@ class Flow(Family):
 
     def for_site(self, name: str, fn: Any, support: Any = None) -> Flow:
         super().for_site(name, fn, support)
-        support = fn.support if support is None else support
-        size = math.prod(biject_to(support).inverse_shape(fn.event_shape))
+        size = math.prod(biject_to(support_of(fn, support)).inverse_shape(fn.event_shape))
         made = self
         if not isinstance(self.flow, nn.Module):
             make = _coupling if self.flow is None else self.flow

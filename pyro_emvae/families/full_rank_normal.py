@@ -80,8 +80,8 @@ def _unit_lower(below: Tensor, n: int) -> Tensor:
     i, j = (torch.arange(n, device=below.device).reshape(shape) for shape in ((n, 1), (1, n)))
     last = below.shape[-1]
     place = torch.where(j < i, i * (i - 1) // 2 + j, torch.where(j == i, last + 1, last))
-    fixed = below.new_tensor([0.0, 1.0]).expand(*below.shape[:-1], 2)
-    return torch.cat([below, fixed], -1)[..., place]
+    zero, one = (below.new_full((*below.shape[:-1], 1), value) for value in (0.0, 1.0))
+    return torch.cat([below, zero, one], -1)[..., place]
 
 
 register(

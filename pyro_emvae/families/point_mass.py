@@ -14,6 +14,7 @@ from torch.distributions import Transform, biject_to
 
 from .._registry import Traits, register
 from ._maps import flat
+from ._supports import support_of
 from .base import Family
 
 __all__ = ["PointMass"]
@@ -54,7 +55,7 @@ class PointMass(Family):
 
     def for_site(self, name: str, fn: Any, support: Any = None) -> PointMass:
         super().for_site(name, fn, support)
-        return dataclasses.replace(self, transform=biject_to(fn.support if support is None else support))
+        return dataclasses.replace(self, transform=biject_to(support_of(fn, support)))
 
     def num_features(self, event_shape: torch.Size) -> int:
         return math.prod(self._free_shape(event_shape))

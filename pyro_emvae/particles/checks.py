@@ -70,10 +70,19 @@ def _apart(one: Particles, two: Particles) -> dict[str, tuple[Tensor, None]]:
         first, second = one.guide[name].value, site.value
         near = (first - second).abs() < 0.1 * (1 + first.abs()) if first.is_floating_point() else first == second
         if bool(near.any()):
-            fns = [site.fn, two.model[name].fn] if name in two.model else [site.fn]
+            fns = [_inner(pair[name].fn) for pair in (two.guide, two.model) if name in pair]
             fn = next((fn for fn in fns if fn.has_enumerate_support), site.fn)
+            for dim in range(_inner(fn).event_dim):  # a vector moves as a whole, so that it stays in its support
+                near = near.any(-1 - dim, keepdim=True)
             moved[name] = (torch.where(near, _other(fn, first), second), None)
     return moved
+
+
+def _inner(fn: Any) -> Any:
+    """Return the distribution whose event dims are its own, not reinterpreted ones."""
+    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
+        fn = fn.base_dist
+    return fn
 
 
 def _other(fn: Any, value: Tensor) -> Tensor:
@@ -81,6 +90,8 @@ def _other(fn: Any, value: Tensor) -> Tensor:
     if fn.has_enumerate_support and fn.event_dim == 0:
         outcomes = fn.enumerate_support(expand=False).flatten()
         return outcomes[((value.unsqueeze(-1) == outcomes).long().argmax(-1) + 1) % len(outcomes)].to(value)
+    if fn.has_enumerate_support:
+        return value.roll(1, -1)  # another one-hot vector
     if not value.is_floating_point():
         return value + 1
     try:

@@ -68,7 +68,9 @@ def test_proves_itself(model):
 
 
 @pytest.mark.parametrize(
-    "family", [{"scale": "gamma", "p": "beta"}, {"scale": "log_normal"}, "student_t"], ids=["own", "log", "t"]
+    "family",
+    [{"scale": "gamma", "p": "beta"}, {"scale": "log_normal"}, "student_t", {"z": "flow"}],
+    ids=["own", "log", "t", "flow"],
 )
 def test_proves_itself_with_other_families(family):
     check_guide(lambda model: AutoMeanField(model, family), continuous, (X[:1],))

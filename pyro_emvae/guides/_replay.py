@@ -10,6 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
 from torch.distributions import biject_to
 
@@ -76,6 +77,8 @@ class _Hide(Messenger):
         name, auxiliary = (msg["infer"] or {}).get(self.key, (None, False))
         if name is None:
             return
+        if self.given is None:
+            msg["value"] = detach_provenance(msg["value"])  # of a site that nobody will find in the trace
         self.run.fns[name], self.run.values[name] = msg["fn"], msg["value"]
         self.run.frames[name] = tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
         if auxiliary:

@@ -140,6 +140,9 @@ class AutoMeanField(AutoGuide):
         self.contexts = PyroModule()
         for site in self._sites:
             setattr(self.contexts, site.key, nn.Parameter(self._start(site, nodes[site.name])))
+        for site in self._sites:
+            for module in site.family.modules():
+                module.to(getattr(self.contexts, site.key))
         self.modules_of_families = nn.ModuleList([m for site in self._sites for m in site.family.modules()])
 
     def _first_value(self, msg: dict) -> Tensor | None:

@@ -60,6 +60,7 @@ def run_hidden(guide: Callable, args: tuple, kwargs: Mapping[str, Any], prefix: 
 class _Hide(Messenger):
     def __init__(self, prefix: str, given: Callable | None) -> None:
         super().__init__()
+        self.supplied: dict[str, Tensor] = {}
         self.prefix, self.given, self.run, self.key = prefix, given, HiddenRun(), f"_hidden_{id(self)}"
 
     def _pyro_sample(self, msg: dict) -> None:
@@ -68,7 +69,8 @@ class _Hide(Messenger):
             if self.given is not None and not msg["is_observed"]:
                 value = self.given(msg["name"], msg["fn"], bool(infer.get("is_auxiliary")))
                 if value is not None:
-                    msg["value"], msg["done"] = value, True
+                    self.supplied[msg["name"]] = msg["value"] = value
+                    msg["done"] = True
             infer[self.key] = (msg["name"], bool(infer.get("is_auxiliary")))
         msg["infer"] = {**infer, "is_auxiliary": True, "_do_not_trace": True}
         msg["name"] = f"{self.prefix}{msg['name']}"
@@ -77,8 +79,8 @@ class _Hide(Messenger):
         name, auxiliary = (msg["infer"] or {}).get(self.key, (None, False))
         if name is None:
             return
-        if self.given is None:
-            msg["value"] = detach_provenance(msg["value"])  # of a site that nobody will find in the trace
+        # without the provenance that TraceGraph_ELBO gives it here, of a site that will not be in the trace
+        msg["value"] = self.supplied[name] if name in self.supplied else detach_provenance(msg["value"])
         self.run.fns[name], self.run.values[name] = msg["fn"], msg["value"]
         self.run.frames[name] = tuple(f for f in msg["cond_indep_stack"] if f.vectorized)
         if auxiliary:

@@ -223,6 +223,22 @@ def test_minibatch_gradients_average_to_the_whole():
         assert torch.allclose(mean, gradient([0, 1, 2, 3]), rtol=1e-10)
 
 
+def test_minibatches_prove_themselves_and_are_compared():
+    """What only looks takes the rows' gradients as dense ones."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(at(0.0), 1.0))
+        with pyro.plate("data", 3, subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(mu, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    check_guide(AutoMeanField, model, (X[:3],))
+    guide = AutoMeanField(model)
+    found = emvae.compare_gradients(model, guide, X[:3], estimators=["pathwise", "score"], num_replicates=50, seed=0)
+    assert all(math.isfinite(v) for v in found.dataset["variance_mean"].sel(block="guide").values.flatten()[:2])
+    assert "nan" not in str(emvae.explain(model, guide, X[:3]))
+
+
 def test_scale_and_values_of_a_batch():
     guide = AutoMeanField(minibatches, init_loc_fn=lambda site: site["fn"].mean.expand(site["fn"].shape()))
     rows = torch.tensor([2, 0])

@@ -179,7 +179,8 @@ def switching():
     pyro.sample("z", dist.Normal(1.5 * k - 0.5, 1.2))
 
 
-def test_gradient_of_components_with_discrete_sites():
+@pytest.mark.parametrize("kind", [Trace_ELBO, TraceGraph_ELBO])
+def test_gradient_of_components_with_discrete_sites(kind):
     """Sites without a path are scored at the auxiliary site; the exact gradient is by enumeration and quadrature."""
     guide = AutoMixture([discrete_part(0.2), discrete_part(0.7)], switching)
     guide()
@@ -197,7 +198,7 @@ def test_gradient_of_components_with_discrete_sites():
         log_q = (torch.stack(parts, -1) + guide.logits.log_softmax(-1)).logsumexp(-1)
         elbo = elbo + torch.trapezoid(log_q.exp() * (log_p - log_q), z)
     exact = torch.cat([g.flatten() for g in torch.autograd.grad(elbo, leaves)])
-    loss, samples = Trace_ELBO(500, vectorize_particles=True, max_plate_nesting=0), []
+    loss, samples = kind(500, vectorize_particles=True, max_plate_nesting=0), []
     for _ in range(100):
         loss.loss_and_grads(switching, guide)
         samples.append(torch.cat([-leaf.grad.flatten() for leaf in leaves]))

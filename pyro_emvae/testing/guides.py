@@ -136,4 +136,5 @@ def _check_reach(model, guide, args: tuple, kwargs: Mapping, seed: int) -> None:
     grads = torch.autograd.grad(evaluation.surrogate, list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, grads, strict=True):
         assert g is not None, f"the guide's parameter {name!r} gets no gradient"
+        g = g.to_dense() if g.is_sparse else g
         assert bool(torch.isfinite(g).all()), f"the guide's parameter {name!r} gets the gradient {g}"

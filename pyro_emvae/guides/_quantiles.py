@@ -2,6 +2,7 @@ r"""Quantiles of each coordinate of a distribution; torch lacks those of Beta, G
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,13 +15,13 @@ from .._checks import EmvaeError, fail
 __all__ = ["quantile"]
 
 
-def quantile(obj: str, site: str, fn: Any, levels: Tensor) -> Tensor:
+def quantile(obj: str, site: str, fn: Any, levels: Sequence[float] | Tensor) -> Tensor:
     r"""Return the marginal quantiles of each coordinate: the least value whose distribution function reaches the level.
 
     Args:
         obj, site: Who asks, for which site, for errors.
         fn: A distribution.
-        levels: Probabilities ``(Q,)``.
+        levels: Probabilities, Q of them.
 
     Shape: ``(Q, *batch, *event)``.
 
@@ -31,7 +32,8 @@ def quantile(obj: str, site: str, fn: Any, levels: Tensor) -> Tensor:
         >>> quantile("example", "z", dist.Beta(2.0, 1.0), torch.tensor([0.25]))
         tensor([0.5000])
     """
-    levels = levels.reshape(-1, *[1] * len(fn.shape()))
+    like = _like(fn)
+    levels = torch.as_tensor(levels, dtype=like.dtype, device=like.device).reshape(-1, *[1] * len(fn.shape()))
     found = _quantile(fn, levels)
     if found is None:
         fail(
@@ -43,6 +45,14 @@ def quantile(obj: str, site: str, fn: Any, levels: Tensor) -> Tensor:
             fix="Draw from the guide with pyro.infer.Predictive and take empirical quantiles.",
         )
     return found.expand(levels.shape[:1] + fn.shape())
+
+
+def _like(fn: Any) -> Tensor:
+    """Return a tensor of a distribution's dtype and device."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    own = [x for x in vars(fn).values() if isinstance(x, Tensor) and x.is_floating_point()]
+    return own[0] if own else torch.zeros(())
 
 
 def _quantile(fn: Any, levels: Tensor) -> Tensor | None:

@@ -117,20 +117,20 @@ class _Seen(Exception):
 
 
 class TableReader(Messenger):
-    """Wraps a model and notes how it opens its plates: their sizes, and the indices of the data that it has in use."""
+    """Wraps a model and notes how it opens its plates: how, their sizes, and the indices or number of data in use."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last: str | None = None
-        self.opened: dict[str, tuple[str, int, Tensor]] = {}
-        self.known: dict[Any, dict[str, tuple[str, int, Tensor]]] = {}
+        self.opened: dict[str, tuple[str, int, Any]] = {}
+        self.known: dict[Any, dict[str, tuple[str, int, Any]]] = {}
 
     def _pyro_sample(self, msg: dict) -> None:
         if is_subsample(msg):
             wanted, size = msg["fn"].subsample_size, msg["fn"].size
             given = msg["value"] is not None
             source = "given" if given else "whole" if wanted is None or wanted >= size else "drawn"
-            self.opened[msg["name"]] = (source, size, msg["value"] if given else torch.empty(min(wanted or size, size)))
+            self.opened[msg["name"]] = (source, size, msg["value"] if given else min(wanted or size, size))
         elif msg["name"] == self.last and not msg["is_observed"]:
             raise _Seen
 
@@ -158,11 +158,10 @@ class TableReader(Messenger):
             self.known[key] = opened = self._look(model, last, args, kwargs)
         plates = {}
         for name, frame in sorted(frames.items()):
-            source, size, index = (opened or {}).get(name, ("", frame.full_size or frame.size, None))
+            source, size, batch = (opened or {}).get(name, ("", frame.full_size or frame.size, frame.size))
             if source == "given":
                 with poutine.block():
-                    plates[name] = pyro.plate(name, size, subsample=index, dim=frame.dim)
+                    plates[name] = pyro.plate(name, size, subsample=batch, dim=frame.dim)
             else:
-                count = frame.size if index is None else len(index)
-                plates[name] = pyro.plate(name, size, subsample_size=count, dim=frame.dim)
+                plates[name] = pyro.plate(name, size, subsample_size=batch, dim=frame.dim)
         return plates

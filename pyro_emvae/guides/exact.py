@@ -13,9 +13,10 @@ from torch.distributions import constraints
 
 from .._checks import ModelError, StepError, fail, require_data
 from .._pyro import Messenger, mask_of
-from ..particles import hold_batch, keep_buffers, quiet
+from ..particles import hold_batch, is_subsample, keep_buffers, quiet
 from ..posterior import EnumeratedPosterior, Posterior, plate_nesting, solve_conjugate, solve_quadratic
 from ._base import ModelGuide, indices_of, refuse_hidden_data
+from ._outcomes import Product, base_of, is_finite
 from ._quantiles import quantile
 
 __all__ = ["AutoExact"]
@@ -121,8 +122,8 @@ class AutoExact(ModelGuide):
         Raises:
             EmvaeError: A site has none, as a one-hot vector.
         """
-        posterior, levels = self.posterior(*args, **kwargs), torch.as_tensor(quantiles)
-        return {n: quantile("AutoExact", n, posterior.marginal(n), levels) for n in posterior_sites(posterior)}
+        found = self.posterior(*args, **kwargs)
+        return {n: quantile("AutoExact", n, found.marginal(n), quantiles) for n in posterior_sites(found)}
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state; the model is looked at anew."""
@@ -155,13 +156,13 @@ class AutoExact(ModelGuide):
         return solve("AutoExact", self._plain, args, kwargs)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model with the masks of its distributions made masks of their sites."""
-        with Unmasked():
+        """Run the model as `Plain` makes it."""
+        with Plain():
             return self.model(*args, **kwargs)
 
     def _choose(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
         latents = dict(self.prototype_trace.iter_stochastic_nodes())
-        finite = [name for name, node in latents.items() if node["fn"].has_enumerate_support]
+        finite = [name for name, node in latents.items() if is_finite(node["fn"])]
         kinds = ["enumerated"] if finite and len(finite) == len(latents) else ["gaussian", "conjugate"]
         cause: StepError | None = None
         for kind in kinds:
@@ -200,7 +201,7 @@ class AutoExact(ModelGuide):
 
     def _refuse(self, args: tuple, kwargs: Mapping[str, Any], cause: StepError | None) -> None:
         latents = {name: node["fn"] for name, node in self.prototype_trace.iter_stochastic_nodes()}
-        finite = [name for name, fn in latents.items() if fn.has_enumerate_support]
+        finite = [name for name, fn in latents.items() if is_finite(fn)]
         others = [name for name in latents if name not in finite]
         act, fix = "find the posterior", "Use guides.AutoMeanField(model), the nearest guide that fits any model."
         if finite and others:
@@ -226,8 +227,8 @@ class AutoExact(ModelGuide):
         )
 
 
-class Unmasked(Messenger):
-    """Take ``fn.mask(...)`` off the distributions: the mask of the site says the same, and is known apart."""
+class Plain(Messenger):
+    """Make the mask of a distribution that of its site, and list the joint outcomes of finite sites with event dims."""
 
     def _pyro_sample(self, msg: dict) -> None:
         fn = msg["fn"]
@@ -235,6 +236,9 @@ class Unmasked(Messenger):
             mask = torch.as_tensor(mask_of(fn))
             msg["fn"] = fn.base_dist
             msg["mask"] = mask if msg["mask"] is None else mask & msg["mask"]
+        fn = msg["fn"]
+        if not (msg["is_observed"] or is_subsample(msg) or fn.has_enumerate_support) and is_finite(fn):
+            msg["fn"] = Product(fn)
 
 
 def posterior_sites(posterior: Posterior) -> list[str]:
@@ -252,14 +256,8 @@ def _densities(trace: poutine.Trace) -> dict[str, Tensor]:
     return {name: node["log_prob"] for name, node in trace.iter_stochastic_nodes()}
 
 
-def _base(fn: Any) -> Any:
-    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def _named(fn: Any) -> str:
-    return type(_base(fn)).__name__
+    return type(base_of(fn)).__name__
 
 
 def _got(cause: BaseException | None) -> str:
@@ -273,10 +271,8 @@ def _blame(
     """Return the first site that makes the posterior no known one, and why."""
     for name, fn in latents.items():
         if fn.support.is_discrete:
-            finite = fn.event_dim and _base(fn).has_enumerate_support
-            return name, f"{_named(fn)}, " + (
-                "with .to_event(): only elements of a plate are enumerated" if finite else "of infinitely many outcomes"
-            )
+            many = "more than 4096 joint outcomes" if base_of(fn).has_enumerate_support else "infinitely many outcomes"
+            return name, f"{_named(fn)}, of {many}"
         if not _is_real(fn.support):
             return name, f"{_named(fn)}, of support {fn.support}, to which the likelihood is not conjugate"
     start = {name: trace.nodes[name]["value"] for name in latents}

@@ -539,6 +539,8 @@ def _squeeze(logits: Tensor, nesting: int) -> Tensor:
 
 def _distribution(fn: Any, logits: Tensor) -> Any:
     """Return a distribution over the outcomes, of the same kind as the model's where that has logits."""
+    if hasattr(fn, "at_outcomes"):
+        return fn.at_outcomes(logits)
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     if isinstance(fn, dist.Bernoulli):

@@ -10,7 +10,7 @@ import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
-__all__ = ["Outcomes", "Product", "base_of", "is_finite"]
+__all__ = ["Outcomes", "Product", "base_of", "is_finite", "num_outcomes"]
 
 MAX_OUTCOMES = 4096
 
@@ -24,10 +24,13 @@ def base_of(fn: Any) -> Any:
 
 def is_finite(fn: Any) -> bool:
     """Whether a site has few outcomes that can be listed."""
-    return bool(fn.has_enumerate_support) or _num_outcomes(fn) <= MAX_OUTCOMES
+    return bool(fn.has_enumerate_support) or num_outcomes(fn) <= MAX_OUTCOMES
 
 
-def _num_outcomes(fn: Any) -> float:
+def num_outcomes(fn: Any) -> float:
+    """Return how many outcomes one draw of a site's value has."""
+    if fn.has_enumerate_support:
+        return len(fn.enumerate_support(expand=False))
     base = base_of(fn)
     if not base.has_enumerate_support or fn.event_dim <= base.event_dim:
         return math.inf
@@ -123,6 +126,13 @@ class Outcomes(TorchDistribution):
         return self.values[self._choice.sample(sample_shape)]
 
     def log_prob(self, value: Tensor) -> Tensor:
+        return torch.where(self._same(value), self._choice.logits, -math.inf).logsumexp(-1)
+
+    def index(self, value: Tensor) -> Tensor:
+        """Return which of the values it is."""
+        return self._same(value).long().argmax(-1)
+
+    def _same(self, value: Tensor) -> Tensor:
         dims = len(self.event_shape)
-        same = (value.unsqueeze(-1 - dims) == self.values).flatten(-dims).all(-1)
-        return torch.where(same, self._choice.logits, -math.inf).logsumexp(-1)
+        same = value.unsqueeze(-1 - dims) == self.values
+        return same.flatten(-dims).all(-1) if dims else same

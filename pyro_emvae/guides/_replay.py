@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions import TorchDistribution, constraints
 from pyro.infer.autoguide import AutoContinuous
 from pyro.ops.provenance import detach_provenance
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from .._checks import ModelError, fail
 from .._pyro import Messenger
 from ..particles import is_subsample
 
-__all__ = ["HiddenRun", "lead_shape", "run_hidden", "score"]
+__all__ = ["Drawn", "HiddenRun", "lead_shape", "run_hidden", "score"]
 
 ENDING = "_unconstrained"
 
@@ -161,3 +162,35 @@ def lead_shape(prefix: str) -> tuple[int, ...]:
     """Return the batch shape of a site here: that of the plates around the guide."""
     with _Hide(prefix, None):
         return tuple(pyro.sample("lead", dist.Delta(torch.zeros(()))).shape)
+
+
+class Drawn(TorchDistribution):
+    """A latent that was drawn elsewhere; its density is set once all latents are there."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = True
+
+    def __init__(self, value: Tensor, event_dim: int, density: list[Tensor] | None = None) -> None:
+        self.value, self.density = value, [_zero(value)] if density is None else density
+        batch = value.dim() - event_dim
+        super().__init__(value.shape[:batch], value.shape[batch:], validate_args=False)
+
+    @constraints.dependent_property
+    def support(self) -> Any:
+        base = constraints.real if self.value.is_floating_point() else constraints.integer
+        return constraints.independent(base, len(self.event_shape))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Drawn:
+        shape = torch.Size(batch_shape)
+        return Drawn(self.value.expand(shape + self.event_shape), len(self.event_shape), self.density)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        return self.value.expand(torch.Size(sample_shape) + self.value.shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        batch = value.shape[: value.dim() - len(self.event_shape)]
+        return self.density[0].expand(torch.broadcast_shapes(batch, self.batch_shape))
+
+
+def _zero(value: Tensor) -> Tensor:
+    return torch.zeros((), dtype=value.dtype if value.is_floating_point() else None, device=value.device)

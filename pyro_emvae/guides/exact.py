@@ -2,6 +2,7 @@ r"""`AutoExact`: the exact posterior behind the guide interface, found from the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +17,13 @@ from .._pyro import Messenger, mask_of
 from ..particles import hold_batch, is_subsample, keep_buffers, quiet
 from ..posterior import EnumeratedPosterior, Posterior, plate_nesting, solve_conjugate, solve_quadratic
 from ._base import ModelGuide, indices_of, refuse_hidden_data
-from ._outcomes import Product, base_of, is_finite
+from ._outcomes import Product, base_of, is_finite, num_outcomes
 from ._quantiles import quantile
+from ._switching import MAX_SWITCHES, SwitchingPosterior
 
 __all__ = ["AutoExact"]
+
+GIVEN = "given discrete latents, "
 
 
 class AutoExact(ModelGuide):
@@ -32,6 +36,8 @@ class AutoExact(ModelGuide):
     | finite and discrete, all of them | enumeration, at a cost linear in the length of a chain |
     | real, with a quadratic log joint: linear-Gaussian models | one Newton step, in blocks over the data |
     | conjugate to their likelihood: Beta, Gamma, Normal, Dirichlet, Normal-Gamma | from derivatives of the log joint |
+
+    A few discrete latents outside plates (64 joint outcomes) may come first: the others are then solved for given each.
 
     Which row applies is found in the first call, and verified in every one, as the half-steps `steps.Enumerated`,
     `steps.Gaussian` and `steps.Conjugate` do it. The first call also verifies that the posterior is the same when
@@ -152,8 +158,22 @@ class AutoExact(ModelGuide):
     def _solve(self, kind: str, args: tuple, kwargs: Mapping[str, Any]) -> Posterior:
         if kind == "enumerated":
             return EnumeratedPosterior(self._plain, args, kwargs, self._nesting)
-        solve = {"gaussian": solve_quadratic, "conjugate": solve_conjugate}[kind]
+        solve = {"gaussian": solve_quadratic, "conjugate": solve_conjugate}[kind.removeprefix(GIVEN)]
+        if kind.startswith(GIVEN):
+            given = lambda model: solve("AutoExact", model, args, kwargs)  # noqa: E731
+            return SwitchingPosterior(self._plain, args, kwargs, self._finite(), given)
         return solve("AutoExact", self._plain, args, kwargs)
+
+    def _finite(self) -> list[str]:
+        """Return the latents whose outcomes can be listed."""
+        return [name for name, node in self.prototype_trace.iter_stochastic_nodes() if is_finite(node["fn"])]
+
+    def _can_switch(self) -> bool:
+        """Whether the discrete latents are few and in no plate, so that the others can be solved for given each."""
+        nodes = [self.prototype_trace.nodes[name] for name in self._finite()]
+        if any(frame.vectorized for node in nodes for frame in node["cond_indep_stack"]):
+            return False
+        return math.prod(num_outcomes(node["fn"]) for node in nodes) <= MAX_SWITCHES
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model as `Plain` makes it."""
@@ -161,9 +181,10 @@ class AutoExact(ModelGuide):
             return self.model(*args, **kwargs)
 
     def _choose(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
-        latents = dict(self.prototype_trace.iter_stochastic_nodes())
-        finite = [name for name, node in latents.items() if is_finite(node["fn"])]
+        latents, finite = dict(self.prototype_trace.iter_stochastic_nodes()), self._finite()
         kinds = ["enumerated"] if finite and len(finite) == len(latents) else ["gaussian", "conjugate"]
+        if finite and len(finite) < len(latents) and self._can_switch():
+            kinds = [GIVEN + kind for kind in kinds]
         cause: StepError | None = None
         for kind in kinds:
             try:
@@ -207,6 +228,7 @@ class AutoExact(ModelGuide):
         if finite and others:
             act = f"integrate site {others[0]!r} out"
             got = f"{_named(latents[others[0]])} beside the discrete {', '.join(map(repr, finite))}"
+            got += f"; given them, {_got(cause)}" if self._can_switch() else ""
             fix += ' Or sum the discrete latents out: infer={"enumerate": "parallel"} at them, TraceEnum_ELBO, and a '
             fix += f"guide of poutine.block(model, hide={finite})."
         else:
@@ -221,7 +243,7 @@ class AutoExact(ModelGuide):
             act,
             got=got,
             because="a posterior is exact here if all latents are finite and discrete, or the log joint is quadratic "
-            "in them, or each is conjugate to its likelihood",
+            "in them, or each is conjugate to its likelihood, if need be given few discrete ones outside plates",
             fix=fix,
             cause=cause,
         )

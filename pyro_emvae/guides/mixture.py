@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TorchDistribution, constraints
 from pyro.infer.autoguide import AutoCallable, AutoGuide
 from torch import Tensor, nn
 
 from .._checks import EmvaeError, ModelError, fail, nearest, require_data
 from ..particles import quiet
-from ._replay import HiddenRun, lead_shape, run_hidden, score
+from ._replay import Drawn, HiddenRun, lead_shape, run_hidden, score
 
 __all__ = ["AutoMixture"]
 
@@ -121,7 +120,7 @@ class AutoMixture(AutoGuide):
         runs = [run_hidden(g, args, kwargs, f"_{self.name}_{j}_") for j, g in enumerate(self.components)]
         values = {name: self._pick([run.values[name] for run in runs], chosen, name) for name in self._latents}
         self._record(chosen, log_weights, runs, plates)
-        emitted = {name: _Drawn(value, self._event_dim(name)) for name, value in values.items()}
+        emitted = {name: Drawn(value, self._event_dim(name)) for name, value in values.items()}
         values = {name: self._emit(name, fn, plates) for name, fn in emitted.items()}
         scored = [score(g, args, kwargs, f"_{self.name}_{j}_", values, lead) for j, g in enumerate(self.components)]
         densities = torch.broadcast_tensors(*(self._total(run, run.fns) for run in scored))
@@ -162,7 +161,7 @@ class AutoMixture(AutoGuide):
         with self._within(self.plate, plates):
             pyro.sample(f"{self.name}_component", _Component(log_weights.detach(), chosen, score), infer=infer)
 
-    def _emit(self, name: str, fn: _Drawn, plates: Mapping[str, Any]) -> Tensor:
+    def _emit(self, name: str, fn: Drawn, plates: Mapping[str, Any]) -> Tensor:
         with contextlib.ExitStack() as stack:
             for frame in self._latents[name]["cond_indep_stack"]:
                 stack.enter_context(plates[frame.name])
@@ -321,35 +320,3 @@ class _Component(dist.Categorical):
 
     def log_prob(self, value: Tensor) -> Tensor:
         return self.logits.new_zeros(value.shape) if self.score is None else self.score.expand(value.shape)
-
-
-class _Drawn(TorchDistribution):
-    """A latent that a component drew; the mixture's density, of all latents together, is known once all are there."""
-
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = True
-
-    def __init__(self, value: Tensor, event_dim: int, density: list[Tensor] | None = None) -> None:
-        self.value, self.density = value, [_zero(value)] if density is None else density
-        batch = value.dim() - event_dim
-        super().__init__(value.shape[:batch], value.shape[batch:], validate_args=False)
-
-    @constraints.dependent_property
-    def support(self) -> Any:
-        base = constraints.real if self.value.is_floating_point() else constraints.integer
-        return constraints.independent(base, len(self.event_shape))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Drawn:
-        shape = torch.Size(batch_shape)
-        return _Drawn(self.value.expand(shape + self.event_shape), len(self.event_shape), self.density)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        return self.value.expand(torch.Size(sample_shape) + self.value.shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        batch = value.shape[: value.dim() - len(self.event_shape)]
-        return self.density[0].expand(torch.broadcast_shapes(batch, self.batch_shape))
-
-
-def _zero(value: Tensor) -> Tensor:
-    return torch.zeros((), dtype=value.dtype if value.is_floating_point() else None, device=value.device)

@@ -122,14 +122,14 @@ def test_no_gap_for_any_loss_or_number_of_particles(name):
     model, guide = MODELS[name], AutoExact(MODELS[name])
     evidence = guide.posterior(X).log_evidence
     assert guide.kind == KINDS[name]
-    losses = [Trace_ELBO(), Trace_ELBO(3), TraceGraph_ELBO(2), RenyiELBO(0.0, 3), MonteCarloELBO(4)]
+    losses = [Trace_ELBO(), TraceGraph_ELBO(2), RenyiELBO(0.0, 2), MonteCarloELBO(2)]
     for loss in [*losses, Trace_ELBO(3, vectorize_particles=True, max_plate_nesting=1)]:
         assert math.isclose(-loss.loss(model, guide, X), evidence, rel_tol=1e-9)
     estimate = log_evidence(model, guide, X, num_particles=4)
     assert math.isclose(estimate.value, evidence, rel_tol=1e-9) and estimate.standard_error < 1e-9
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mixture", "linear", "conjugate", "switching"])
 def test_proves_itself(name):
     check_guide(AutoExact, MODELS[name], (X[:1],), num_samples=40_000, trains=False)
 
@@ -179,7 +179,7 @@ def gradient(model, guide, loss):
 
 @pytest.mark.parametrize(
     ("name", "loss"),
-    [("mixture", Trace_ELBO), ("mixture", MonteCarloELBO), ("linear", Trace_ELBO), ("conjugate", Trace_ELBO)],
+    [("mixture", Trace_ELBO), ("mixture", MonteCarloELBO), ("linear", Trace_ELBO)],
 )
 def test_gradient_is_that_of_the_log_evidence(name, loss):
     """In the mean over draws; the expected log joint at the held posterior has it without noise."""
@@ -217,8 +217,8 @@ def test_guide_has_no_gradient_and_no_parameters():
 def test_svi_reaches_the_maximum_of_the_evidence():
     problem = linear_gaussian()
     loss = Trace_ELBO(16, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(problem.model, AutoExact(problem.model), pyro.optim.Adam({"lr": 0.05}), loss)
-    for _ in range(150):
+    svi = SVI(problem.model, AutoExact(problem.model), pyro.optim.Adam({"lr": 0.08}), loss)
+    for _ in range(80):
         svi.step(*problem.args)
     theta = {name: pyro.param(name) for name in problem.model_params}
     best = problem.log_evidence(problem.maximum()).item()

@@ -51,12 +51,12 @@ def small(model=model, sampler="nuts", **options):
 
 
 def test_draws_are_those_of_the_posterior():
-    guide = AutoMCMC(model, num_samples=600, num_warmup=50).run(X)
+    guide = AutoMCMC(model, num_samples=300, num_warmup=50).run(X)
     exact = AutoExact(model).posterior(X)
     for name in ("mu", "z"):
         level = exact.marginal(name).cdf(guide.draws[name][0, ::2])
-        assert_mean(level, 0.5, detect=0.2, what=name)
-        assert_mean((level - 0.5).abs(), 0.25, detect=0.1, what=f"the spread of {name}")
+        assert_mean(level, 0.5, detect=0.25, what=name)
+        assert_mean((level - 0.5).abs(), 0.25, detect=0.15, what=f"the spread of {name}")
     assert all(float(found["r_hat"].max()) < 1.05 for found in guide.diagnostics().values())
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from . import compare, em, svi
+from . import compare, em, guides, svi
 from .timing import Case, machine, measure, table
 
-CASES: dict[str, Case] = {case.name: case for module in (svi, em, compare) for case in module.CASES}
+CASES: dict[str, Case] = {case.name: case for module in (svi, em, compare, guides) for case in module.CASES}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 

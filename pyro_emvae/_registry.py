@@ -30,9 +30,15 @@ class Traits:
         needs_rsample: The site's distribution must have a reparameterised sampler.
         support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``; for a family also ``"positive"``,
             ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"categorical"``, ``"one_hot"``.
-        draws: ``"independent"``, ``"coupled"`` or ``"weighted"``.
+        draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
+            before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
+            with weights; ``"relaxed"``: values with a path, of another distribution.
+        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
+        controls: It returns terms whose coefficients are learned.
+        doubly: An objective of several particles is differentiated through their values with the weights of doubly
+            reparameterised gradients.
         min_particles: The least number of particles.
-        objectives: The objectives that it can differentiate.
+        objectives: The objectives that it can differentiate; ``"any"``: all.
         recordable: It has no ``.item()`` and no data-dependent branch.
         higher_order: Second derivatives of the surrogate are right too.
         splits_paths: Its terms differ between the path through the value and the direct one.
@@ -55,6 +61,9 @@ class Traits:
     needs_rsample: bool = False
     support: str = "any"
     draws: str = "independent"
+    probes: str = "no"
+    controls: bool = False
+    doubly: bool = False
     min_particles: int = 1
     objectives: tuple[str, ...] = ("elbo",)
     recordable: bool = True

@@ -6,37 +6,41 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor
 
-from ._checks import EstimatorError, NonFiniteError, fail, nearest, positive_int
+from ._checks import EmvaeError, EstimatorError, NonFiniteError, fail, nearest, positive_int
 from ._pyro import get_trace
 from ._registry import create
-from .estimators.base import Estimator, SiteTerms, base, is_point_mass, require_fit
+from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, require_fit
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
-from .objectives import Objective, Term
+from .objectives import Bound, Objective, Term
 from .particles import (
+    Dependence,
     ModuleWatch,
     Particles,
+    Site,
     check_match,
     check_plates,
     choose_vectorize,
+    dependence,
     draw,
     generators,
     quiet,
-    reduce_to,
 )
+from .probing import probe
+from .surrogate import Composer, States, annealed, reweighted, total
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
 
 logger = logging.getLogger("pyro_emvae")
 
-States = dict[str, dict[str, Tensor]]
+REVISITED = (2, 8, 64, 512, 4096, 32768)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ class Plan:
     nesting: int | None
     splits: bool
     sites: tuple = ()
+    depends: Dependence | None = None
+    uses: int = 0
+    probes: tuple[bool, int] | None = None
 
 
 class MonteCarloELBO(ELBO):
@@ -90,6 +97,9 @@ class MonteCarloELBO(ELBO):
         annotations: Whether ``infer={"estimator": ...}`` is obeyed.
         max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, retain_graph,
             tail_adaptive_beta: As in `pyro.infer.ELBO`.
+
+    `evaluations` is the number of model evaluations of one gradient: particles, and further values that estimators
+    look at.
 
     `loss`, `differentiable_loss` and `loss_and_grads` give the same number at the same seed. State of estimators (a
     decaying average) is kept here, in `state_dict`; only `loss_and_grads` changes it.
@@ -150,6 +160,7 @@ class MonteCarloELBO(ELBO):
         self._table: dict[str, Resolution] = {}
         self._plans: dict[tuple[Callable, Callable], Plan] = {}
         self.state: States = {}
+        self.evaluations = num_particles
 
     def fresh(self) -> MonteCarloELBO:
         """Return a loss of the same options that has seen nothing: no resolved estimators, no state."""
@@ -169,32 +180,65 @@ class MonteCarloELBO(ELBO):
         """The resolved table: site, estimator, why."""
         return tuple(self._table.values())
 
-    def resolve(self, name: str, fn: Any, infer: Mapping[str, Any]) -> Estimator:
+    def resolve(self, name: str, fn: Any, infer: Mapping[str, Any], depends: Dependence | None = None) -> Estimator:
         """Return the estimator of a guide site, choosing and checking it for each new kind of distribution there."""
         row, kind = self._table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
         if row is None or row.kind != kind:
             known = row is not None
-            row = Resolution(name, *self._choose(name, fn, infer or {}), kind)
-            require_fit(name, row.estimator, fn, self.num_particles)
+            upstream = None if depends is None else depends.upstream(name)
+            at = Situation(name, fn, self.num_particles, self.objective.name, infer or {}, upstream)
+            row = Resolution(name, *self._choose(at), kind)
+            require_fit(row.estimator, at)
             self._table[name] = row
             if known:  # another guide, whose site of this name is something else
                 self.state = {site: tensors for site, tensors in self.state.items() if site != name}
         return row.estimator
 
-    def _choose(self, name: str, fn: Any, infer: Mapping[str, Any]) -> tuple[Estimator, str]:
-        if name in self._by_site:
-            spec, why = self._by_site[name], "named for this site"
-        elif self.annotations and "estimator" in infer:
-            spec, why = from_user(infer["estimator"]), "annotated in the guide"
+    def _choose(self, at: Situation) -> tuple[Estimator, str]:
+        if at.name in self._by_site:
+            spec, why = self._by_site[at.name], "named for this site"
+        elif self.annotations and "estimator" in at.infer:
+            spec, why = from_user(at.infer["estimator"]), "annotated in the guide"
         else:
             spec, why = self._policy, "named for the whole loss"
-            if isinstance(spec, Estimator) and is_point_mass(fn):
+            if isinstance(spec, Estimator) and is_point_mass(at.fn):
                 return Pathwise(), "deterministic"
-        return (spec, why) if isinstance(spec, Estimator) else spec(fn, self.num_particles)
+        return (spec, why) if isinstance(spec, Estimator) else spec(at)
 
-    def _treat(self, splits: bool) -> Callable[[dict], str]:
-        keep = "cut" if splits else "attach"
-        return lambda msg: keep if self.resolve(msg["name"], msg["fn"], msg["infer"]).traits.needs_rsample else "detach"
+    def _treat(self, plan: Plan) -> Callable[[dict], str]:
+        keep = "cut" if plan.splits else "attach"
+
+        def treat(msg: dict) -> str:
+            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends).traits
+            return keep if traits.needs_rsample or traits.draws == "relaxed" else "detach"
+
+        return treat
+
+    def _sampler(self, plan: Plan, weights: dict[str, Tensor]) -> Callable[[dict], Tensor | None]:
+        """Return what draws in place of a distribution, for estimators that do; it fills in the weights."""
+
+        def sampler(msg: dict) -> Tensor | None:
+            estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends)
+            if estimator.traits.draws == "independent":
+                return None
+            if self.num_particles > 1 and not plan.vectorize and estimator.traits.draws != "relaxed":
+                self._refuse_loop(msg["name"], estimator)
+            drawn = estimator.draw(msg["fn"], self.num_particles)
+            if drawn is not None and drawn.weight is not None:
+                weights[msg["name"]] = self.num_particles * drawn.weight
+            return None if drawn is None else drawn.value
+
+        return sampler
+
+    def _refuse_loop(self, name: str, estimator: Estimator) -> None:
+        fail(
+            EstimatorError,
+            "MonteCarloELBO",
+            f"draw the particles of site {name!r} together",
+            got="particles that are run one by one",
+            because=f"{estimator} draws all of them at once",
+            fix='Let model and guide be vectorized (vectorize_particles=True says why not), or use "leave_one_out".',
+        )
 
     # The plan for a pair of model and guide -------------------------------------------------------------------
 
@@ -210,18 +254,31 @@ class MonteCarloELBO(ELBO):
         chosen = choose_vectorize(
             "MonteCarloELBO", self.vectorize_particles, self.num_particles, self._nesting, pair, stacklevel=5
         )
-        return Plan(*chosen, splits=False)
+        return Plan(*chosen, splits=False, depends=dependence(*pair) if self.num_particles > 1 else None)
+
+    def revisit(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Look again, after 2, 8, 64, ... uses, at which draws reach which terms: a model may have changed since."""
+        plan = self._plans.get((model, guide))
+        if plan is None or plan.depends is None:
+            return
+        plan.uses += 1
+        if plan.uses in REVISITED:
+            for name, reached in dependence(model, guide, args, kwargs).items():
+                plan.depends[name] = plan.depends.get(name, frozenset()) | reached
 
     def _draw(
         self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping, **dictated: Any
     ) -> Particles:
+        weights: dict[str, Tensor] = {}
         options = {
             "num_particles": self.num_particles,
             "vectorize": plan.vectorize,
             "max_plate_nesting": plan.nesting,
-            "treat": self._treat(plan.splits),
+            "treat": self._treat(plan),
+            "sampler": self._sampler(plan, weights),
         }
-        return draw(model, guide, args, kwargs, **options | dictated)
+        particles = draw(model, guide, args, kwargs, **options | dictated)
+        return replace(particles, weights=weights) if weights else particles
 
     def particles(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Particles:
         """Draw particles as an evaluation does, with values attached, detached or cut as the estimators need."""
@@ -234,22 +291,29 @@ class MonteCarloELBO(ELBO):
         if sites != plan.sites:
             self._check(particles)
             plan.sites = sites
-            if self._splits(particles) and not plan.splits:  # a site that earlier runs did not have
-                plan.splits = True
+            if self._completed(plan, particles, model, guide, args, kwargs):  # a site that earlier runs did not have
                 particles = self._draw(plan, model, guide, args, kwargs)
         return particles
 
-    def _splits(self, particles: Particles) -> bool:
-        rows = [self._table[name] for name in particles.guide if name in self._table]
-        return any(row.estimator.traits.splits_paths for row in rows)
+    def _completed(self, plan: Plan, particles: Particles, *pair: Any) -> bool:
+        """Find out what the estimators of the sites need to know; return whether the particles have to be drawn anew.
+
+        To look at what depends on what restores buffers, which the graph of the present draws may hold.
+        """
+        traits = [self._table[name].estimator.traits for name in particles.guide if name in self._table]
+        splits = any(t.splits_paths for t in traits) and not plan.splits
+        unknown = any(t.needs_signal for t in traits) and plan.depends is None
+        plan.splits = plan.splits or splits
+        if unknown:
+            plan.depends = dependence(*pair)
+        return splits or unknown
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
-        """Draw; if it turns out that paths have to be split, draw the same again with cut values."""
+        """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
         rewind = generators()
         with ModuleWatch() as watch:
             particles = self._draw(plan, model, guide, args, kwargs)
-        if self._splits(particles):
-            plan.splits = True
+        if self._completed(plan, particles, model, guide, args, kwargs):
             watch.restore()
             rewind()
             particles = self._draw(plan, model, guide, args, kwargs)
@@ -293,49 +357,63 @@ class MonteCarloELBO(ELBO):
         kwargs: Mapping[str, Any],
         state: States | None = None,
         beta: Tensor | None = None,
+        order: int = 1,
     ) -> Evaluation:
         r"""Evaluate objective and surrogate as a pure function of the parameters, the data and the estimators' state.
 
         Args:
             beta: A factor of the latents' terms, log p and log q alike, in the surrogate: what is climbed is annealed,
                 and the objective is not.
+            order: With 2, second derivatives of the surrogate are right too, if all estimators have the trait
+                ``higher_order``; the state then stays.
 
         Returns:
             The objective (scalar, nats), the surrogate to be *maximised* (its value is of no meaning), the particles,
             and the estimators' next state. Nothing is checked for finiteness; nothing of the loss is changed.
         """
         particles = self.particles(model, guide, args, kwargs)
-        terms = self.objective.terms(particles)
-        objective = _total(terms) / self.num_particles
+        plan = self._plans[(model, guide)]
         rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
-        terms = terms if beta is None else _annealed(terms, particles, beta)
+        objective, terms, bound = self._objective(plan, particles, rows, beta)
         if all(type(e) is Pathwise and not e.traits.splits_paths for _, e in rows):
-            climbed = objective if beta is None else _total(terms) / self.num_particles
+            climbed = objective if beta is None else total(terms) / self.num_particles
             return Evaluation(objective, climbed, particles, state or {})
-        return self._weigh(particles, terms, objective, rows, self.state if state is None else state)
 
-    def _weigh(self, particles: Particles, terms: list[Term], objective: Tensor, rows: list, state: States):
-        entropies = {term.site: term.value for term in terms if term.kind == "entropy"}
-        costs = _group(terms) if any(e.traits.needs_signal for _, e in rows) else {}
-        through, direct, following = [], [], {}
-        for site, estimator in rows:
-            signal = _signal(costs, site.frames) if estimator.traits.needs_signal else None
-            view = SiteTerms(site.name, site.fn, site.value, site.log_prob, entropies.pop(site.name, None), site.runs)
-            old = state.get(site.name) or estimator.init(view, signal)
-            paths = estimator.surrogate(view, signal, self.num_particles, old)
-            through.append(paths.get("value"))
-            direct.append(paths.get("guide"))
-            new = estimator.update(view, signal, old)
-            if new:
-                following[site.name] = {k: v.detach() for k, v in new.items()}
-        rest = [t.value for t in terms if t.kind != "entropy"] + list(entropies.values())
-        common = _sum(rest)
-        if not any(particles.cuts):
-            surrogate = common + _sum([t for t in direct if t is not None])
-        else:
-            value = common + _sum([t for t in through if t is not None])
-            surrogate = common + _sum([t for t in direct if t is not None]) + _through_values(value, particles.cuts)
-        return Evaluation(objective.detach(), surrogate / self.num_particles, particles, following)
+        def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
+            pair = (model, guide, args, kwargs)
+            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape)
+
+        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further)
+        state = self.state if state is None else state
+        if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
+            return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
+        surrogate, following = composer.compose(rows, state)
+        self.evaluations = self.num_particles * (1 + composer.probes)
+        return Evaluation(objective.detach(), surrogate, particles, following)
+
+    def _objective(
+        self, plan: Plan, particles: Particles, rows: list, beta: Tensor | None = None
+    ) -> tuple[Tensor, list[Term], Bound | None]:
+        """Return the objective, its summands (annealed), and the objective of several particles, if it is one."""
+        depends = plan.depends or Dependence()
+        analytic = [site.name for site, estimator in rows if estimator.integrates]
+        terms = self.objective.terms(particles, analytic)
+        _check_integrated(analytic, terms, particles)
+        terms = reweighted(terms, particles, depends)
+        bound = self.objective.bound(particles, terms, depends.moves)
+        if bound is None:
+            objective = total(terms) / self.num_particles
+            return objective, terms if beta is None else annealed(terms, particles, beta), None
+        if beta is not None:
+            fail(
+                EmvaeError,
+                "MonteCarloELBO",
+                "anneal",
+                got=f"objective={self.objective.name!r}",
+                because="the factor multiplies a sum of terms, and this objective is none",
+                fix='Write objective="elbo".',
+            )
+        return bound.total, terms, bound
 
     def _finite(self, evaluation: Evaluation) -> float:
         value = -float(evaluation.objective.detach())
@@ -346,12 +424,16 @@ class MonteCarloELBO(ELBO):
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return minus the objective, in nats."""
         particles = self.particles(model, guide, args, kwargs)
-        objective = _total(self.objective.terms(particles)) / self.num_particles
+        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        objective, _, _ = self._objective(self._plans[(model, guide)], particles, rows)
         return self._finite(Evaluation(objective, objective, particles, {}))
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """Return minus the objective as a tensor whose gradient is the estimate."""
-        evaluation = self.evaluate(model, guide, args, kwargs)
+        """Return minus the objective as a tensor whose gradient is the estimate.
+
+        If all estimators have the trait ``higher_order``, so are its second derivatives (``create_graph=True``).
+        """
+        evaluation = self.evaluate(model, guide, args, kwargs, order=2)
         self._finite(evaluation)
         if evaluation.surrogate is evaluation.objective:
             return -evaluation.objective
@@ -360,6 +442,7 @@ class MonteCarloELBO(ELBO):
 
     def loss_and_grads(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return minus the objective and add the gradient estimate to ``.grad`` of the parameters."""
+        self.revisit(model, guide, args, kwargs)
         evaluation = self.evaluate(model, guide, args, kwargs)
         value = self._finite(evaluation)
         if evaluation.surrogate.requires_grad:
@@ -381,6 +464,22 @@ class MonteCarloELBO(ELBO):
             self.particles(model, guide, args, kwargs)
 
 
+def _check_integrated(wanted: list[str], terms: list[Term], particles: Particles) -> None:
+    integrated = {term.site for term in terms if term.kind == "kl"}
+    for name in wanted:
+        if name not in integrated:
+            prior = particles.model[name].fn if name in particles.model else None
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"integrate the KL of site {name!r}",
+                got=f"{type(base(particles.guide[name].fn)).__name__} in the guide and "
+                f"{'no such site' if prior is None else type(base(prior)).__name__} in the model",
+                because="torch.distributions.kl_divergence knows no closed form of that pair",
+                fix=f'Use estimator={{"{name}": "pathwise"}}.',
+            )
+
+
 def remember(cache: dict, key: Any, value: Any, limit: int = 16) -> None:
     """Add to a cache and let go of the oldest: callables that are wrapped anew in each step must not pile up."""
     while len(cache) >= limit:
@@ -400,57 +499,3 @@ def raise_non_finite(obj: str, value: float, particles: Particles, cause: BaseEx
         fix="Check the data and the support and scale at that site; lower the learning rate if it came late.",
         cause=cause,
     )
-
-
-def _sum(tensors: list[Tensor]) -> Tensor | float:
-    total: Tensor | float = 0.0
-    for tensor in tensors:
-        total = total + (tensor.sum() if tensor.dim() else tensor)
-    return total
-
-
-def _total(terms: list[Term]) -> Tensor:
-    return torch.as_tensor(_sum([term.value for term in terms]))
-
-
-def _annealed(terms: list[Term], particles: Particles, beta: Tensor) -> list[Term]:
-    """Multiply what belongs to latents, in model and guide."""
-    data = {name for name, site in particles.model.items() if site.is_observed}
-    return [t if t.kind == "log_p" and t.site in data else t._replace(value=beta * t.value) for t in terms]
-
-
-def _group(terms: list[Term]) -> dict[tuple, Tensor]:
-    """Sum the detached terms that have the same plates."""
-    groups: dict[tuple, Tensor] = {}
-    for term in terms:
-        value = term.value.detach()
-        groups[term.frames] = groups[term.frames] + value if term.frames in groups else value
-    return groups
-
-
-def _signal(costs: dict[tuple, Tensor], frames: tuple) -> Tensor:
-    return torch.as_tensor(sum(reduce_to(cost, own, frames) for own, cost in costs.items()))
-
-
-def _through_values(value: Tensor, cuts: tuple) -> Tensor | float:
-    r"""Return $\sum_s\langle a_s, z_s\rangle$ with $a_s$ the total derivative of `value` by the s-th cut value.
-
-    A drawn value depends on the parameters and on earlier cut values; going backwards, each passes its cotangent on.
-    """
-    total: Tensor | float = 0.0
-    for run in cuts:
-        leaves = [leaf for _, leaf in run]
-        if not leaves:
-            continue
-        cotangents = list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
-        for i in range(len(run) - 1, -1, -1):
-            drawn, cotangent = run[i][0], cotangents[i]
-            if cotangent is None:
-                continue
-            if i:
-                back = torch.autograd.grad(drawn, leaves[:i], cotangent, retain_graph=True, allow_unused=True)
-                for j, part in enumerate(back):
-                    if part is not None:
-                        cotangents[j] = part if cotangents[j] is None else cotangents[j] + part
-            total = total + (cotangent.detach() * drawn).sum()
-    return total

@@ -2,27 +2,71 @@ r"""What is optimised: the terms of an objective, from the particles' densities;
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from ._checks import EmvaeError, fail
 from ._pyro import scale_and_mask
 from ._registry import register
+from .particles import Particles, reduce_to
 
-__all__ = ["ELBO", "Objective", "Term"]
+__all__ = ["ELBO", "IWAE", "Bound", "MultiSample", "Objective", "Term"]
 
 
 class Term(NamedTuple):
-    """A summand: where it comes from, its plates, and its scaled value ``(particles?, *plates)`` in nats."""
+    """A summand: where it comes from, its plates, and its scaled value ``(particles?, *plates)`` in nats.
+
+    Its kind is ``"log_p"``, ``"entropy"`` (minus log q) or ``"kl"`` (log p - log q, integrated).
+    """
 
     site: str
     kind: str
     frames: tuple
     value: Tensor
+
+
+@dataclass(frozen=True)
+class Bound:
+    r"""An objective of several particles: $\sum_n c_n\,h(\ell_{1n},\dots,\ell_{Kn})$ plus what no draw reaches.
+
+    Args:
+        objective: What has h.
+        frames: The plates of n, shared by all latents and data.
+        log_weight: The log weights $\ell$ of p over q, without $c$: ``(particles, *plates)``, nats; other plates have
+            size 1.
+        value: h per datum: ``(1, *plates)``, nats.
+        slopes: K times the derivative of h by each log weight, detached: ``(particles, *plates)``.
+        scale: c, the scale of the shared plates that subsample.
+        terms: The summands in the log weights.
+        rest: The summands that no draw reaches.
+    """
+
+    objective: MultiSample
+    frames: tuple
+    log_weight: Tensor
+    value: Tensor
+    slopes: Tensor
+    scale: float
+    terms: list[Term] = field(repr=False)
+    rest: list[Term] = field(repr=False)
+
+    @property
+    def total(self) -> Tensor:
+        """The objective: a scalar, nats."""
+        num_particles = len(self.log_weight)
+        constants = [term.value.sum() / num_particles for term in self.rest]
+        return self.scale * self.value.sum() + sum(constants)
+
+    def weighted(self, weight: Tensor) -> list[Term]:
+        """Return the summands, of which those in the log weights are multiplied by `weight`."""
+        return [term._replace(value=weight * term.value) for term in self.terms] + self.rest
 
 
 class Objective(ABC):
@@ -32,8 +76,12 @@ class Objective(ABC):
     bounds: ClassVar[str]
 
     @abstractmethod
-    def terms(self, particles: Any) -> list[Term]:
-        """Return the summands of the objective, of kinds ``"log_p"``, ``"entropy"`` and ``"kl"``."""
+    def terms(self, particles: Any, analytic: Collection[str] = ()) -> list[Term]:
+        """Return the summands of log p - log q, with the KL of the sites `analytic` integrated."""
+
+    def bound(self, particles: Any, terms: list[Term], moves: Callable[[str, str, str], bool]) -> Bound | None:
+        """Return the objective of several particles that the summands make up; None if it is their sum."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,14 +122,12 @@ class ELBO(Objective):
                 fix='Write kl="analytic".',
             )
 
-    def terms(self, particles: Any) -> list[Term]:
-        analytic = self._analytic(particles) if self.kl == "analytic" else {}
-        terms = [Term(n, "kl", particles.guide[n].frames, -kl) for n, kl in analytic.items()]
-        terms += [Term(n, "log_p", s.frames, s.scaled) for n, s in particles.model.items() if n not in analytic]
-        terms += [Term(n, "entropy", s.frames, -s.scaled) for n, s in particles.guide.items() if n not in analytic]
-        return terms
+    def terms(self, particles: Any, analytic: Collection[str] = ()) -> list[Term]:
+        wanted = None if self.kl == "analytic" else analytic
+        integrated = self._analytic(particles, wanted) if wanted is None or wanted else {}
+        return _summands(particles, integrated)
 
-    def _analytic(self, particles: Any) -> dict[str, Tensor]:
+    def _analytic(self, particles: Any, wanted: Collection[str] | None) -> dict[str, Tensor]:
         shared = [name for name in particles.guide if name in particles.latents]
         order = [name for name in particles.latents if name in shared]
         if shared != order:
@@ -94,7 +140,7 @@ class ELBO(Objective):
                 fix='Reorder the guide, or write objective="elbo".',
             )
         result = {}
-        for name in shared:
+        for name in shared if wanted is None else [name for name in shared if name in wanted]:
             q, p = particles.guide[name], particles.model[name]
             try:
                 kl = _kl(q, p)
@@ -111,6 +157,112 @@ class ELBO(Objective):
                 )
             result[name] = scale_and_mask(kl, p.scale, p.mask)
         return result
+
+
+class MultiSample(Objective):
+    r"""An objective of several particles, with one weight per datum and particle.
+
+    $$\sum_n c_n\,h(\ell_{1n},\dots,\ell_{Kn}),\qquad \ell_{kn}=\log p(x_n,z_{kn})-\log q(z_{kn}),$$
+
+    over the plates that all latents and data share; c is the scale N/B of those that subsample, outside h, so that a
+    bound stays one. Pyro's `RenyiELBO` scales inside.
+
+    Raises:
+        EmvaeError: Something that a draw reaches lies outside a plate that subsamples, or in a further one that does:
+            one weight for all data is no bound once it is scaled.
+    """
+
+    @abstractmethod
+    def value(self, log_weight: Tensor) -> Tensor:
+        """Return h over the first dim, which is kept with size 1."""
+
+    @abstractmethod
+    def slopes(self, log_weight: Tensor) -> Tensor:
+        """Return the derivative of h by each log weight."""
+
+    def doubly(self, slopes: Tensor) -> Tensor:
+        """Return the factors of the doubly reparameterised gradient through the values; see `slopes`."""
+        fail(
+            EmvaeError,
+            type(self).__name__,
+            "reparameterise doubly",
+            got=f"objective {self.name!r}",
+            because="no such gradient is known for it",
+            fix='Use estimator="pathwise".',
+        )
+
+    def terms(self, particles: Particles, analytic: Collection[str] = ()) -> list[Term]:
+        return _summands(particles, {})
+
+    def bound(self, particles: Particles, terms: list[Term], moves: Callable[[str, str, str], bool]) -> Bound:
+        inside, rest = [], []
+        for term in terms:
+            side = "guide" if term.kind == "entropy" else "model"
+            reached = any(moves(name, side, term.site) for name, s in particles.guide.items() if not s.is_observed)
+            (inside if reached else rest).append(term._replace(value=particles.rows(term.value)))
+        frames = _shared(inside)
+        scale = math.prod((frame.full_size or frame.size) / frame.size for frame in frames)
+        count = particles.num_particles
+        parts = [reduce_to(term.value, term.frames, frames) for term in inside]
+        log_weight = sum(parts) / scale if parts else torch.zeros(1, *(1,) * particles.max_plate_nesting)
+        log_weight = log_weight.expand(count, *log_weight.shape[1:])
+        slopes = count * self.slopes(log_weight.detach())
+        return Bound(self, frames, log_weight, self.value(log_weight), slopes, scale, inside, rest)
+
+
+@dataclass(frozen=True)
+class IWAE(MultiSample):
+    r"""The importance-weighted bound
+
+    $$L_K=\sum_n c_n\,\log\tfrac1K\sum_k e^{\ell_{kn}}\le\log p(x),$$
+
+    the ELBO for K = 1, which rises to log p(x) with K. See `MultiSample` for n and c.
+
+    Source: Burda, Grosse and Salakhutdinov 2016, "Importance weighted autoencoders", eq. 8.
+
+    Example:
+        >>> IWAE().value(torch.tensor([0.0, 0.0]))
+        tensor([0.])
+    """
+
+    name: ClassVar[str] = "iwae"
+    bounds: ClassVar[str] = "lower"
+
+    def value(self, log_weight: Tensor) -> Tensor:
+        return log_weight.logsumexp(0, keepdim=True) - math.log(len(log_weight))
+
+    def slopes(self, log_weight: Tensor) -> Tensor:
+        return log_weight.softmax(0)
+
+    def doubly(self, slopes: Tensor) -> Tensor:
+        return slopes**2
+
+
+def _summands(particles: Particles, integrated: dict[str, Tensor]) -> list[Term]:
+    terms = [Term(n, "kl", particles.guide[n].frames, -kl) for n, kl in integrated.items()]
+    terms += [Term(n, "log_p", s.frames, s.scaled) for n, s in particles.model.items() if n not in integrated]
+    terms += [Term(n, "entropy", s.frames, -s.scaled) for n, s in particles.guide.items() if n not in integrated]
+    return terms
+
+
+def _shared(terms: list[Term]) -> tuple:
+    """Return the plates that all summands share; the others must not subsample."""
+    every = [set(term.frames) for term in terms]
+    shared = set.intersection(*every) if every else set()
+    for term in terms:
+        for frame in term.frames:
+            if frame not in shared and frame.full_size not in (None, frame.size):
+                outside = next((t.site for t in terms if frame not in t.frames), term.site)
+                fail(
+                    EmvaeError,
+                    "MultiSample",
+                    "weigh the particles of each datum",
+                    got=f"site {outside!r} outside plate {frame.name!r}, which subsamples {frame.size} of "
+                    f"{frame.full_size}",
+                    because="one weight for all data is no bound once it is scaled",
+                    fix='Give whole data, or write objective="elbo".',
+                )
+    return tuple(frame for frame in (terms[0].frames if terms else ()) if frame in shared)
 
 
 def _kl(q: Any, p: Any) -> Tensor:
@@ -133,4 +285,11 @@ register(
     lambda: ELBO(kl="analytic"),
     summary="the ELBO with KL(q||p) in closed form where registered",
     source="Kingma & Welling 2013, eq. 7",
+)
+register(
+    "objective",
+    "iwae",
+    IWAE,
+    summary="importance-weighted bound, weights per datum",
+    source="Burda et al. 2016, eq. 8",
 )

@@ -19,13 +19,13 @@ from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from pyro_emvae._registry import entries
-from pyro_emvae.guides import AutoAmortized, AutoExact, AutoMCMC, AutoMeanField, AutoMixture
+from pyro_emvae.guides import AutoAmortized, AutoExact, AutoMCMC, AutoMeanField, AutoMixture, AutoSemiAmortized
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import draw
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "guides_matrix.md"
 X = torch.tensor([[0.4], [-0.8]])
-PARTICLES, MANY, SIGMAS = 300, 3000, 6.0
+PARTICLES, MANY, SIGMAS = 200, 1000, 6.0
 
 PRIORS: dict[str, Callable[[], Any]] = {
     "continuous": lambda: dist.Beta(at(2.0), 3.0),
@@ -68,6 +68,7 @@ def model_of(prior: Callable[[], Any]) -> Callable:
 FAMILY_GUIDES: dict[str, Callable[[Callable, str], Any]] = {
     "AutoMeanField": AutoMeanField,
     "AutoAmortized": lambda model, family: AutoAmortized(model, family=family),
+    "AutoSemiAmortized": lambda model, family: AutoSemiAmortized(model, family=family),
     "AutoMixture of AutoMeanField": lambda model, family: AutoMixture([AutoMeanField(model, family) for _ in range(2)]),
 }
 

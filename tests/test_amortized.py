@@ -18,7 +18,9 @@ from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNorma
 from pyro.infer.reparam import LocScaleReparam
 from torch import nn
 
+import pyro_emvae as emvae
 from pyro_emvae._checks import EmvaeError, ModelError
+from pyro_emvae._registry import entries
 from pyro_emvae.guides import AutoAmortized
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import draw, vectorizable
@@ -106,6 +108,43 @@ def test_every_kind_of_site_trains(loss, dependence):
     assert kinds["k"] == "Categorical" and kinds["b"] == "Bernoulli" and kinds["w_unconstrained"] == "Independent"
     assert set(guide(DATA, COUNTS)) == {"mu", "shape", "k", "b", "z", "rate", "w"}
     assert guide.num_features == {"k": 3, "b": 1, "z": 4, "rate": 2, "w": 4}
+
+
+PRIORS = {
+    "continuous": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    "any": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    "positive": dist.Gamma(2.0, 1.0),
+    "unit_interval": dist.Beta(2.0, 2.0),
+    "simplex": dist.Dirichlet(torch.ones(3)),
+    "circle": dist.VonMises(0.0, 1.0),
+    "binary": dist.Bernoulli(0.3),
+    "categorical": dist.Categorical(torch.ones(3)),
+    "one_hot": dist.OneHotCategorical(torch.ones(3)),
+}
+FAMILIES = [e for e in entries("family") if not e.traits.arguments and e.traits.support in PRIORS]
+
+
+def one_site(prior):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior).float()
+            mean = z.reshape(*z.shape[: z.dim() - prior.event_dim], -1).mean(-1, keepdim=True)
+            pyro.sample("x", dist.Normal(mean + torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)
+def test_every_family(entry):
+    """Samples and densities agree, every parameter learns, and the guide can be copied."""
+    model = one_site(PRIORS[entry.traits.support])
+    guide = AutoAmortized(model, family=entry.name)
+    assert steps(model, guide, DATA) == []
+    assert vectorizable(model, guide, (DATA,), {}) == (True, 1, "")
+    assert pickle.loads(pickle.dumps(guide))(DATA[:2])["z"].shape[0] == 2
+    pyro.clear_param_store()
+    if entry.name != "point_mass":
+        check_guide(lambda model: AutoAmortized(model, family=entry.name), model, (DATA[:1],), num_samples=40_000)
 
 
 def test_first_call_creates_every_parameter_and_validation_data_of_another_size():
@@ -323,7 +362,7 @@ def test_values_among_the_arguments_are_read_without_a_run_of_the_model():
     assert len(calls) == 2, "once per shape"
     for _ in range(3):
         guide(DATA, None, None, True)
-    assert len(calls) == 2 + 3, "in every call"
+    assert len(calls) == 2 + 1 + 3, "once, and in every call"
 
 
 @pytest.mark.parametrize("kwargs", [{"subsample_size": 2}, {"index": torch.tensor([4, 1])}], ids=["drawn", "given"])
@@ -339,6 +378,30 @@ def test_default_encoder_of_a_subsampled_plate(kwargs):
     assert len(calls) == 2
     assert len(guide.median(DATA, **kwargs)["z"]) == (5 if "subsample_size" in kwargs else 2)
     assert steps(factor, guide, DATA, **kwargs) == []
+
+
+def test_changed_values_are_those_of_the_minibatch_in_use():
+    """Two drawn plates, nested, and data that the model computes: a run for them has the guide's own indices."""
+
+    def model(x, size=None):
+        with pyro.plate("data", 5, subsample_size=size, dim=-2) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("inner", 3, subsample_size=size, dim=-1) as columns:
+                w = pyro.sample("w", dist.Normal(z, 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=(x + 0.0)[rows][:, columns])
+
+    guide = AutoAmortized(model)
+    guide(DATA)
+    seen = []
+    guide.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]["x"][0]))
+    for _ in range(5):
+        tr = trace(guide, DATA, 2)
+        rows, inner = (tr.nodes[name]["value"] for name in ("data", "inner"))
+        assert torch.equal(seen[-1], DATA[rows][:, inner])
+    assert len(seen) == 5 and guide.median(DATA)["w"].shape == (5, 3)
+    with pytest.raises(ModelError, match=r"medians and quantiles: got a random minibatch of plate 'data'"):
+        guide.median(DATA, 2)
+    assert steps(model, guide, DATA, 2) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -362,6 +425,32 @@ def test_integers_and_categories():
     (read,) = columns(AutoAmortized(model), label, counts, flag)
     assert torch.equal(read[:, :3], torch.eye(3)[label]) and torch.equal(read[:, 3], counts.log1p())
     assert torch.equal(read[:, 4], 2 * flag - 1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (dist.Poisson(torch.ones(3)).to_event(1), "count"),
+        (dist.ZeroInflatedPoisson(torch.ones(3), gate=torch.tensor(0.5)).to_event(1), "count"),
+        (dist.Multinomial(4, torch.ones(3)), "count"),
+        (dist.Binomial(torch.tensor([4.0, 5, 6]), 0.5).to_event(1), "count"),
+        (dist.Categorical(torch.ones(300)).expand([3]).to_event(1), "count"),
+        (dist.Categorical(torch.ones(7)).expand([3]).to_event(1), "category"),
+        (dist.OneHotCategorical(torch.ones(3)), "real"),
+        (dist.Bernoulli(torch.ones(3) / 2).to_event(1), "real"),
+        (dist.Gamma(torch.ones(3), 1.0).to_event(1), "real"),
+    ],
+    ids=lambda value: getattr(value, "base_dist", value).__class__.__name__,
+)
+def test_kinds_of_observed_values(fn, kind):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", fn, obs=x)
+
+    guide = AutoAmortized(model)
+    guide(fn.sample((5,)))
+    assert guide.encoder.observed[0].kind == kind and guide(fn.sample((2,)))["z"].isfinite().all()
 
 
 def test_equal_data_equal_output_and_permutation():
@@ -406,6 +495,18 @@ def test_data_of_another_dtype(net):
     with pytest.raises(ModelError, match=match):
         guide(DATA.double())
     assert guide(DATA)["z"].dtype == torch.float32
+
+
+def test_latent_that_changes_its_shape():
+    def model(x, width=2):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(width), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.sum(-1, keepdim=True).expand(5, 3), 1.0).to_event(1), obs=x)
+
+    guide = AutoAmortized(model)
+    guide(DATA)
+    with pytest.raises(ModelError, match=r"draw site 'z': got event shape \(3,\) in plates \['data'\]; it was \(2,\)"):
+        guide(DATA, 3)
 
 
 # Missing data -----------------------------------------------------------------------------------------------------
@@ -654,6 +755,25 @@ def test_pickle(make):
     assert DATA.numpy().tobytes() not in data
 
 
+def test_nothing_is_kept_per_datum():
+    """A first call on 1e5 data, latents with parameters of their own, leaves what one on 5 data leaves."""
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(mu + x[:, 0], 1.0))
+            k = pyro.sample("k", dist.Bernoulli(logits=a))
+            pyro.sample("x", dist.Normal(a + k, 1.0), obs=x[:, 0], obs_mask=x[:, 1] > 0)
+
+    sizes = []
+    for rows in (5, 100_000):
+        pyro.clear_param_store()
+        guide = AutoAmortized(model, dependence="structured")
+        guide(DATA[:1].expand(rows, 3).clone())
+        sizes.append(len(pickle.dumps(guide)))
+    assert abs(sizes[1] - sizes[0]) < 1000
+
+
 def test_an_unpickled_guide_says_what_it_lacks():
     guide = AutoAmortized(entries)
     guide(DATA, ENTRIES)
@@ -780,3 +900,76 @@ def test_structured_guide_holds_a_posterior_that_factors_cannot():
             svi.step(x)
         best[dependence] = -MonteCarloELBO(4000, vectorize_particles=True).loss(model, guide, x)
     assert evidence - best["structured"] < 1e-3 * len(x) < evidence - best["none"]
+
+
+def test_structured_guide_of_three_levels_reaches_the_evidence():
+    """All of it is Gaussian: q(mu) q(a | mu, x) q(b | a, mu, x) holds the posterior, with means linear in the data."""
+    x = MEMBERS.double()
+
+    def model(x):
+        mu = pyro.sample("mu", dist.Normal(torch.tensor(0.0).to(x), 2.0))
+        with pyro.plate("groups", len(x), dim=-3):
+            a = pyro.sample("a", dist.Normal(mu, 1.0))
+            with pyro.plate("members", 3, dim=-2):
+                b = pyro.sample("b", dist.Normal(a, 0.5))
+                with pyro.plate("repeats", 2, dim=-1):
+                    pyro.sample("x", dist.Normal(b, 0.3), obs=x)
+
+    same = torch.kron(torch.eye(4), torch.ones(6, 6)), torch.kron(torch.eye(12), torch.ones(2, 2))
+    covariance = 4.0 * torch.ones(24, 24) + same[0] + 0.25 * same[1] + 0.09 * torch.eye(24)
+    evidence = dist.MultivariateNormal(torch.zeros(24).double(), covariance.double()).log_prob(x.flatten()).item()
+
+    class Means(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(1, 2).double(), nn.Linear(1, 2).double()
+
+        def forward(self, x):
+            return {"a": self.a(x.mean((1, 2)).unsqueeze(-1)), "b": self.b(x.mean(2).unsqueeze(-1))}
+
+    guide = AutoAmortized(model, Means(), dependence="structured")
+    optim = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.02 ** (1 / 500)})
+    loss = MonteCarloELBO(16, estimator="sticking_the_landing", vectorize_particles=True)
+    svi = SVI(model, guide, optim, loss)
+    for _ in range(500):
+        svi.step(x)
+    elbo = -MonteCarloELBO(2000, vectorize_particles=True).loss(model, guide, x)
+    assert evidence - 0.15 < elbo < evidence + 0.05
+
+
+@pytest.mark.parametrize("kind", ["normal", "full_rank_normal", "flow"])
+def test_families_with_dependence_and_copies(kind):
+    """A flow's own parameters are the guide's, and a copy has its own."""
+    with pyro.settings.context(module_local_params=True):
+        guide = AutoAmortized(factor, family=kind, dependence="structured")
+        loss = Trace_ELBO()(factor, guide)
+        loss(DATA).backward()
+        assert all(p.grad is not None for p in guide.parameters())
+        assert (guide.flows is not None) == (kind == "flow")
+        other = copy.deepcopy(guide)
+        other.load_state_dict(guide.state_dict())
+        with torch.no_grad():
+            for p in other.parameters():
+                p.add_(1.0)
+        pyro.set_rng_seed(0)
+        one = guide(DATA)["z"]
+        pyro.set_rng_seed(0)
+        assert not torch.equal(one, other(DATA)["z"])
+        pyro.set_rng_seed(0)
+        assert torch.equal(one, guide(DATA)["z"])
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_recorded_steps(changed):
+    """Equal to eager ones number for number, unless a step runs the model once more, which then draws as well."""
+
+    def model(x):
+        factor(x + 0.0 if changed else x)
+
+    losses = []
+    for backend in ("eager", "graph"):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        svi = emvae.SVI(model, AutoAmortized(model), pyro.optim.Adam({"lr": 0.01}), backend=backend)
+        losses.append([svi.step(DATA + i) for i in range(4)])
+    assert (losses[0] == losses[1]) is not changed and all(map(math.isfinite, losses[1]))

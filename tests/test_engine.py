@@ -24,8 +24,8 @@ from pyro_emvae import EM, SVI, MonteCarloELBO, problems
 from pyro_emvae._checks import RecordingError, StepError
 from pyro_emvae._registry import entries
 from pyro_emvae.engine import record
-from pyro_emvae.estimators.base import misfit
 from pyro_emvae.particles import quiet
+from pyro_emvae.testing.replay import fitting_sites
 
 SMALL = {"digits_vae": functools.partial(problems.digits_vae, num_train=12, num_hidden=6)}
 PROBLEMS = {entry.name: SMALL.get(entry.name, entry.factory) for entry in entries("problem")}
@@ -96,9 +96,7 @@ def modules_of(*functions: Any) -> list[nn.Module]:
 
 def fits(problem: Any, estimator: Any, particles: int) -> bool:
     """Whether an estimator can be used at every site of a problem's guide."""
-    with quiet(seed=0):
-        sites = poutine.trace(problem.guide).get_trace(*problem.args).nodes
-    return all(misfit(estimator, sites[name]["fn"], particles) is None for name in problem.sites)
+    return set(problem.sites) <= set(fitting_sites(problem, estimator, particles))
 
 
 def cases() -> list:

@@ -222,7 +222,7 @@ def test_what_has_a_reparameterised_sampler_and_quantiles():
     drawn = {name for name, fn in fns.items() if not fn.has_rsample}
     assert drawn == {"bernoulli", "categorical", "mixture", "one_hot", "von_mises"}
     without = {name for name, (family, _) in made.items() if type(family).quantile is Family.quantile}
-    assert without == {"flow", "mixture", "one_hot"}
+    assert without == {"flow", "one_hot"}
 
 
 @pytest.mark.parametrize(
@@ -299,6 +299,8 @@ def test_a_family_of_the_users():
     assert torch.equal(own.start(torch.ones(4, 2), torch.Size([2])), torch.zeros(4, 4))
     with pytest.raises(EmvaeError, match="`Laplace` cannot give medians"):
         own.quantile(None, torch.tensor(0.5))
+    with pytest.raises(EmvaeError, match="`Laplace` cannot give probabilities"):
+        own.cdf(None, torch.tensor(0.5))
     with pytest.raises(ModelError, match="`Laplace` cannot serve site 'k': got Bernoulli"):
         own.for_site("k", site("binary"))
     fn = Mixture([own, "normal"]).distribution(torch.rand(5, 2 + 4), torch.Size([1]))

@@ -11,7 +11,17 @@ from family_sites import DISCRETE, FAMILIES, SUPPORT, bound, draw, site
 from torch.distributions import biject_to
 
 from pyro_emvae._registry import create
-from pyro_emvae.families import Dirichlet, Family, Flow, FullRankNormal, LowRankNormal, Mixture, Normal, StudentT
+from pyro_emvae.families import (
+    Dirichlet,
+    Family,
+    Flow,
+    FullRankNormal,
+    LowRankNormal,
+    Mixture,
+    Normal,
+    StudentT,
+    VonMises,
+)
 from pyro_emvae.testing import assert_mean
 
 float64 = torch.float64
@@ -129,14 +139,16 @@ def test_discrete_densities_sum_to_one_and_draws_follow_them(name, part):
     assert_mean(hits, probs.detach(), detect=0.02)
 
 
-@pytest.mark.parametrize("name", [name for name in SCALAR if has_quantiles(name)])
+@pytest.mark.parametrize("name", [*(name for name in SCALAR if has_quantiles(name)), *list(MIXTURES)[:2]])
 def test_quantiles_invert_the_distribution_function(name):
-    family, event = bound(name, (), float64)
+    family, event = bound(member(name), (), float64)
     context = context_of(family, event)
     fn = family.distribution(context, event)
     quantiles = family.quantile(fn, LEVELS)
     reached = distribution_function(family, context, quantiles)
-    if SUPPORT[name] == "circle":
+    if type(family).cdf is not Family.cdf:
+        assert torch.allclose(family.cdf(fn, quantiles), LEVELS, atol=1e-9)
+    if family.traits.support == "circle":
         reached = torch.remainder(reached - reached[2] + 0.5, 1.0)
         assert torch.allclose(quantiles[2], fn.mean)
     assert torch.allclose(reached, LEVELS, atol=1e-6)
@@ -178,6 +190,16 @@ def test_moments_are_those_of_the_density(name):
     for claim, found in (("mean", mean), ("variance", ((z - mean).square() * cell).sum())):
         if (claimed := claim_of(fn, claim)) is not None:
             assert torch.allclose(claimed, found, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1e-3, 50.0, 1e4])
+def test_von_mises_from_flat_to_narrow(kappa):
+    from scipy.stats import vonmises
+
+    fn = VonMises().distribution(kappa * torch.tensor([math.cos(2.5), math.sin(2.5)]), torch.Size([]))
+    off = torch.remainder(fn.sample((40_000,)) - 2.5 + math.pi, 2 * math.pi) - math.pi
+    u = vonmises.cdf(off.numpy(), kappa) if kappa else (off.numpy() + math.pi) / (2 * math.pi)
+    assert_uniform(torch.as_tensor(u), detect=0.02)
 
 
 # Several coordinates ----------------------------------------------------------------------------------------------
@@ -236,6 +258,18 @@ def test_dirichlet_by_stick_breaking():
     beta = torch.distributions.Beta
     expected = beta(a[0], a[1] + a[2]).log_prob(first) + beta(a[1], a[2]).log_prob(second) - (1 - first).log()
     assert torch.allclose(fn.log_prob(value), expected, rtol=1e-6)
+
+
+def test_mixture_quantiles_in_several_coordinates():
+    """Of two vectors: shape, and each level reached in each coordinate."""
+    family, event = bound(Mixture(["full_rank_normal", "low_rank_normal", "student_t"]), (2, 2), float64)
+    fn = family.distribution(torch.randn(3, family.num_features(event), dtype=float64), event)
+    levels = LEVELS.reshape(-1, 1, 1, 1)
+    quantiles = family.quantile(fn, levels)
+    assert quantiles.shape == (5, 3, 2, 2)
+    assert torch.allclose(family.cdf(fn, quantiles), levels.expand(5, 3, 2, 2), atol=1e-9)
+    value = fn.sample((40_000,))
+    assert_mean((value <= quantiles[1]).to(float64), 0.2, detect=0.02)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ LAYERS = (
     ),
     ("posterior",),
     ("estimators", "guides"),
-    ("loss", "engine", "checkpoint", "degeneracy", "driver", "history", "monitor"),
+    ("loss", "probing", "surrogate", "engine", "checkpoint", "degeneracy", "driver", "history", "monitor"),
     ("evidence", "uncertainty"),
     ("svi", "steps", "acceleration", "growth", "looks", "restarts", "slices"),
     ("em",),
@@ -328,7 +328,8 @@ def check_store(uses: dict[str, list[Use]]) -> Iterator[str]:
 def check_private_torch(uses: dict[str, list[Use]]) -> Iterator[str]:
     for module, use in pairs(uses):
         foreach = part(module) == "optimizers" and use.name.startswith("torch._foreach_")  # as torch.optim itself does
-        if part(module) != "engine" and not foreach and within(use.name, ("torch",)) and is_private(use.name):
+        home = part(module) == "engine" or module.endswith("particles.dependence")  # a dispatch mode
+        if not home and not foreach and within(use.name, ("torch",)) and is_private(use.name):
             yield f"{module}:{use.line} uses {use.name}: private torch names belong in engine"
 
 

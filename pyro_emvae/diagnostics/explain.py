@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._checks import EmvaeError, fail, require_data
 from ..engine import gradient
-from ..estimators import POLICIES
+from ..estimators import POLICIES, Situation
 from ..evidence.soundness import entangled_site, mask_of, scale_of, unpaired_auxiliaries
 from ..loss import MonteCarloELBO
 from ..parameters import Row, discover
@@ -192,7 +192,7 @@ def _choose(loss: Any, site: Site) -> tuple[Any, str]:
     if isinstance(loss, MonteCarloELBO):
         estimator = loss.resolve(site.name, site.fn, site.infer)
         return estimator, next(row.why for row in loss.table if row.site == site.name)
-    estimator, why = POLICIES["pyro"](site.fn, getattr(loss, "num_particles", 1))
+    estimator, why = POLICIES["pyro"](Situation(site.name, site.fn, getattr(loss, "num_particles", 1)))
     return estimator, f"{type(loss).__name__}: {why}"
 
 

@@ -59,6 +59,8 @@ def gradient(
         _refuse_annealing(loss, beta)
     if not hasattr(loss, "evaluate"):
         return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only, rows)
+    if hasattr(loss, "revisit"):
+        loss.revisit(model, guide, args, kwargs)
     evaluation = loss.evaluate(model, guide, args, kwargs, loss.state, *(() if beta is None else (beta,)))
     value = -float(evaluation.objective.detach())
     if not math.isfinite(value):

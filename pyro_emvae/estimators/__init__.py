@@ -1,23 +1,36 @@
 r"""Gradient estimators: one file each, found by name in the registry."""
 
-from .base import Estimator, SiteTerms
+from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
+from .draws import Antithetic, Independent, Sobol
 from .leave_one_out import LeaveOneOut
+from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
-from .pathwise import Full, Pathwise, StickTheLanding
+from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
-from .score import Score
+from .score import Score, ScoreFunction
 
 __all__ = [
     "POLICIES",
+    "AdaptiveSticking",
+    "Analytic",
+    "Antithetic",
+    "Control",
     "DecayingAverage",
+    "Draw",
     "Estimator",
     "Full",
+    "Independent",
     "LeaveOneOut",
+    "NeuralBaseline",
     "PartialPathwise",
     "Pathwise",
+    "Probed",
     "Score",
+    "ScoreFunction",
     "SiteTerms",
+    "Situation",
+    "Sobol",
     "StickTheLanding",
     "auto_table",
 ]

@@ -2,18 +2,107 @@ r"""The contract of an estimator: how the gradient of an expectation over one si
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .._checks import EstimatorError, fail
-from .._registry import Traits
+from .._registry import Traits, entries, lookup
+from ..objectives import Bound
+from ..particles import Particles
 
-__all__ = ["Estimator", "SiteTerms", "State", "is_discrete", "is_point_mass", "misfit"]
+__all__ = [
+    "Control",
+    "Draw",
+    "Estimator",
+    "Probed",
+    "SiteTerms",
+    "Situation",
+    "State",
+    "base",
+    "is_discrete",
+    "is_point_mass",
+    "misfit",
+    "require_fit",
+]
 
 State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Situation:
+    r"""Where an estimator would stand; what policies and checks decide by.
+
+    Args:
+        name: The guide's site.
+        fn: Its distribution, expanded by the plates; with several particles its batch shape starts with them.
+        num_particles: K.
+        objective: The objective's name.
+        infer: The site's annotations.
+        upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
+        prior: The model's distribution at the site; None if not known.
+    """
+
+    name: str
+    fn: Any
+    num_particles: int = 1
+    objective: str = "elbo"
+    infer: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    upstream: tuple[str, ...] | None = ()
+    prior: Any = None
+
+
+@dataclass(frozen=True)
+class Draw:
+    r"""What an estimator drew in place of the distribution.
+
+    Args:
+        value: As ``fn.sample()`` would be; particles first. Each of them alone is distributed as `fn`, unless weighted.
+        weight: Weights that sum to one over particles, ``(particles, *plates)``: a weighted mean over particles then
+            estimates the expectation.
+    """
+
+    value: Tensor
+    weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Probed:
+    r"""What the guide downstream and the model said at further values of the site.
+
+    Args:
+        signal: The learning signal there, detached: ``(probes, particles?, *plates)``, nats.
+        gradient: With the trait ``probes="differentiable"``, the derivative of the signal's sum by the probed values.
+    """
+
+    signal: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    r"""A term whose gradient at fixed values has mean zero; its coefficient, per parameter, is learned.
+
+    The coefficient is minus the lagged running covariance of the control's gradient with the rest's over its own
+    second moment, for each parameter tensor, and so independent of the step's draws.
+
+    Args:
+        term: The term; summed, averaged over particles.
+        low, high: Between which the coefficient stays.
+        decay: Of the running moments, in [0, 1).
+
+    Source: Geffner and Domke 2018, "Using large ensembles of control variates for variational inference", eq. 5, with
+    one control and lagged moments.
+    """
+
+    term: Tensor
+    low: float = -math.inf
+    high: float = math.inf
+    decay: float = 0.95
 
 
 @dataclass(frozen=True)
@@ -26,6 +115,12 @@ class SiteTerms:
         value: Its values.
         log_q: log q of the values given upstream ones, unscaled and unmasked: ``(particles?, *plates)``, nats.
         entropy: Minus log q with scale and mask, the site's own term of the ELBO; None if the objective integrates it.
+        runs: The same site of each run, if particles were run one by one.
+        bound: The multi-sample objective per datum; None for a sum of terms such as the ELBO.
+        weight: K times the weights of the particles, where an estimator drew weighted ones.
+        probed: What was found at the estimator's `probes`; `probes` are those values.
+        prior: The model's distribution at the site, None for an auxiliary site.
+        particles: All sites of guide and model.
     """
 
     name: str
@@ -34,6 +129,12 @@ class SiteTerms:
     log_q: Tensor
     entropy: Tensor | None
     runs: tuple = ()
+    bound: Bound | None = None
+    weight: Tensor | None = None
+    probes: Tensor | None = None
+    probed: Probed | None = None
+    prior: Any = None
+    particles: Particles | None = field(default=None, repr=False)
 
 
 class Estimator(ABC):
@@ -41,10 +142,28 @@ class Estimator(ABC):
 
     A term under ``"value"`` is differentiated through the drawn values, one under ``"guide"`` through the guide's
     parameters at fixed values; most estimators return one tensor under both. Terms are summed over plates, averaged
-    over particles, and *maximised*.
+    over particles, and *maximised*. A list of `Control` under ``"controls"`` is added with learned coefficients.
     """
 
     traits: ClassVar[Traits]
+    reach: ClassVar[str] = "downstream"
+    """Which terms the signal holds: those that the draw reaches (``"downstream"``); those, and what upstream draws
+    reach (``"related"``), with which a baseline is exact at the posterior; or ``"all"``."""
+
+    integrates: ClassVar[bool] = False
+    """Whether the objective integrates the site's KL in closed form."""
+
+    def fits(self, at: Situation) -> str | None:
+        """Return what stands against this estimator at a site, beyond its traits, as a clause; or None."""
+        return None
+
+    def draw(self, fn: Any, num_particles: int) -> Draw | None:
+        """Draw all particles of the site together, where the trait ``draws`` is not ``"independent"``."""
+        return None
+
+    def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
+        """Return further values of the site, ``(probes, *value.shape)``, at which the model is run, or None."""
+        return None
 
     def init(self, site: SiteTerms, signal: Tensor | None) -> State:
         """Return the state before the first step: a dict of tensors."""
@@ -67,9 +186,9 @@ class Estimator(ABC):
         return state
 
 
-def misfit(estimator: Estimator, fn: Any, num_particles: int) -> str | None:
-    """Return the requirement that a site's distribution or the number of particles does not meet, or None."""
-    traits = estimator.traits
+def misfit(estimator: Estimator, at: Situation) -> str | None:
+    """Return the requirement that a site does not meet, as a clause, or None."""
+    traits, fn = estimator.traits, at.fn
     if traits.needs_rsample and not fn.has_rsample:
         return "the pathwise gradient needs a reparameterised sampler"
     if traits.splits_paths and is_point_mass(fn):
@@ -82,36 +201,45 @@ def misfit(estimator: Estimator, fn: Any, num_particles: int) -> str | None:
         return "it needs a continuous site"
     if traits.support == "binary" and "Bernoulli" not in type(base(fn)).__name__:
         return "it needs a Bernoulli site"
-    if num_particles < traits.min_particles:
+    if at.num_particles < traits.min_particles:
         return f"it compares particles and needs at least {traits.min_particles}"
-    return None
+    if at.objective not in traits.objectives and "any" not in traits.objectives:
+        return f"it is made for the objective {' or '.join(map(repr, traits.objectives))}"
+    if traits.draws in ("coupled", "weighted") and at.upstream:
+        return f"particles drawn together need one distribution, and this one depends on the draw of {at.upstream[0]!r}"
+    return estimator.fits(at)
 
 
-def require_fit(name: str, estimator: Estimator, fn: Any, num_particles: int) -> None:
-    """Raise `EstimatorError` if the estimator cannot be used at this site."""
-    reason = misfit(estimator, fn, num_particles)
+def require_fit(estimator: Estimator, at: Situation) -> None:
+    """Raise `EstimatorError` if the estimator cannot be used at this site; name one that can."""
+    reason = misfit(estimator, at)
     if reason is None:
         return
+    fn, traits = at.fn, estimator.traits
     got = f"{type(base(fn)).__name__}(batch_shape={tuple(fn.batch_shape)}) with has_rsample={fn.has_rsample}"
-    if num_particles < estimator.traits.min_particles:
-        got, fix = (
-            f"num_particles={num_particles}",
-            f'Write num_particles={estimator.traits.min_particles}, or "score".',
-        )
+    if at.num_particles < traits.min_particles:
+        got, fix = f"num_particles={at.num_particles}", f'Write num_particles={traits.min_particles}, or "score".'
     elif is_point_mass(fn):
-        fix = f"Leave {name!r} out: name the auxiliary site that it is computed from."
-    elif estimator.traits.needs_rsample:
-        fix = 'Use estimator="leave_one_out" or "score".'
+        fix = f"Leave {at.name!r} out: name the auxiliary site that it is computed from."
     else:
-        fix = 'Use estimator="auto".'
-    fail(
-        EstimatorError,
-        type(estimator).__name__,
-        f"differentiate site {name!r}",
-        got=got,
-        because=reason,
-        fix=fix,
-    )
+        if at.objective not in traits.objectives and "any" not in traits.objectives:
+            got = f"objective={at.objective!r}"
+        fix = _alternatives(at)
+    fail(EstimatorError, type(estimator).__name__, f"differentiate site {at.name!r}", got=got, because=reason, fix=fix)
+
+
+def _alternatives(at: Situation) -> str:
+    """Name registered, unbiased estimators that fit the site."""
+    names = [e.name for e in entries("estimator") if e.traits.unbiased and not e.traits.arguments]
+    good = [n for n in names if n in _PREFERRED and misfit(_make(n), at) is None]
+    return f"Use estimator={' or '.join(map(repr, sorted(good, key=_PREFERRED.index)[:2]))}.".replace("'", '"')
+
+
+_PREFERRED = ("pathwise", "dreg", "vimco", "leave_one_out", "disarm", "score")
+
+
+def _make(name: str) -> Estimator:
+    return lookup("estimator", name).factory()
 
 
 def base(fn: Any) -> Any:

@@ -30,10 +30,14 @@ class PartialPathwise(Estimator):
     with $s_\phi$ the distribution's ``score_function`` part. When to use: rejection samplers. Unbiased. Cost: as
     pathwise.
 
+    Args:
+        reach: ``"downstream"``, or ``"all"``: terms that the draw does not reach stay in f, as in `Trace_ELBO`.
+
     Source: Naesseth et al. 2017, "Reparameterization gradients through acceptance-rejection sampling algorithms",
     eq. 7; Pyro's ``ScoreParts``.
     """
 
+    reach: str = "downstream"  # type: ignore[misc]
     traits: ClassVar[Traits] = Traits(needs_rsample=True)
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._checks import EstimatorError, fail, nearest
 from .._registry import create, entries, lookup
-from .base import Estimator, is_point_mass, misfit
+from .base import Estimator, Situation, is_point_mass, misfit
 from .partial import PartialPathwise, has_score_parts
 from .pathwise import Pathwise
 from .score import Score
@@ -15,27 +15,28 @@ from .score import Score
 __all__ = ["POLICIES", "auto", "auto_table", "from_user", "pyro"]
 
 Choice = tuple[Estimator, str]
+Policy = Callable[[Situation], Choice]
 
 
-def pyro(fn: Any, num_particles: int) -> Choice:
-    """Choose as `Trace_ELBO` does: pathwise where ``rsample`` exists, else the score function."""
-    if fn.has_rsample:
-        return _pathwise(fn)
-    return Score(), "no rsample"
+def pyro(at: Situation) -> Choice:
+    """Choose as `Trace_ELBO` does: pathwise where ``rsample`` exists, else the score function of all terms."""
+    if at.fn.has_rsample:
+        return _pathwise(at.fn, reach="all")
+    return Score(reach="all"), "no rsample"
 
 
-def auto(fn: Any, num_particles: int) -> Choice:
+def auto(at: Situation) -> Choice:
     """Choose the first unbiased candidate that fits, in the order of the trait ``auto``: see `auto_table`."""
-    if is_point_mass(fn) or (fn.has_rsample and has_score_parts(fn)):
-        return _pathwise(fn)
+    if is_point_mass(at.fn) or (at.fn.has_rsample and has_score_parts(at.fn)):
+        return _pathwise(at.fn)
     for entry in _candidates():
         estimator = entry.factory()
-        if misfit(estimator, fn, num_particles) is None:
+        if misfit(estimator, at) is None:
             return estimator, f"first of auto's candidates that fits ({entry.summary})"
     return Score(), "nothing else fits"
 
 
-POLICIES: dict[str, Callable[[Any, int], Choice]] = {"pyro": pyro, "auto": auto}
+POLICIES: dict[str, Policy] = {"pyro": pyro, "auto": auto}
 
 
 def auto_table() -> list[dict[str, Any]]:
@@ -62,16 +63,18 @@ def _candidates() -> list:
     return sorted(rows, key=lambda entry: entry.traits.auto)
 
 
-def _pathwise(fn: Any) -> Choice:
+def _pathwise(fn: Any, reach: str = "downstream") -> Choice:
     if is_point_mass(fn):
         return Pathwise(), "deterministic"
     if has_score_parts(fn):
-        return PartialPathwise(), "its sampler is reparameterised in part"
+        return PartialPathwise(reach), "its sampler is reparameterised in part"
     return Pathwise(), "has rsample"
 
 
-def from_user(spec: Any) -> Estimator | Callable[[Any, int], Choice]:
-    """Return a policy or an estimator for what the user gave: a name, an instance or a policy function.
+def from_user(spec: Any) -> Estimator | Policy:
+    """Return a policy or an estimator for what the user gave: a name, an instance or a policy.
+
+    A policy is a function of a `Situation` that returns an estimator and why.
 
     Raises:
         EstimatorError: If the name is unknown (with the nearest known one) or the object is no estimator.

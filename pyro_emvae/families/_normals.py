@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._maps import limited
 
-__all__ = ["loading", "reshaped", "vector_quantile"]
+__all__ = ["loading", "marginals", "reshaped"]
 
 
 def loading(w: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def reshaped(fn: Any, event_shape: torch.Size) -> Any:
     return dist.TransformedDistribution(fn, [ReshapeTransform(fn.event_shape, event_shape)])
 
 
-def vector_quantile(fn: Any, level: Tensor) -> Tensor:
-    """Return the marginal quantiles of a multivariate normal, reshaped or not."""
+def marginals(fn: Any) -> Any:
+    """Return the normals of the coordinates of a multivariate normal, reshaped or not."""
     base = getattr(fn, "base_dist", fn)
     loc, std = (part.reshape(fn.batch_shape + fn.event_shape) for part in (base.mean, base.variance.sqrt()))
-    return dist.Normal(loc, std).icdf(level)
+    return dist.Normal(loc, std)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._maps import between, check_setting, flat, parts, raw_of
-from ._quantiles import inverse
+from ._quantiles import special
 from ._supports import base_of
 from .base import Family
 
@@ -68,7 +68,11 @@ class Beta(Family):
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         fn = base_of(fn)
-        return inverse("betaincinv", level, fn.concentration1, fn.concentration0)
+        return special("betaincinv", fn.concentration1, fn.concentration0, level)
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        fn = base_of(fn)
+        return special("betainc", fn.concentration1, fn.concentration0, value)
 
 
 register(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._maps import between, check_setting, flat, parts, raw_of
-from ._quantiles import inverse
+from ._quantiles import special
 from ._supports import base_of
 from .base import Family
 
@@ -63,8 +63,16 @@ class Dirichlet(Family):
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         """Return the quantiles of each entry, which is Beta distributed; they need not add up to 1."""
-        one = base_of(fn).concentration
-        return inverse("betaincinv", level, one, one.sum(-1, keepdim=True) - one)
+        return special("betaincinv", *_marginals(fn), level)
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        return special("betainc", *_marginals(fn), value)
+
+
+def _marginals(fn: Any) -> tuple[Tensor, Tensor]:
+    """Return the concentrations of each entry against the others."""
+    one = base_of(fn).concentration
+    return one, one.sum(-1, keepdim=True) - one
 
 
 register(

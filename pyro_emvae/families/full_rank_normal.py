@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._maps import check_setting, flat, scale
-from ._normals import loading, reshaped, vector_quantile
+from ._normals import loading, marginals, reshaped
 from .base import Family
 
 __all__ = ["FullRankNormal"]
@@ -72,7 +72,10 @@ class FullRankNormal(Family):
         return torch.cat([loc, zeros[..., loc.shape[-1] :]], -1)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return vector_quantile(fn, level)
+        return marginals(fn).icdf(level)
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        return marginals(fn).cdf(value)
 
 
 def _unit_lower(below: Tensor, n: int) -> Tensor:

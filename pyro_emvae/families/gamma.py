@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._maps import between, check_setting, flat, limited, parts, unlimited
-from ._quantiles import inverse
+from ._quantiles import special
 from ._supports import base_of
 from .base import Family
 
@@ -74,7 +74,10 @@ class Gamma(Family):
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         fn = base_of(fn)
-        return inverse("gammaincinv", level, fn.concentration) / fn.rate
+        return special("gammaincinv", fn.concentration, level) / fn.rate
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        return base_of(fn).cdf(value)
 
 
 register(

@@ -69,6 +69,9 @@ class LogNormal(Family):
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         return base_of(fn).icdf(level)
 
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        return base_of(fn).cdf(value)
+
 
 register(
     "family",

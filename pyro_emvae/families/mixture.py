@@ -19,6 +19,7 @@ from .base import Family
 __all__ = ["Mixture"]
 
 SPREAD = 0.5
+BISECTIONS = 60
 GOLDEN = 0.6180339887498949
 
 
@@ -99,6 +100,22 @@ class Mixture(Family):
     def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
         starts = [part.start(value, event_shape) for part in self.components]
         return torch.cat([torch.zeros_like(starts[0][..., :1].expand(*starts[0].shape[:-1], len(starts))), *starts], -1)
+
+    def quantile(self, fn: Any, level: Tensor) -> Tensor:
+        """Return the marginal quantiles, by bisection between the least and the greatest of the components'."""
+        pairs = list(zip(self.components, fn.parts, strict=True))
+        each = torch.stack(torch.broadcast_tensors(*(family.quantile(part, level) for family, part in pairs)))
+        low, high = each.amin(0), each.amax(0)
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            below = self.cdf(fn, middle) < level
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (low + high) / 2
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        weights = fn.logits.exp().reshape(*fn.logits.shape[:-1], *[1] * len(fn.event_shape), -1)
+        pairs = zip(self.components, fn.parts, strict=True)
+        return (weights * torch.stack([family.cdf(part, value) for family, part in pairs], -1)).sum(-1)
 
     def modules(self) -> tuple[nn.Module, ...]:
         return tuple(module for part in self.components for module in part.modules())

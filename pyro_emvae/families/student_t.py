@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._maps import between, check_setting, flat, parts, scale
-from ._quantiles import inverse
+from ._quantiles import special
 from ._supports import base_of
 from .base import Family
 
@@ -69,7 +69,11 @@ class StudentT(Family):
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         fn = base_of(fn)
-        return fn.loc + fn.scale * inverse("stdtrit", level, fn.df)
+        return fn.loc + fn.scale * special("stdtrit", fn.df, level)
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        fn = base_of(fn)
+        return special("stdtr", fn.df, (value - fn.loc) / fn.scale)
 
 
 register(

@@ -5,5 +5,6 @@ from .exact import AutoExact
 from .mcmc import AutoMCMC
 from .mean_field import AutoMeanField
 from .mixture import AutoMixture
+from .semi_amortized import AutoSemiAmortized
 
-__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC", "AutoMeanField", "AutoMixture"]
+__all__ = ["AutoAmortized", "AutoExact", "AutoMCMC", "AutoMeanField", "AutoMixture", "AutoSemiAmortized"]

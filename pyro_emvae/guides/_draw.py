@@ -17,7 +17,16 @@ from ._plate import DataPlate
 from ._reading import Reading
 from ._sites import LocalSite
 
-__all__ = ["Call", "encode", "foreign_parameter", "open_plate", "refuse_foreign", "sample_site", "take_rows"]
+__all__ = [
+    "Call",
+    "encode",
+    "foreign_parameter",
+    "forget_values",
+    "open_plate",
+    "refuse_foreign",
+    "sample_site",
+    "take_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,13 @@ def sample_site(site: LocalSite, fn: Any) -> tuple[Tensor, Tensor]:
     log_density = 0.0 if poutine.get_mask() is False else -site.transform.log_abs_det_jacobian(free, value)
     point = dist.Delta(value, log_density=log_density, event_dim=site.event_dim)
     return pyro.sample(site.name, point, infer={"estimator": "pathwise"} if site.annotation else {}), free
+
+
+def forget_values(node: dict[str, Any]) -> None:
+    """Keep the shapes of a latent of the prototype trace, and nothing that has a number for each datum."""
+    fn, zero = node["fn"], node["value"].new_zeros(())
+    point = dist.Delta(zero.expand(fn.shape()), zero.expand(fn.batch_shape), event_dim=fn.event_dim)
+    node.update(fn=point, value=point.v, mask=None, args=(), kwargs={})
 
 
 def encode(encoder: nn.Module, inputs: tuple) -> Any:

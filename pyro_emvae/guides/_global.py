@@ -79,6 +79,8 @@ def set_up_global(guide: AutoGuide, sites: Iterable[str], hidden: list[str], arg
     if guide.prototype_trace is None:
         with torch.no_grad(), keep_buffers():
             guide._setup_prototype(*args, **kwargs)
+        for name in {"_INPUT", "_RETURN"} & set(guide.prototype_trace.nodes):
+            guide.prototype_trace.remove_node(name)
     found = [name for name, _ in guide.prototype_trace.iter_stochastic_nodes()]
     if set(found) != set(sites):
         fail(

@@ -16,11 +16,20 @@ from .._checks import require_data
 from ..families import Family
 from ..particles import quiet
 from ._dependence import Dependence, earlier_of
-from ._draw import Call, encode, foreign_parameter, open_plate, refuse_foreign, sample_site, take_rows
+from ._draw import (
+    Call,
+    encode,
+    foreign_parameter,
+    forget_values,
+    open_plate,
+    refuse_foreign,
+    sample_site,
+    take_rows,
+)
 from ._global import bare, give_models, make_global, set_up_global
 from ._observed import Observed, find_source, observed_sites
 from ._parts import check_parts, family_per_site, made_families, refuse_no_argument
-from ._plate import DataPlate, Look, PlateReader, cover, look, signature
+from ._plate import DataPlate, Look, PlateReader, check_shapes, cover, look, signature
 from ._reading import Reading, default_encoder, refuse_run, split_context
 from ._sites import LocalSite, choose_plate, local_site
 
@@ -62,7 +71,8 @@ class AutoAmortized(AutoGuide):
 
     **Without an encoder** the guide makes one at the first call that reads the observed values in the data plate, in
     the model's order, and their masks; ``print(guide)`` shows it. Where a value is an argument, or the rows of one that
-    a plate has in use, it is read there. Otherwise every call runs the model once more to see it.
+    a plate has in use, it is read there. Otherwise every call runs the model once more to see it; a recorded step then
+    makes the draws of that run too, so that its random numbers are others than an eager one's.
 
     Args:
         model: A Pyro model with latents in a plate.
@@ -133,16 +143,17 @@ class AutoAmortized(AutoGuide):
         self.global_guide = global_guide if isinstance(global_guide, AutoGuide) else None
         self._make_global = None if isinstance(global_guide, AutoGuide) else global_guide
         self._reader = reader
-        self._sites: tuple[LocalSite, ...] = ()
+        self.local_sites: tuple[LocalSite, ...] = ()
         self._observed: tuple[Observed, ...] = ()
         self._cover: tuple[str, ...] = ()
+        self.nesting = 0
         self._first: Reading | None = None
         self._looks: dict[Any, Reading] = {}
         self._opened: dict[DataPlate, Any] = {}
 
     # Set-up ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self, args: tuple, kwargs: dict) -> None:
+    def prepare(self, args: tuple, kwargs: dict) -> None:
         """Refuse empty data, with which the model itself could not open its plate, and look at the model once."""
         reads_first = self.encoder_input is None and self._modules.get("encoder") is not None and not self._observed
         require_data("AutoAmortized", args[:1] if reads_first else (args, kwargs))
@@ -162,7 +173,7 @@ class AutoAmortized(AutoGuide):
                 self.prototype_trace.remove_node(name)
             self._build(seen, args, kwargs)
         except BaseException:
-            self.prototype_trace, self._sites, self._first, self._looks = None, (), None, {}
+            self.prototype_trace, self.local_sites, self._first, self._looks = None, (), None, {}
             for name, value in before.items():
                 if name in self._modules:
                     self._modules[name] = value
@@ -175,8 +186,9 @@ class AutoAmortized(AutoGuide):
         frame = choose_plate(nodes, self.amortize)
         local = {n: v for n, v in nodes.items() if frame.name in {f.name for f in v["cond_indep_stack"]}}
         families = family_per_site(self.family, list(local))
-        self._sites = tuple(local_site(node, frame, families[name]) for name, node in local.items())
+        self.local_sites = tuple(local_site(node, frame, families[name]) for name, node in local.items())
         self._cover = tuple(cover(nodes))
+        self.nesting = max(-plate.dim for plate in seen.plates.values())
         made_here = self._modules.get("encoder") is None
         self._observed = observed_sites(seen, frame.name) if made_here else ()
         self._first = self._reading(seen, args, kwargs, frame.name)
@@ -191,15 +203,17 @@ class AutoAmortized(AutoGuide):
                 self.global_guide = guide
             set_up_global(guide, others, hidden, args, kwargs)
         if made_here:
-            self.encoder = default_encoder(self._observed, self._sites, self._first, seen)
-        flows = [module for site in self._sites for module in site.family.modules()]
+            self.encoder = default_encoder(self._observed, self.local_sites, self._first, seen)
+        flows = [module for site in self.local_sites for module in site.family.modules()]
         self.flows = nn.ModuleList(flows) if flows else None
         if self.dependence == "structured":
             earlier = [earlier_of(nodes[name], None) for name in others]
-            earlier += [earlier_of(local[site.name], site) for site in self._sites]
+            earlier += [earlier_of(local[site.name], site) for site in self.local_sites]
             like = next(self._modules["encoder"].parameters(), torch.zeros(()))
-            self.links = Dependence(self._sites, earlier, like)
+            self.links = Dependence(self.local_sites, earlier, like)
         self._check_names()
+        for name in hidden:
+            forget_values(self.prototype_trace.nodes[name])
 
     def _check_prototype(self, part_trace: Any) -> None:
         """Pyro calls this on the owner of a guide; `set_up_global` has compared the sites by then or will."""
@@ -211,22 +225,31 @@ class AutoAmortized(AutoGuide):
             refuse_foreign(name)
 
     @property
+    def enumerated(self) -> list[str]:
+        """The sites that the model enumerates, which no guide draws."""
+        return [n for n, v in self.prototype_trace.iter_stochastic_nodes() if (v["infer"] or {}).get("enumerate")]
+
+    def event_dim(self, name: str) -> int:
+        """Return the event dims of a latent."""
+        return self.prototype_trace.nodes[name]["fn"].event_dim
+
+    @property
     def num_features(self) -> dict[str, int]:
         """The number of context columns of one value of each site, in order; known after the first call."""
-        return {site.name: site.width for site in self._sites}
+        return {site.name: site.width for site in self.local_sites}
 
     # What a call sees -----------------------------------------------------------------------------------------
 
     def _reading(self, seen: Look, args: tuple, kwargs: dict, plate: str) -> Reading:
         sources = {o.name: find_source(seen.messages[o.name], seen, plate, args, kwargs) for o in self._observed}
-        masked = [site.name for site in self._sites if site.is_masked]
+        masked = [site.name for site in self.local_sites if site.is_masked]
         runs = [*masked, *(name for name, source in sources.items() if source is None)]
         return Reading(seen.plates, plate, sources, tuple(runs))
 
-    def _look(self, args: tuple, kwargs: dict) -> tuple[Reading, dict[str, dict]]:
-        """Return how a call opens its plates and where its data are, and the sites that a run of the model showed."""
+    def _look(self, args: tuple, kwargs: dict) -> Reading:
+        """Return how a call opens its plates, and where its data are."""
         key = signature((args, kwargs))
-        reading, messages = self._looks.get(key), {}
+        reading = self._looks.get(key)
         if reading is None:
             if len(self._looks) >= MAX_LOOKS:
                 self._looks.clear()
@@ -234,22 +257,31 @@ class AutoAmortized(AutoGuide):
                 inputs = () if self._observed else self._inputs(args, kwargs)
                 reading = self._first.resized(inputs, args, kwargs)
             else:
-                seen = self._run({*self._cover, *(o.name for o in self._observed), *self._first.runs}, args, kwargs)
-                reading, messages = self._reading(seen, args, kwargs, self._first.plate), seen.messages
+                seen = self._run({*self._cover, *(o.name for o in self._observed), *self._first.runs}, args, kwargs, {})
+                reading = self._reading(seen, args, kwargs, self._first.plate)
             self._looks[key] = reading
-        elif reading.runs:
-            messages = self._run({*self._cover, *reading.runs}, args, kwargs).messages
-        return reading, messages
+        return reading
 
-    def _run(self, wanted: set[str], args: tuple, kwargs: dict) -> Look:
+    def _messages(self, reading: Reading, args: tuple, kwargs: dict, plates: Mapping[str, Any] | None) -> dict:
+        """Return the sites that have to be seen in every call, for the minibatch that the plates have in use."""
+        if not reading.runs:
+            return {}
+        if plates is None:
+            reading.refuse_random_rows()
+        batch = {n: p.indices for n, p in (plates or {}).items() if isinstance(p.indices, Tensor)}
+        return self._run({*self._cover, *reading.runs}, args, kwargs, batch).messages
+
+    def _run(self, wanted: set[str], args: tuple, kwargs: dict, batch: Mapping[str, Tensor]) -> Look:
         if self._model is None:
             refuse_run(sorted(wanted)[0])
-        return look(self._reader, self.model, wanted, self._first.plates, args, kwargs)
+        seen = look(self._reader, self.model, wanted, self._first.plates, args, kwargs, batch)
+        check_shapes(seen, self.prototype_trace.nodes)
+        return seen
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self.master is not None or self.create_plates is not None:
             return super()._create_plates(*args, **kwargs)
-        self.plates = {name: self._open(plate) for name, plate in self._look(args, kwargs)[0].plates.items()}
+        self.plates = {name: self._open(plate) for name, plate in self._look(args, kwargs).plates.items()}
         return self.plates
 
     def _open(self, plate: DataPlate) -> Any:
@@ -281,20 +313,21 @@ class AutoAmortized(AutoGuide):
             inputs = self._inputs(args, kwargs)
             inputs = inputs if plates is None else take_rows(inputs, plates[reading.plate])
         sizes = {name: plate.subsample_size for name, plate in plates.items()} if plates is not None else None
-        return split_context(encode(self.encoder, inputs), self._sites, reading, sizes)
+        return split_context(encode(self.encoder, inputs), self.local_sites, reading, sizes)
 
     def begin(self, args: tuple, kwargs: dict) -> Call:
         """Look at the model, open the plates, draw the latents outside the data plate, and encode the data."""
-        self._prepare(args, kwargs)
-        reading, messages = self._look(args, kwargs)
+        self.prepare(args, kwargs)
+        reading = self._look(args, kwargs)
         if self.master is not None or self.create_plates is not None:
             plates = super()._create_plates(*args, **kwargs)
         else:
             plates = self.plates = {name: self._open(plate) for name, plate in reading.plates.items()}
         values = {} if self.global_guide is None else dict(self.global_guide(*args, **kwargs))
+        messages = self._messages(reading, args, kwargs, plates)
         _ = self.flows  # Pyro registers the parameters of a module when it is read
         contexts = self._contexts(args, kwargs, reading, messages, plates)
-        masks = {site.name: messages[site.name]["mask"] for site in self._sites if site.is_masked}
+        masks = {site.name: messages[site.name]["mask"] for site in self.local_sites if site.is_masked}
         return Call(args, kwargs, reading, plates, masks, contexts, values)
 
     def distribution(self, site: LocalSite, contexts: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> Any:
@@ -307,7 +340,7 @@ class AutoAmortized(AutoGuide):
     def draw(self, call: Call, contexts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Draw the local sites from their contexts; return all values by site name."""
         result, seen = dict(call.values), dict(call.values)
-        for site in self._sites:
+        for site in self.local_sites:
             fn = self.distribution(site, contexts, seen)
             with contextlib.ExitStack() as stack:
                 for name in site.plates:
@@ -329,10 +362,7 @@ class AutoAmortized(AutoGuide):
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the median of each coordinate for all rows that the encoder reads, by site name."""
-        self._prepare(args, kwargs)
-        result = {} if self.global_guide is None else self.global_guide.median(*args, **kwargs)
-        local = self._quantiles([0.5], args, kwargs, result)
-        return result | {name: value[0] for name, value in local.items()}
+        return {name: value[0] for name, value in self.quantiles([0.5], *args, **kwargs).items()}
 
     @torch.no_grad()
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -346,25 +376,22 @@ class AutoAmortized(AutoGuide):
             By site name, ``(Q, *plates, *event)``: those of the family's value, mapped to the site's support. With
             ``dependence="structured"`` those of later sites hold at the medians of the earlier ones.
         """
-        self._prepare(args, kwargs)
-        levels = torch.as_tensor(quantiles).tolist()
-        result, medians = {}, {}
+        self.prepare(args, kwargs)
+        reading = self._look(args, kwargs)
+        contexts = self._contexts(args, kwargs, reading, self._messages(reading, args, kwargs, None), None)
+        return self.levels(torch.as_tensor(quantiles).tolist(), args, kwargs, contexts)
+
+    def levels(self, quantiles: list[float], args: tuple, kwargs: dict, contexts: Mapping[str, Tensor]) -> dict:
+        """Return quantiles of every latent, the local ones from given contexts."""
+        result, seen = {}, {}
         if self.global_guide is not None:
-            result = self.global_guide.quantiles(levels, *args, **kwargs)
-            medians = self.global_guide.median(*args, **kwargs) if self.links is not None else {}
-        return result | self._quantiles(levels, args, kwargs, medians)
-
-    def _quantiles(
-        self, levels: list[float], args: tuple, kwargs: dict, seen: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        contexts = self._contexts(args, kwargs, *self._look(args, kwargs), None)
-        return self._levels(levels, contexts, seen)
-
-    def _levels(self, levels: list[float], contexts: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict:
-        result, seen = {}, dict(seen)
-        for site in self._sites:
+            only_median = quantiles == [0.5]
+            seen = self.global_guide.median(*args, **kwargs) if only_median or self.links is not None else {}
+            result = {n: v.unsqueeze(0) for n, v in seen.items()} if only_median else None
+            result = dict(self.global_guide.quantiles(quantiles, *args, **kwargs)) if result is None else result
+        for site in self.local_sites:
             fn, like = self.distribution(site, contexts, seen), contexts[site.name]
-            asked = torch.tensor([*levels, 0.5], dtype=like.dtype, device=like.device)
+            asked = torch.tensor([*quantiles, 0.5], dtype=like.dtype, device=like.device)
             values = site.family.quantile(fn, asked.reshape(-1, *[1] * len(fn.shape())))
             seen[site.name], values = values[-1], values[:-1]
             result[site.name] = values if site.transform is None else site.transform(values)
@@ -394,5 +421,5 @@ class AutoAmortized(AutoGuide):
     def extra_repr(self) -> str:
         if self._first is None:
             return f"family={'by support' if self.family is None else self.family}"
-        sites = "".join(f", {site.name}: {site.width} columns of {site.family}" for site in self._sites)
+        sites = "".join(f", {site.name}: {site.width} columns of {site.family}" for site in self.local_sites)
         return f"plate={self._first.plate!r}{sites}"

@@ -116,10 +116,13 @@ class AutoMixture(AutoGuide):
         self._prepare(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         log_weights, lead = self.logits.log_softmax(-1), lead_shape(f"_{self.name}_")
-        chosen = self._choose(log_weights, plates)
+        component = _Component(log_weights.detach())
+        with self._within(self.plate, plates):
+            infer = {"is_auxiliary": True, "is_density_free": True}
+            chosen = pyro.sample(f"{self.name}_component", component, infer=infer)
         runs = [run_hidden(g, args, kwargs, f"_{self.name}_{j}_") for j, g in enumerate(self.components)]
         values = {name: self._pick([run.values[name] for run in runs], chosen, name) for name in self._latents}
-        self._record(chosen, log_weights, runs, plates)
+        component.score[0] = self._score(chosen, log_weights, runs)
         emitted = {name: Drawn(value, self._event_dim(name)) for name, value in values.items()}
         values = {name: self._emit(name, fn, plates) for name, fn in emitted.items()}
         scored = [score(g, args, kwargs, f"_{self.name}_{j}_", values, lead) for j, g in enumerate(self.components)]
@@ -135,12 +138,6 @@ class AutoMixture(AutoGuide):
     def _within(self, plate: str | None, plates: Mapping[str, Any]) -> Any:
         return plates[plate] if plate else contextlib.nullcontext()
 
-    def _choose(self, log_weights: Tensor, plates: Mapping[str, Any]) -> Tensor:
-        """Draw the component, of the plate's elements or of everything; what is recorded of it comes later."""
-        infer = {"is_auxiliary": True, "_do_not_trace": True}
-        with self._within(self.plate, plates):
-            return pyro.sample(f"{self.name}_component", _Component(log_weights.detach()), infer=infer)
-
     def _pick(self, drawn: list[Tensor], chosen: Tensor, name: str) -> Tensor:
         """Return the values of the components that were chosen."""
         which = chosen.reshape(chosen.shape + (1,) * self._event_dim(name))
@@ -149,17 +146,14 @@ class AutoMixture(AutoGuide):
             value = torch.where(which == j, other, value)
         return value
 
-    def _record(self, chosen: Tensor, log_weights: Tensor, runs: list[HiddenRun], plates: Mapping[str, Any]) -> None:
-        """Leave the auxiliary site: its value is the component, its gradient the score of what has no path."""
+    def _score(self, chosen: Tensor, log_weights: Tensor, runs: list[HiddenRun]) -> Tensor:
+        """Return zeros whose gradient is the score of what has no path: the weights, and draws without a sampler."""
         result: Any = None
         for j, run in enumerate(runs):
             without = [name for name, fn in run.fns.items() if not fn.has_rsample]
             own = log_weights[j] + self._total(run, without) if without else log_weights[j]
             result = own if result is None else torch.where(chosen == j, own, result)
-        score = (result - result.detach()).expand(chosen.shape)
-        infer = {"is_auxiliary": True, "is_density_free": True}
-        with self._within(self.plate, plates):
-            pyro.sample(f"{self.name}_component", _Component(log_weights.detach(), chosen, score), infer=infer)
+        return (result - result.detach()).expand(chosen.shape)
 
     def _emit(self, name: str, fn: Drawn, plates: Mapping[str, Any]) -> Tensor:
         with contextlib.ExitStack() as stack:
@@ -304,19 +298,16 @@ class AutoMixture(AutoGuide):
 
 
 class _Component(dist.Categorical):
-    """The component drawn: a Categorical without a density of its own, whose gradient is a score."""
+    """The component drawn: a Categorical without a density of its own, whose gradient is a score, known later."""
 
     has_enumerate_support = False
 
-    def __init__(self, log_weights: Tensor, chosen: Tensor | None = None, score: Tensor | None = None) -> None:
+    def __init__(self, log_weights: Tensor, score: list[Tensor] | None = None) -> None:
         super().__init__(logits=log_weights, validate_args=False)
-        self.chosen, self.score = chosen, score
+        self.score = [log_weights.new_zeros(())] if score is None else score
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Component:
-        return _Component(self.logits.expand(torch.Size(batch_shape) + self.logits.shape[-1:]), self.chosen, self.score)
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        return super().sample(sample_shape) if self.chosen is None else self.chosen
+        return _Component(self.logits.expand(torch.Size(batch_shape) + self.logits.shape[-1:]), self.score)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        return self.logits.new_zeros(value.shape) if self.score is None else self.score.expand(value.shape)
+        return self.score[0].expand(value.shape)

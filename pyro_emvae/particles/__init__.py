@@ -1,6 +1,7 @@
 r"""Run the guide, replay the model: values, log p and log q per site."""
 
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
+from .dependence import Dependence, dependence
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
@@ -9,6 +10,7 @@ from .simulate import Place, Simulation, find_places, held, score, simulate
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
+    "Dependence",
     "ModuleWatch",
     "Particles",
     "Place",
@@ -19,6 +21,7 @@ __all__ = [
     "check_plates",
     "choose_vectorize",
     "config_estimators",
+    "dependence",
     "draw",
     "find_places",
     "generators",

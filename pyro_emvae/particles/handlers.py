@@ -26,13 +26,19 @@ class Recorder(Messenger):
 
     `treat(msg)` returns ``"attach"``, ``"detach"`` or ``"cut"`` for a freshly drawn value; cut values are leaves of
     their own, so that gradients through values and direct gradients come apart. ``"probe"`` cuts values that no
-    parameter moves, too.
+    parameter moves, too. `sampler(msg)` draws in place of the distribution, where it does not return None.
     """
 
-    def __init__(self, values: Mapping[str, Any] | None = None, treat: Callable[[dict], str] | None = None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any] | None = None,
+        treat: Callable[[dict], str] | None = None,
+        sampler: Callable[[dict], Tensor | None] | None = None,
+    ) -> None:
         super().__init__()
         self.values = values or {}
         self.treat = treat
+        self.sampler = sampler
         self.messages: dict[str, dict] = {}
         self.cuts: list[tuple[Tensor, Tensor]] = []
         self.params: dict[str, Tensor] = {}
@@ -43,7 +49,10 @@ class Recorder(Messenger):
     def _pyro_sample(self, msg: dict) -> None:
         if is_subsample(msg) and msg["value"] is None and (msg["fn"].subsample_size or math.inf) < msg["fn"].size:
             self.subsampled.append(msg["name"])
-        if msg["is_observed"] or msg["name"] not in self.values:
+        if msg["is_observed"]:
+            return
+        if msg["name"] not in self.values:
+            self._draw(msg)
             return
         msg["value"], infer = self.values[msg["name"]]
         msg["done"] = True
@@ -51,6 +60,11 @@ class Recorder(Messenger):
             if "estimator" in (msg["infer"] or {}) and "estimator" not in infer:
                 self.ignored.append(msg["name"])
             msg["infer"] = infer
+
+    def _draw(self, msg: dict) -> None:
+        value = None if self.sampler is None or msg["value"] is not None or is_subsample(msg) else self.sampler(msg)
+        if value is not None:
+            msg["value"], msg["done"] = value, True
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if msg["infer"] and msg["infer"].get("_do_not_trace"):

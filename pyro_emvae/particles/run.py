@@ -31,6 +31,7 @@ def draw(
     treat: Callable[[dict], str] | None = None,
     values: Mapping[str, Any] | None = None,
     score: Callable[[Any, Tensor], Tensor | None] | None = None,
+    sampler: Callable[[dict], Tensor | None] | None = None,
 ) -> Particles:
     r"""Run the guide and replay the model on its draws.
 
@@ -40,7 +41,7 @@ def draw(
         num_particles: K.
         vectorize: One run under an outermost plate (True) or K runs (False).
         max_plate_nesting: Number of plate dims; needed to vectorize more than one particle.
-        treat: See `Recorder`.
+        treat, sampler: See `Recorder`.
         values: Values (with annotations or None) of sites that are replayed and not drawn, the same in every run.
         score: For one run, returns the log density of a distribution at a value, or None for its ``log_prob``.
 
@@ -52,10 +53,10 @@ def draw(
     kwargs = kwargs or {}
     if num_particles == 1 or vectorize:
         wrap = plate_wrapper(num_particles, max_plate_nesting)
-        return run_pair(wrap(model), wrap(guide), args, kwargs, num_particles, max_plate_nesting, treat, values, score)
-    return stack_runs(
-        [run_pair(model, guide, args, kwargs, 1, max_plate_nesting, treat, values) for _ in range(num_particles)]
-    )
+        pair = wrap(model), wrap(guide)
+        return run_pair(*pair, args, kwargs, num_particles, max_plate_nesting, treat, values, score, sampler)
+    one = (model, guide, args, kwargs, 1, max_plate_nesting, treat, values, None, sampler)
+    return stack_runs([run_pair(*one) for _ in range(num_particles)])
 
 
 def replay(
@@ -88,9 +89,9 @@ def plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable
     return lambda fn: pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting)(fn)
 
 
-def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values, score=None) -> Particles:
+def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values, score=None, sampler=None) -> Particles:
     messenger = poutine.unwrap(guide)
-    guide_run = Recorder(values, treat)
+    guide_run = Recorder(values, treat, sampler)
     if isinstance(messenger, Messenger):
         with guide_run:
             result = guide(*args, **kwargs)

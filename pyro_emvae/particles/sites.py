@@ -76,6 +76,7 @@ class Particles:
         ignored: Model sites whose ``infer={"estimator": ...}`` the guide's replay replaced.
         constraints: What the parameter statements declared, by name.
         subsample: Indices that plates drew at random, by plate.
+        weights: Of guide sites whose particles are weighted, by name, K times the weights: ``(particles, *plates)``.
         cuts: Per run, the pairs of a value as drawn and the leaf that stands for it downstream, in order.
     """
 
@@ -89,6 +90,7 @@ class Particles:
     ignored: tuple[str, ...] = ()
     constraints: dict[str, Any] = field(default_factory=dict, repr=False)
     subsample: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def latents(self) -> dict[str, Site]:

@@ -45,8 +45,8 @@ def exact_mean(replay: Replay) -> Mean | None:
         True
     """
     outcomes, dims = replay.size()
-    independent = all(row.estimator.traits.draws == "independent" for row in replay.loss.table)
-    if replay.own_draws or not independent or outcomes > MAX_OUTCOMES:
+    kinds = {row.estimator.traits.draws for row in replay.loss.table}  # shared noise: only each particle's own matters
+    if replay.own_draws or not kinds <= {"independent", "noise"} or outcomes > MAX_OUTCOMES:
         return None
     if dims == 0:
         noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
 
+from .. import particles
 from .._checks import EmvaeError, fail
 from .._registry import create
 from ..engine import trace
-from ..estimators.base import Estimator, base, is_point_mass, misfit
+from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
+from ..estimators.draws import from_noise, is_normal
 from ..loss import Evaluation, MonteCarloELBO, States
 from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, draw, hold_batch, quiet
@@ -81,19 +82,23 @@ class Replay:
             if base(site.fn).has_enumerate_support:
                 self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
                 self.noise[name] = ("finite", tuple(site.value.shape))
-            elif _is_normal(site.fn):
+            elif is_normal(site.fn):
                 self.noise[name] = ("normal", tuple(site.value.shape))
         self.own_draws = len(self.noise) < len(random)
 
     def evaluate(
-        self, noise: Mapping[str, Tensor], state: States | None = None, leaves: Mapping[str, Tensor] | None = None
+        self,
+        noise: Mapping[str, Tensor],
+        state: States | None = None,
+        leaves: Mapping[str, Tensor] | None = None,
+        order: int = 1,
     ) -> Evaluation:
-        """Evaluate at given noise; what it does not name is drawn."""
+        """Evaluate at given noise; what it does not name is drawn. For `order` see `MonteCarloELBO.evaluate`."""
         self.loss.noise = {name: noise[name] for name in self.noise if name in noise}
         problem, state = self.problem, self.state if state is None else state
         batch = hold_batch({name: noise[name] for name in self.plates if name in noise})
         with self._enter(self.leaves if leaves is None else leaves), batch:
-            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state)
+            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return the gradient of the maximised surrogate by parameter name."""
@@ -132,7 +137,7 @@ class Replay:
             return probability, *gradient.values()
 
         try:
-            if self.problem.traits.modules or any(t.splits_paths for t in traits):
+            if self.problem.traits.modules or any(t.splits_paths or t.controls or t.stateful for t in traits):
                 key = tuple(r.dtype for r in rows)
                 step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
             return [torch.func.vmap(step)(*(r[i : i + CHUNK] for r in rows)) for i in range(0, len(rows[0]), CHUNK)]
@@ -195,8 +200,14 @@ class Replay:
 
 def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> list[str]:
     """Return the guide's sites that the estimator fits, without those that are functions of others."""
-    sites = [(n, s.fn) for n, s in one_particle(problem).guide.items() if not is_point_mass(s.fn)]
-    return [name for name, fn in sites if misfit(estimator, fn, num_particles) is None]
+    run, depends = one_particle(problem), dependence(problem)
+    priors = {name: site.fn for name, site in run.model.items()}
+    places = [
+        Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n), priors.get(n))
+        for n, s in run.guide.items()
+        if not is_point_mass(s.fn)
+    ]
+    return [at.name for at in places if misfit(estimator, at) is None]
 
 
 def one_particle(problem: Problem) -> Particles:
@@ -204,6 +215,13 @@ def one_particle(problem: Problem) -> Particles:
     enter, leaves = _scope(problem)
     with quiet(seed=0, validate=False), torch.no_grad(), enter(leaves):
         return draw(problem.model, problem.guide, problem.args)
+
+
+def dependence(problem: Problem) -> particles.Dependence:
+    """Return which draws of a problem's guide reach which densities."""
+    enter, leaves = _scope(problem)
+    with enter(leaves):
+        return particles.dependence(problem.model, problem.guide, problem.args, {})
 
 
 def _scope(problem: Problem) -> tuple[Callable[[Mapping[str, Tensor]], Any], dict[str, Tensor]]:
@@ -221,35 +239,16 @@ class _Dictated(MonteCarloELBO):
     noise: Mapping[str, Tensor] = {}
 
     def _draw(self, plan: Any, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
-        how = self._treat(plan.splits)
+        how = self._treat(plan)
 
         def treat(msg: dict) -> str:
             if msg["name"] in self.noise:
-                rule = _from_normal if _is_normal(msg["fn"]) else _from_index
+                rule = from_noise if is_normal(msg["fn"]) else _from_index
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
             return how(msg)
 
         values = {name: (rows, None) for name, rows in self.noise.items()}
         return super()._draw(plan, model, guide, args, kwargs, treat=treat, values=values)
-
-
-def _is_normal(fn: Any) -> bool:
-    inner = base(fn)
-    if isinstance(inner, TransformedDistribution):
-        return _is_normal(inner.base_dist)
-    return isinstance(inner, Normal | MultivariateNormal)
-
-
-def _from_normal(fn: Any, noise: Tensor) -> Tensor:
-    inner = base(fn)
-    if isinstance(inner, TransformedDistribution):
-        value = _from_normal(inner.base_dist, noise)
-        for transform in inner.transforms:
-            value = transform(value)
-        return value
-    if isinstance(inner, MultivariateNormal):
-        return inner.loc + (inner.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-    return inner.loc + inner.scale * noise
 
 
 def _from_index(fn: Any, noise: Tensor) -> Tensor:

@@ -120,6 +120,17 @@ def test_proves_itself(kinds, model):
     check_guide(lambda model: pair(model, *kinds), model, (X[:1],), num_samples=40_000)
 
 
+@pytest.mark.parametrize("defect", ["spread", "components' mean"])
+def test_a_wrong_density_is_caught(defect, monkeypatch):
+    """Planted: the density counted once per element of the plate; that of the mean of the components' logarithms."""
+    if defect == "spread":
+        monkeypatch.setattr(AutoMixture, "_num_elements", lambda self, name, value: 1)
+    else:
+        monkeypatch.setattr(torch.Tensor, "logsumexp", lambda self, dim, keepdim=False: self.mean(dim, keepdim))
+    with pytest.raises(AssertionError, match=r"E_q\[h\(z\) / q\(z\)\]"):
+        check_guide(pair, local, (X[:2],), num_samples=80_000)
+
+
 def test_proves_itself_per_element():
     check_guide(lambda model: pair(model, plate="data"), local, (X[:2],))
 

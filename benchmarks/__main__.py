@@ -1,22 +1,26 @@
 """Run all cases, or the named ones, and print a table of ratios.
 
     python -m benchmarks [name ...] [--quick] [--threads N] [--write]
+    python -m benchmarks estimators | discrete_vae [--help]
 
-Every case runs with torch's default number of threads and with one. The exit status is 1 if a limit is exceeded.
+Every case runs with torch's default number of threads and with one. The exit status is 1 if a limit is exceeded. The
+second line makes a page of its own, `docs/estimators_benchmark.md`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 
 import torch
 
-from . import compare, em, guides, svi
+from . import compare, discrete_vae, em, estimators, guides, svi
 from .timing import Case, machine, measure, table
 
 CASES: dict[str, Case] = {case.name: case for module in (svi, em, compare, guides) for case in module.CASES}
+PAGES = {"estimators": estimators.main, "discrete_vae": discrete_vae.main}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
@@ -26,6 +30,8 @@ of our time divided by theirs. "Theirs" is Pyro with the same model, guide and o
 
 
 def main() -> int:
+    if len(sys.argv) > 1 and sys.argv[1] in PAGES:
+        return PAGES[sys.argv[1]](sys.argv[2:])
     options = parse()
     chosen = [CASES[name] for name in options.names or CASES]
     threads = [options.threads] if options.threads else sorted({1, torch.get_num_threads()}, reverse=True)

@@ -128,6 +128,10 @@ def factor_analysis(ours: bool) -> Call:
     return fit_factors(100_000, SLICE["factors"]) if ours else sklearn_factors(100_000)
 
 
+def factor_analysis_default(ours: bool) -> Call:
+    return fit_factors(100_000, "auto") if ours else sklearn_factors(100_000)
+
+
 def factor_analysis_wide(ours: bool) -> Call:
     shape = {"width": 50, "latents": 5}
     return fit_factors(100_000, SLICE["wide"], **shape) if ours else sklearn_factors(100_000, **shape)
@@ -155,7 +159,8 @@ CASES = (
         2.0,
         factor_analysis,
     ),
-    Case("factor_analysis_wide", "the same with D = 50, q = 5", 2.0, factor_analysis_wide),
+    Case("factor_analysis_default", "the same as EM.run does it by default", 2.0, factor_analysis_default),
+    Case("factor_analysis_wide", "in slices, with D = 50, q = 5", 2.0, factor_analysis_wide),
     *(
         Case(
             f"{name}_{label}",

@@ -31,7 +31,7 @@ from ._checks import (
     StepError,
 )
 from ._registry import Traits, register
-from .compare import GradientComparison, compare_gradients
+from .compare import GradientComparison, compare_gradients, sweep_gradients
 from .diagnostics import Explanation, explain, to_arviz
 from .driver import Fit
 from .em import EM
@@ -88,6 +88,7 @@ __all__ = [
     "register",
     "standard_errors",
     "steps",
+    "sweep_gradients",
     "testing",
     "to_arviz",
 ]

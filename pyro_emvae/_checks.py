@@ -3,7 +3,7 @@ r"""The error template: every message that a user sees is made here."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -19,6 +19,7 @@ __all__ = [
     "OptimizerError",
     "RecordingError",
     "StepError",
+    "choose",
     "fail",
     "message",
     "nearest",
@@ -136,6 +137,25 @@ def positive_int(obj: str, name: str, value: object, minimum: int = 1) -> int:
     return int(value)
 
 
+def choose(obj: str, name: str, value: Any, known: Collection[str]) -> Any:
+    """Return `value` if it is one of the `known` choices of option `name`, else raise.
+
+    Example:
+        >>> choose("EM", "history", "full", ("light", "full"))
+        'full'
+    """
+    if value not in known:
+        fail(
+            EmvaeError,
+            obj,
+            f"use {name}={value!r}",
+            got="an unknown choice",
+            because=f"{name} is one of {tuple(known)}",
+            fix=nearest(str(value), known),
+        )
+    return value
+
+
 def number(obj: str, name: str, value: Any, bounds: str, fits: Callable[[float], bool], example: float) -> float:
     """Return a real number as a float if it lies in its bounds, which are said in words; raise `EmvaeError` otherwise.
 
@@ -164,7 +184,7 @@ def tensors_in(value: Any) -> Iterator[Any]:
             yield from tensors_in(item)
 
 
-def refuse_missing(obj: str, cause: Exception, *values: Any) -> None:
+def refuse_missing(obj: str, cause: Exception, *values: Any, act: str = "take a step on this data") -> None:
     """Raise `NonFiniteError` from an error of the model's or guide's if a tensor among the values is not finite."""
     for tensor in tensors_in(values):
         bad = ~tensor.isfinite()
@@ -172,7 +192,7 @@ def refuse_missing(obj: str, cause: Exception, *values: Any) -> None:
             fail(
                 NonFiniteError,
                 obj,
-                "take a step on this data",
+                act,
                 got=f"{tensor[bad].flatten()[0].item()} in a tensor of shape {tuple(tensor.shape)}",
                 because="a distribution cannot be made of it, or score it",
                 fix="Leave missing values out by poutine.mask or obs_mask=, with any number in their place.",

@@ -34,6 +34,7 @@ class Traits:
             before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
             with weights; ``"relaxed"``: values with a path, of another distribution.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
+        noisy: Its surrogate draws random numbers of its own.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly
             reparameterised gradients.
@@ -62,6 +63,7 @@ class Traits:
     support: str = "any"
     draws: str = "independent"
     probes: str = "no"
+    noisy: bool = False
     controls: bool = False
     doubly: bool = False
     min_particles: int = 1

@@ -2,6 +2,7 @@ r"""The one run loop of `SVI` and `EM`: data, history, validation, callbacks, in
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import signal
@@ -16,8 +17,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import annealing
-from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int
-from .checkpoint import Checkpoints, Position
+from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int, refuse_missing
+from .batches import (
+    arguments,
+    batches,
+    first_batch,
+    layout,
+    length,
+    refuse_data,
+    refuse_iterators,
+    shapes_of,
+    to_device,
+)
+from .checkpoint import Checkpoints, loader_state, restore_loader
 from .convergence import Verdict
 from .engine import Engine
 from .history import History, Record
@@ -169,7 +181,8 @@ def run(
         num_epochs: Passes over `data`; 1 by default.
         to_args: Turns a batch into ``(args, kwargs)`` in place of that rule.
         validation: Held-out data, as a batch or an iterable of batches; its objective is recorded per epoch, or
-            every `every` iterations.
+            every `every` iterations. It is taken once more before the first update, so that what is wrong with it
+            shows in time.
         every: Iterations between validations, and between checkpoints, without `data`; a twentieth of the run by
             default. With `data` both are made at the end of every epoch.
         callbacks: One or many; called after every iteration with a `Progress`; True stops.
@@ -195,79 +208,151 @@ def run(
 
     Raises:
         EmvaeError: A schedule that does not reach 1 within the run.
-        DataError: No data: both or neither of arguments and `data`, or an empty loader.
+        DataError: No data: both or neither of arguments and `data`, an empty loader, or an iterator for what is gone
+            through more than once.
         StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
             those before.
         CheckpointError: `checkpoint` cannot be written, is damaged, or belongs to another model or seed.
     """
     _check_options(data, callbacks, every)
-    total = _length(num_iterations, data, num_epochs)
-    schedule = annealing.checked(anneal, total)
-    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    refuse_iterators(data, num_epochs, validation)
+    total = length(num_iterations, data, num_epochs)
+    schedule, history = annealing.checked(anneal, total), History()
+    keeper = Checkpoints(engine, checkpoint, resume, data, seed)
     track = [track] if isinstance(track, str) else list(track)
-    history, keeper = History(), Checkpoints(engine, checkpoint, resume, data, seed)
-    look = None if screen is None else lambda: screen(*_to_device(args, kwargs, device))
-    history.monitor = monitor = Monitor(
-        engine, stop, on_decrease, deterministic and data is None, track, monotone=monotone, look=look
-    )
+    look = None if screen is None else lambda: screen(*to_device(args, kwargs, device))
+    fixed = deterministic and data is None
+    history.monitor = Monitor(engine, stop, on_decrease, fixed, track, monotone=monotone, look=look)
     if hasattr(iterate, "state_dict"):
         history.iterate = iterate
-    start = keeper.begin(history, lambda: _to_device(*_first(args, kwargs, data, to_args), device))
+    start = keeper.begin(history, lambda: to_device(*first_batch(args, kwargs, data, to_args), device))
     if seed is not None and not start.source:
         pyro.set_rng_seed(seed)
+    held_out = None if validation is None else lambda: _validate(engine, validation, to_args, device)
+    callbacks = [callbacks] if callable(callbacks) else list(callbacks)
+    status = start.status if start.ended else "MAX_ITER"
+    numbers = {"limit": num_iterations, "total": total, "every": every, "by_epoch": data is not None}
+    loop = _Loop(engine, iterate, history, keeper, schedule, held_out, callbacks, start.iteration, status, **numbers)
+    given = batches(num_iterations, args, kwargs, data, num_epochs, to_args, start)
+    with _settings(engine, schedule, on_nonfinite):
+        loop.go(((epoch, last, *to_device(*batch, device)) for epoch, last, batch in given), progress_bar)
+    if not loop.iteration and loop.status == "MAX_ITER":
+        refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
+    value = None if evaluate is None else lambda: -evaluate(*to_device(args, kwargs, device))
+    status, objective = _closed(loop, value, look)
+    shapes = loop.shapes or shapes_of(args, kwargs)
+    fit = _fit(engine, status, loop.iteration, history, keeper.seed, shapes, objective)
+    fit.provenance.update({"resumed_from": start.source} if start.source else {})
+    return fit
+
+
+@contextlib.contextmanager
+def _settings(engine: Engine, schedule: annealing.Schedule | None, on_nonfinite: str | None) -> Iterator[None]:
+    """Let the engine know what holds for this run, and forget it afterwards."""
     engine.expect_changes()
     engine.beta = None if schedule is None else torch.ones((), dtype=torch.float64)
     policy, engine.on_nonfinite = engine.on_nonfinite, on_nonfinite or engine.on_nonfinite
-    status, iteration, shapes = start.status if start.ended else "MAX_ITER", start.iteration, None
-    first: list[str] | None = None
-    bar = tqdm(total=total, initial=iteration, disable=None if progress_bar is None else not progress_bar, leave=False)
     try:
-        with bar, _Interrupt() as interrupt:
-            if not iteration:
-                monitor.start()
-            for epoch, last, (a, k) in _batches(num_iterations, args, kwargs, data, num_epochs, to_args, start):
-                if num_iterations is not None and iteration >= num_iterations:
-                    break
-                a, k = _to_device(a, k, device)
-                shapes, first = shapes or _shapes(a, k), first or _layout(a, k)
-                annealed = _set_factor(engine, schedule, iteration)
-                record = _iterated(iterate, a, k, first)
-                record.facts = {**record.facts, **({} if schedule is None else {"anneal": float(engine.beta)})}
-                history.add(iteration, record)
-                ended = monitor.after(iteration, record.loss, last, annealed) or monitor.hear(record.verdict)
-                judged = last if data is not None else _due(iteration, total, every)
-                if validation is not None and judged:
-                    history.validation.append((iteration, _validate(engine, validation, to_args, device)))
-                value = history.validation[-1][1] if history.validation else math.nan
-                bar.set_postfix(_shown(record, ended), refresh=bool(ended) or iteration + 1 == total)
-                bar.update()
-                progress = Progress(iteration, epoch, record.loss, value, engine.model, engine.guide, history)
-                iteration += 1
-                if _call(callbacks, progress, engine):
-                    status = "STOPPED"
-                elif interrupt.flag or ended:
-                    status = "INTERRUPTED" if interrupt.flag else ended
-                if judged or (data is None and status != "MAX_ITER"):
-                    keeper.write(history, iteration, epoch + 1, status)
-                if status != "MAX_ITER":
-                    break
-    except KeyboardInterrupt:
-        status = "INTERRUPTED"
-    except DegenerateError as error:
-        status, monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
+        yield
     finally:
         engine.on_nonfinite, engine.on_setup, engine.beta = policy, None, None
-    if not iteration and status == "MAX_ITER":
-        _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
-    if engine.skipped > keeper.skipped and status == "MAX_ITER":
+
+
+@dataclass
+class _Loop:
+    """Where a run stands, and its iterations one by one."""
+
+    engine: Engine
+    iterate: Callable[[tuple, dict], Record]
+    history: History
+    keeper: Checkpoints
+    schedule: annealing.Schedule | None
+    held_out: Callable[[], float] | None
+    callbacks: list[Callable]
+    iteration: int
+    status: str
+    limit: int | None
+    total: int | None
+    every: int | None
+    by_epoch: bool
+    shapes: list[str] | None = None
+    first: list[str] | None = None
+
+    def go(self, given: Iterable[tuple[int, bool, tuple, dict]], progress_bar: bool | None) -> None:
+        """Iterate until the batches or the iterations are over, or something ends the run."""
+        hidden = None if progress_bar is None else not progress_bar
+        bar = tqdm(total=self.total, initial=self.iteration, disable=hidden, leave=False)
+        try:
+            with bar, _Interrupt() as interrupt:
+                if not self.iteration:
+                    self._begin()
+                for epoch, last, args, kwargs in given:
+                    if self.limit is not None and self.iteration >= self.limit:
+                        break
+                    self._once(epoch, last, args, kwargs, bar, interrupt)
+                    if self.status != "MAX_ITER":
+                        break
+        except KeyboardInterrupt:
+            self.status = "INTERRUPTED"
+        except DegenerateError as error:
+            self.status, self.history.monitor.verdict = "DEGENERATE", Verdict("DEGENERATE", reason=str(error))
+
+    def _begin(self) -> None:
+        """Note where the run starts, and let what is wrong with the held-out data show before anything is changed."""
+        self.history.monitor.start()
+        if self.held_out is None:
+            return
+        if self.engine.parameters is not None:
+            self.held_out()
+            return
+        note = self.engine.on_setup
+        self.engine.on_setup = lambda: (note(), self.held_out())
+
+    def _once(self, epoch: int, last: bool, args: tuple, kwargs: dict, bar: tqdm, interrupt: _Interrupt) -> None:
+        """Make one iteration, and tell all that want to know."""
+        record, ended = self._iterated(args, kwargs, last)
+        judged = last if self.by_epoch else _due(self.iteration, self.total, self.every)
+        validation = self._validated(judged)
+        bar.set_postfix(_shown(record, ended), refresh=bool(ended) or self.iteration + 1 == self.total)
+        bar.update()
+        sides = (self.engine.model, self.engine.guide, self.history)
+        progress = Progress(self.iteration, epoch, record.loss, validation, *sides)
+        self.iteration += 1
+        if _call(self.callbacks, progress, self.engine):
+            self.status = "STOPPED"
+        elif interrupt.flag or ended:
+            self.status = "INTERRUPTED" if interrupt.flag else ended
+        if judged or (not self.by_epoch and self.status != "MAX_ITER"):
+            self.keeper.write(self.history, self.iteration, epoch + 1, self.status)
+
+    def _iterated(self, args: tuple, kwargs: dict, last: bool) -> tuple[Record, str | None]:
+        """Iterate on a batch; return what happened, and the status that ends the run if a rule says so."""
+        monitor = self.history.monitor
+        self.shapes, self.first = self.shapes or shapes_of(args, kwargs), self.first or layout(args, kwargs)
+        annealed = _set_factor(self.engine, self.schedule, self.iteration)
+        record = _iterated(self.iterate, args, kwargs, self.first)
+        if self.schedule is not None:
+            record.facts = {**record.facts, "anneal": float(self.engine.beta)}
+        self.history.add(self.iteration, record)
+        return record, monitor.after(self.iteration, record.loss, last, annealed) or monitor.hear(record.verdict)
+
+    def _validated(self, judged: bool) -> float:
+        """Return the last objective of held-out data, NaN before the first."""
+        if self.held_out is not None and judged:
+            self.history.validation.append((self.iteration, self.held_out()))
+        return self.history.validation[-1][1] if self.history.validation else math.nan
+
+
+def _closed(loop: _Loop, value: Callable[[], float] | None, look: Callable[[], str] | None) -> tuple[str, float]:
+    """Return status and objective of a run that is over, of one without noise as they are at its last parameters."""
+    status, monitor = loop.status, loop.history.monitor
+    if loop.engine.skipped > loop.keeper.skipped and status == "MAX_ITER":
         status = "NAN"
-    objective = history.iterations[-1][0] if history.iterations else math.nan
-    if monitor.deterministic and evaluate is not None and status != "INTERRUPTED":
-        status, objective = monitor.end(status, -evaluate(*_to_device(args, kwargs, device)))
+    objective = loop.history.iterations[-1][0] if loop.history.iterations else math.nan
+    if monitor.deterministic and value is not None and status != "INTERRUPTED":
+        status, objective = monitor.end(status, value())
         status = monitor.screen(status, look() if look is not None and status in ENDS else "")
-    fit = _fit(engine, status, iteration, history, keeper.seed, shapes or _shapes(args, kwargs), objective)
-    fit.provenance.update({"resumed_from": start.source} if start.source else {})
-    return fit
+    return status, objective
 
 
 def _iterated(iterate: Callable[[tuple, dict], Record], args: tuple, kwargs: dict, first: list[str]) -> Record:
@@ -275,7 +360,7 @@ def _iterated(iterate: Callable[[tuple, dict], Record], args: tuple, kwargs: dic
     try:
         return iterate(args, kwargs)
     except (ValueError, RuntimeError, TypeError, IndexError) as cause:
-        here = _layout(args, kwargs)
+        here = layout(args, kwargs)
         if isinstance(cause, EmvaeError) or here == first:
             raise
         fail(
@@ -289,17 +374,6 @@ def _iterated(iterate: Callable[[tuple, dict], Record], args: tuple, kwargs: dic
         )
 
 
-def _layout(args: tuple, kwargs: dict) -> list[str]:
-    """Return kind, dtype and shape of each argument, without its number of rows."""
-    named = [(str(place), x) for place, x in enumerate(args)] + sorted(kwargs.items())
-    return [
-        f"argument {name} of shape (rows, {', '.join(map(str, x.shape[1:]))}) {x.dtype}"
-        if isinstance(x, Tensor) and x.dim()
-        else f"argument {name} of type {type(x).__name__}"
-        for name, x in named
-    ]
-
-
 def _set_factor(engine: Engine, schedule: annealing.Schedule | None, iteration: int) -> bool:
     """Set the factor of an iteration, in the tensor that recorded steps read; return whether it is below 1."""
     if schedule is None:
@@ -310,7 +384,7 @@ def _set_factor(engine: Engine, schedule: annealing.Schedule | None, iteration: 
 
 def _check_options(data: Any, callbacks: Any, every: Any) -> None:
     if isinstance(data, Tensor):
-        _refuse_data(
+        refuse_data(
             f"one tensor of shape {tuple(data.shape)} as data=",
             "Pass it as an argument, run(1000, x); or batches, data=DataLoader(TensorDataset(x), batch_size=128).",
         )
@@ -332,90 +406,6 @@ def _listed(callbacks: Any) -> list:
     return list(callbacks) if isinstance(callbacks, Iterable) else [callbacks]
 
 
-def _length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
-    if num_iterations is not None:
-        positive_int("run", "the number of iterations", num_iterations)
-    if data is None:
-        if num_iterations is None or num_epochs is not None:
-            _refuse_data("no number of iterations", "Write run(1000, x), or run(data=loader, num_epochs=10).")
-        return num_iterations
-    if num_epochs is not None:
-        positive_int("run", "num_epochs", num_epochs)
-    try:
-        epochs = len(data) * (num_epochs or 1)
-    except TypeError:
-        return num_iterations
-    return epochs if num_iterations is None else min(epochs, num_iterations)
-
-
-def _refuse_data(got: str, fix: str) -> None:
-    fail(DataError, "run", "iterate", got=got, because="every iteration needs data", fix=fix)
-
-
-def _batches(
-    num_iterations: int | None,
-    args: tuple,
-    kwargs: dict,
-    data: Any,
-    num_epochs: int | None,
-    to_args: Any,
-    start: Position,
-) -> Iterator[tuple[int, bool, tuple[tuple, dict]]]:
-    """Yield epoch, whether the batch is the epoch's last, and the arguments."""
-    if start.ended:
-        return
-    if data is None:
-        for i in range(start.iteration, num_iterations):
-            yield i, True, (args, kwargs)
-        return
-    if args or kwargs:
-        _refuse_data(f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=.")
-    for epoch in range(start.epoch, num_epochs or 1):
-        waiting = None
-        for batch in data:
-            if waiting is not None:
-                yield epoch, False, arguments(waiting, to_args)
-            waiting = batch
-        if waiting is None:
-            if epoch:
-                _refuse_data(
-                    f"an iterable that was exhausted after {epoch} epochs",
-                    "Pass a list or a DataLoader, not a generator.",
-                )
-            return
-        yield epoch, True, arguments(waiting, to_args)
-
-
-def _first(args: tuple, kwargs: dict, data: Any, to_args: Any) -> tuple[tuple, dict]:
-    """Return the arguments of a first batch."""
-    if data is None:
-        return args, kwargs
-    for batch in data:
-        return arguments(batch, to_args)
-    _refuse_data("an iterable without batches", "Pass a loader that has at least one batch.")
-
-
-def arguments(batch: Any, to_args: Callable[[Any], Any] | None = None) -> tuple[tuple, dict]:
-    """Return the positional and keyword arguments that a batch stands for."""
-    if to_args is not None:
-        return to_args(batch)
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    if isinstance(batch, tuple | list):
-        return tuple(batch), {}
-    return (batch,), {}
-
-
-def _to_device(args: tuple, kwargs: dict, device: Any) -> tuple[tuple, dict]:
-    if device is None:
-        return args, kwargs
-
-    def move(x: Any) -> Any:
-        return x.to(device, non_blocking=True) if isinstance(x, Tensor) else x
-
-    return tuple(map(move, args)), {k: move(v) for k, v in kwargs.items()}
-
-
 def _due(iteration: int, total: int | None, every: int | None) -> bool:
     every = every or max(1, (total or 20) // 20)
     return (iteration + 1) % every == 0 or iteration + 1 == total
@@ -425,13 +415,21 @@ def _validate(engine: Engine, validation: Any, to_args: Any, device: Any) -> flo
     """Return the mean objective over the validation batches, in eval mode, on fixed draws."""
     single = isinstance(validation, Tensor | tuple | Mapping)
     loss = engine.loss if hasattr(engine.loss, "loss") else MonteCarloELBO()
-    losses = []
-    with quiet(seed=0, train=False), torch.no_grad():
-        for batch in [validation] if single else validation:
-            a, k = _to_device(*arguments(batch, to_args), device)
-            losses.append(float(loss.loss(engine.model, engine.guide, *a, **k)))
+    losses, before = [], loader_state(validation)
+    try:
+        with quiet(seed=0, train=False), torch.no_grad():
+            for batch in [validation] if single else validation:
+                a, k = to_device(*arguments(batch, to_args), device)
+                losses.append(float(loss.loss(engine.model, engine.guide, *a, **k)))
+    except Exception as error:
+        if isinstance(error, ValueError) and not isinstance(error, EmvaeError):
+            refuse_missing("validation=", error, a, k, act="be judged on these data")
+        error.add_note("This is about validation=, not about the data of the iterations.")
+        raise
+    finally:
+        restore_loader(validation, before if isinstance(before, list) else None)
     if not losses:
-        _refuse_data("validation without batches", "Pass a tensor, a tuple, or a loader with at least one batch.")
+        refuse_data("validation without batches", "Pass a tensor, a tuple, or a loader with at least one batch.")
     return -math.fsum(losses) / len(losses)
 
 
@@ -454,10 +452,6 @@ def _shown(record: Record, status: str | None) -> dict[str, str]:
     numbers = {record.kind: -record.loss, "E": record.e_gain, "M": record.m_gain}
     shown = {name: f"{value:.4g}" for name, value in numbers.items() if name == record.kind or not math.isnan(value)}
     return shown | ({"status": status} if status else {})
-
-
-def _shapes(args: tuple, kwargs: dict) -> list[str]:
-    return [f"{tuple(x.shape)} {x.dtype}" for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
 
 def _fit(

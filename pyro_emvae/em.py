@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint, restarts
-from ._checks import BlockError, EmvaeError, StepError, fail, positive_int, refuse_missing, require_data
+from ._checks import BlockError, EmvaeError, StepError, choose, fail, positive_int, refuse_missing, require_data
 from ._registry import Traits
 from .acceleration import Squarem
 from .convergence import Deterministic
 from .degeneracy import spike
 from .driver import Fit
-from .engine import State, choose
+from .engine import State
 from .growth import check_growth, grown
 from .history import Record
 from .looks import FullHistory, Look
@@ -29,7 +29,7 @@ from .posterior import GuidePosterior, Posterior, PosteriorGuide
 from .slices import Slices, Whole, arranged
 from .steps import Gradient, HalfStep, MonteCarlo, Phase
 from .steps.phase import check_blocks, read_phases, summarised
-from .svi import Inference, model_arguments, per_block, run_with
+from .svi import Inference, model_arguments, per_block, run_with, takes
 
 __all__ = ["EM"]
 
@@ -102,7 +102,7 @@ class EM(Inference):
         backend: str = "eager",
         on_nonfinite: str = "raise",
     ) -> None:
-        self.schedule = choose("schedule", schedule, ("alternating", "joint"))
+        self.schedule = choose("EM", "schedule", schedule, ("alternating", "joint"))
         given = {"e_step": e_step, "m_step": m_step, "steps": steps}
         if schedule == "joint" and any(step is not None for step in given.values()):
             fail(
@@ -285,7 +285,7 @@ class EM(Inference):
             batch_size: Data per slice, at most: E-step and statistics are made slice by slice, and the update once,
                 with the result of the whole. That saves memory and, as temporaries fit into the cache, time. For an
                 exact E-step and M-steps in closed form; what is data, and what is verified: see `slices.Slices`.
-                ``"auto"``: slices of 1024 to 8192 data, where there are at least 20,000 on the CPU and slices are
+                ``"auto"``: slices of 1024 to 16384 data, where there are at least 20,000 on the CPU and slices are
                 found to add up to the whole (see `slices.Automatic`); not with a loader, ``anneal=``, ``device=``,
                 full history, or starts that run side by side. ``fit.provenance["slices"]`` says what was done, and
                 why. None: no slices.
@@ -302,15 +302,8 @@ class EM(Inference):
             StepError: The objective of exact half-steps went down; `accelerate` with half-steps that it does not fit;
                 all starts failed.
         """
-        if args and isinstance(args[0], int) and not isinstance(args[0], bool) and max_iter is None:
-            fail(
-                EmvaeError,
-                "EM",
-                f"run on {args[0]!r}",
-                got="a whole number as the first datum",
-                because="run takes the data first, and the number of iterations by name",
-                fix=f"Write em.run(x, max_iter={args[0]}).",
-            )
+        if max_iter is None:
+            self._refuse_a_number(args)
         if max_iter is None and "data" not in options:
             max_iter = 500
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
@@ -347,6 +340,20 @@ class EM(Inference):
         found = self._search(first, next((what for what, so in asked.items() if so), ""), "data" in options)
         return restarts.find(self.engine, run, max_iter, n_init, init, options, first, **found)
 
+    def _refuse_a_number(self, args: tuple) -> None:
+        """Refuse a whole number that is meant as `max_iter`: the first datum, or one too many for the model."""
+        for place in {0, len(args) - 1} if args else ():
+            fits = place > 0 and takes(self.engine.model, args)
+            if isinstance(args[place], int) and not isinstance(args[place], bool) and not fits:
+                fail(
+                    EmvaeError,
+                    "EM",
+                    f"run on {args[place]!r}",
+                    got="a whole number as " + ("one datum more than the model takes" if place else "the first datum"),
+                    because="run takes the data first, and the number of iterations by name",
+                    fix=f"Write em.run(x, max_iter={args[place]}).",
+                )
+
     def _search(self, first: tuple, alone: str, loader: bool) -> dict[str, Any]:
         """Return how starts are found and compared, and run side by side unless `alone` says why not."""
         exact, (args, kwargs) = self.is_exact and not self.engine.parameters.subsampled, first
@@ -364,9 +371,9 @@ class EM(Inference):
         self, accelerate: str | None, history: str, once: Callable[..., Record], begin: Callable, loader: bool
     ) -> Callable[[], Callable[[tuple, Mapping[str, Any]], Record]]:
         """Return what makes the function of one iteration, anew for each run; `begin` sets up."""
-        choose("history", history, ("light", "full"))
+        choose("EM.run", "history", history, ("light", "full"))
         if accelerate is not None:
-            choose("accelerate", accelerate, ("squarem",))
+            choose("EM.run", "accelerate", accelerate, ("squarem",))
             self._refuse("accelerate", not self.is_exact or loader)
             begin()
             self._refuse("accelerate", self.engine.parameters.subsampled)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import EmvaeError, StepError, fail, message, nearest
+from ._checks import EmvaeError, StepError, choose, fail, message, nearest
 from .convergence import Deterministic, Verdict
-from .engine import Engine, choose
+from .engine import Engine
 
 __all__ = ["Monitor"]
 
@@ -51,7 +51,7 @@ class Monitor:
         look: Callable[[], str] | None = None,
     ) -> None:
         if on_decrease is not None:
-            choose("on_decrease", on_decrease, ("raise", "warn", "revert"))
+            choose("EM.run", "on_decrease", on_decrease, ("raise", "warn", "revert"))
         if stop is not None and stop != "auto" and not hasattr(stop, "judge"):
             fail(
                 EmvaeError,

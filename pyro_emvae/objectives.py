@@ -274,8 +274,13 @@ def _kl(q: Any, p: Any) -> Tensor:
 
 def _equal(one: Any, two: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one is two or (one.shape == two.shape and bool((one == two).all()))
+        return one.shape == two.shape and (_is_same(one, two) or bool((one == two).all()))
     return one is two or (not isinstance(one, Tensor) and not isinstance(two, Tensor) and one == two)
+
+
+def _is_same(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors are one memory in one layout, which tells without a look at the values."""
+    return one is two or (one.data_ptr(), one.stride(), one.dtype) == (two.data_ptr(), two.stride(), two.dtype)
 
 
 register("objective", "elbo", ELBO, summary="evidence lower bound", source="Jordan et al. 1999")

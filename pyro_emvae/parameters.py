@@ -67,7 +67,8 @@ class Parameters:
 
     ``num_data`` is the full size of the largest plate with an observed site, 1 without plates; ``subsampled`` is
     whether a plate held a part of its data. ``sides`` says of each block whether it is part of phi (``"guide"``) or of
-    theta (``"model"``).
+    theta (``"model"``). ``moving`` are, by guide site, the names of the parameters that move its density or its draw at
+    fixed values of the other sites.
     """
 
     rows: tuple[Row, ...]
@@ -79,6 +80,7 @@ class Parameters:
     num_data: int = 1
     subsampled: bool = False
     sides: Mapping[str, str] = field(default_factory=lambda: SIDES, repr=False)
+    moving: Mapping[str, frozenset[str]] = field(default_factory=dict, repr=False)
 
     @property
     def theta(self) -> tuple[str, ...]:
@@ -197,7 +199,8 @@ def discover(
     num_data = max([frame.full_size or frame.size for frame in frames], default=1)
     subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
     buffers = tuple(_buffers(spy, rows, sides))
-    return Parameters(tuple(rows), buffers, owners, tuple(spy.called), stored, sites, num_data, subsampled, sides)
+    called, moving = tuple(spy.called), _moving(rows, particles)
+    return Parameters(tuple(rows), buffers, owners, called, stored, sites, num_data, subsampled, sides, moving)
 
 
 def _probe(model, guide, args, kwargs, train: bool | None) -> tuple[Particles, _Spy]:
@@ -269,6 +272,13 @@ def keep_store() -> Iterator[None]:
             del store[name]
         if any(after.get(name) is not leaf for name, leaf in before["params"].items()):
             store.set_state(before)
+
+
+@contextlib.contextmanager
+def own_store() -> Iterator[None]:
+    """Run code in a parameter store of its own, which is empty at first and gone at the end."""
+    with pyro.get_param_store().scope():
+        yield
 
 
 def is_wrapped() -> bool:
@@ -369,6 +379,16 @@ def _classify(named: Mapping[str, Tensor], particles: Particles) -> list[Row]:
         constraint = constraint_of(name) or particles.constraints.get(name)
         rows.append(Row(name, leaf, block, why, constraint))
     return rows
+
+
+@torch.enable_grad()
+def _moving(rows: list[Row], particles: Particles) -> dict[str, frozenset[str]]:
+    drawn = {id(leaf): value for run in particles.cuts for value, leaf in run}
+    names = {id(row.leaf): row.name for row in rows}
+    return {
+        name: frozenset(names[i] for i in reach([site.scaled, drawn.get(id(site.value))]) if i in names)
+        for name, site in particles.guide.items()
+    }
 
 
 def local_plates(particles: Particles) -> set[str]:

@@ -20,16 +20,19 @@ from .engine.data import map_tensors, tensors_of
 from .history import Record
 from .particles import quiet
 from .posterior import Posterior
-from .steps import ClosedForm, Phase
+from .steps import ClosedForm, Info, Phase
 from .steps.closed_form import Summed
 from .steps.phase import summarised
 
 __all__ = ["Automatic", "Slices", "Whole", "arranged"]
 
 Call = tuple[tuple, dict[str, Any]]
+Table = dict[tuple, Tensor]
+Found = tuple[State, Info, "Sums"]
+EVIDENCE = (None, "log evidence")
 CHECKED = 500
 LEAST = 20_000
-BYTES, LENGTHS = 2**21, (1024, 8192)
+BYTES, LENGTHS = 2**21, (1024, 16384)
 
 
 @dataclass
@@ -115,37 +118,41 @@ class Slices:
         self.verified = True
         self.prepare(*calls[0])
 
-    def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
+    def __call__(self, args: tuple, kwargs: Mapping[str, Any], found: Found | None = None) -> Record:
+        """Make an iteration; `found` is what `expect` returned at the present theta, if it was called."""
         self.begin(args, kwargs)
-        calls, state = self.of(args, kwargs), self.engine.state
-        for phase in (self.e_phase, *self.m_phases):
-            state = phase.begin(self.engine, state, *calls[0])
-        state, sums, info = self._expect(state, calls)
+        state, info, sums = found or self.expect(args, kwargs)
         self.iteration += 1
-        infos = [info]
+        infos, summed = [info], Summed({id(step): sums.of(id(step)) for step in self.closed})
         for phase in self.m_phases:
-            state, _, info = phase.run(self.engine, state, sums, args, kwargs)
+            state, _, info = phase.run(self.engine, state, summed, args, kwargs)
             self.engine.steps = state.steps
             infos.append(info)
         return summarised((self.e_phase, *self.m_phases), infos, [])
 
-    def _expect(self, state: State, calls: list[Call]) -> tuple[State, Summed, Any]:
-        totals: dict[int, dict[str, Tensor]] = {}
-        loss = 0.0
-        for place, (args, kwargs) in enumerate(calls):
+    def expect(self, args: tuple, kwargs: Mapping[str, Any]) -> Found:
+        """Return what an E-step over all slices finds, their statistics summed up."""
+        calls, state, sums = self.of(args, kwargs), self.engine.state, Sums(judged=not self.iteration)
+        for phase in (self.e_phase, *self.m_phases):
+            state = phase.begin(self.engine, state, *calls[0])
+        for place, call in enumerate(calls):
             with self._trusting(place, len(calls)):
-                state, posterior, info = self.e_phase.run(self.engine, state, None, args, kwargs)
-            totals = _added(totals, self._summaries(posterior, args, kwargs))
-            loss += info.loss
-        return state, Summed(totals), info._replace(loss=loss)
+                state, posterior, info = self.e_phase.run(self.engine, state, None, *call)
+            sums.add(self._table(-info.loss, posterior, call))
+        return state, info._replace(loss=-float(sums.totals[EVIDENCE])), sums
 
     def _trusting(self, place: int, number: int) -> contextlib.AbstractContextManager:
         """Let an E-step that verifies itself do so on all slices first, then on a quarter of them, in turn."""
         due = number == 1 or not self.iteration or (place + self.iteration) % 4 == 0
         return contextlib.nullcontext() if due else getattr(self.e_phase.step, "trusting", contextlib.nullcontext)()
 
-    def _summaries(self, posterior: Posterior, args: tuple, kwargs: Mapping[str, Any]) -> dict[int, dict[str, Tensor]]:
-        return {id(step): step.summarize(posterior, *args, **kwargs) for step in self.closed}
+    def _table(self, evidence: float, posterior: Posterior, call: Call) -> Table:
+        """Return the log evidence and the statistics of a slice."""
+        args, kwargs = call
+        each = ((id(step), step.summarize(posterior, *args, **kwargs)) for step in self.closed)
+        return {EVIDENCE: torch.tensor(evidence, dtype=torch.float64)} | {
+            (step, f"statistic {name!r}", name): x for step, table in each for name, x in table.items()
+        }
 
     def evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
         """Return minus the objective after an exact E-step at the present theta."""
@@ -178,13 +185,14 @@ class Slices:
             return spike(self.engine.parameters, expected)
 
     def _verify(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
-        got, cause = self.misfit(self.both(args, kwargs), self.halves(args, kwargs))
+        size = self._checked(args, kwargs)
+        got, cause = attempted(lambda: self.misfit(args, kwargs))
         if got:
             fail(
                 StepError,
                 "EM",
                 f"run with batch_size={self.batch_size}",
-                got=f"{got} (two slices of {self._checked(args, kwargs)} data were tried)",
+                got=f"{got} (two slices of {size} data were tried)",
                 because="the model has to take any part of the data, and its data have to be independent given theta",
                 fix='Write pyro.plate("data", len(x)) around all latents, and pass what has a row per datum as '
                 "arguments; or leave batch_size out.",
@@ -194,58 +202,71 @@ class Slices:
     def _checked(self, args: tuple, kwargs: Mapping[str, Any]) -> int:
         return min(self.batch_size, CHECKED, _length(args, kwargs) // 2)
 
-    def both(self, args: tuple, kwargs: Mapping[str, Any]) -> Call:
-        """Return the first data, by which the whole is judged."""
-        return _rows(args, kwargs, slice(2 * self._checked(args, kwargs)))
-
-    def halves(self, args: tuple, kwargs: Mapping[str, Any]) -> list[list[Call]]:
-        """Return two divisions of `both`: first and second half, even and odd rows."""
+    def misfit(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what of the first data does not add up, over their halves and over even and odd rows; else ""."""
         size = self._checked(args, kwargs)
-        cuts = [[slice(size), slice(size, 2 * size)], [slice(i, 2 * size, 2) for i in range(2)]]
-        return [[_rows(args, kwargs, cut) for cut in pair] for pair in cuts]
-
-    def misfit(self, whole: Call, divisions: list[list[Call]]) -> tuple[str, BaseException | None]:
-        """Return in what divisions of the data do not add up to the whole, and the error if it is one; else ""."""
-        try:
-            with quiet():
-                both = self._found(whole)
-                misses = [self._missed(both, parts, whole) for parts in divisions]
-        except Exception as cause:  # whatever a model raises that was not written for a part of its data
-            return f"on a slice {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}", cause
-        return next(filter(None, misses), ""), None
-
-    def _missed(self, both: dict[str, Tensor], parts: list[Call], whole: Call) -> str:
-        """Return which sum over parts is not that of the whole, by more than rounding."""
-        added: dict[str, Tensor] = {}
-        sizes = {EVIDENCE: torch.tensor(float(_length(*whole)), dtype=torch.float64)}
-        for found in map(self._found, parts):
-            added = _added(added, found)
-            sizes |= {name: x.abs() + sizes.get(name, 0) for name, x in found.items()}
-        for name, x in both.items():
-            size = float(sizes[name].max())
-            miss = float((x - added[name]).abs().max()) / (size or 1.0)
-            if not miss <= torch.finfo(_dtype(*whole)).eps ** 0.6:
-                return f"a {name} that misses the sum over its slices by {miss:.2g} of its size"
+        whole = _rows(args, kwargs, slice(2 * size))
+        both = self.table(whole)
+        for cuts in ([slice(size), slice(size, 2 * size)], [slice(i, 2 * size, 2) for i in range(2)]):
+            parts = Sums(judged=True)
+            for part in cuts:
+                parts.add(self.table(_rows(args, kwargs, part)))
+            if found := parts.missed(both, whole):
+                return found
         return ""
 
-    def _found(self, call: Call) -> dict[str, Tensor]:
-        """Return the log evidence and the statistics of a slice, in one table."""
-        args, kwargs = call
-        posterior = self.e_phase.step.infer(self.engine.model, args, kwargs)
+    def table(self, call: Call) -> Table:
+        """Return the log evidence and the statistics of data that are taken as one."""
+        posterior = self.e_phase.step.infer(self.engine.model, *call)
+        return self._table(posterior.log_evidence, posterior, call)
+
+
+@dataclass
+class Sums:
+    """Sums of tables over slices; if they are to be judged, with the sizes by which their rounding is judged."""
+
+    judged: bool
+    totals: Table = field(default_factory=dict)
+    sizes: Table = field(default_factory=dict)
+
+    def add(self, table: Table) -> None:
+        """Add the table of one slice."""
+        self.totals = {key: self.totals[key] + x for key, x in table.items()} if self.totals else table
+        if self.judged:
+            self.sizes = {key: self.sizes.get(key, 0) + x.abs() for key, x in table.items()}
+
+    def of(self, step: int) -> dict[str, Tensor]:
+        """Return the statistics of one M-step, by its id."""
+        return {key[-1]: x for key, x in self.totals.items() if key[0] == step}
+
+    def missed(self, whole: Table, call: Call) -> str:
+        """Return which sum is not that of the whole, by more than rounding; else ""."""
+        sizes = self.sizes | {EVIDENCE: self.sizes[EVIDENCE] + _length(*call)}
+        for key, x in whole.items():
+            size = float(sizes[key].max()) if x.numel() else 0.0
+            miss = float((x - self.totals[key]).abs().max()) / (size or 1.0) if x.numel() else 0.0
+            if not miss <= torch.finfo(_dtype(*call)).eps ** 0.6:
+                return f"a {key[1]} that misses the sum over its slices by {miss:.2g} of its size"
+        return ""
+
+
+def attempted(check: Callable[[], str]) -> tuple[str, BaseException | None]:
+    """Return what a check finds, or whatever error a model raises that was not written for a part of its data."""
+    try:
         with quiet():
-            tables = self._summaries(posterior, args, kwargs).values()
-        named = {f"statistic {name!r}": x for table in tables for name, x in table.items() if x.numel()}
-        return {EVIDENCE: torch.tensor(posterior.log_evidence, dtype=torch.float64)} | named
+            return check(), None
+    except Exception as cause:
+        return f"on a slice {type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}", cause
 
 
 @dataclass
 class Automatic:
     r"""Slices where they give what the whole gives, else the whole: which, is decided before the first iteration.
 
-    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 8192 data. Slices
+    The rows of the data decide the length of a slice: 2 MiB of arguments, at least 1024 and at most 16384 data. Slices
     are taken if the verification of `Slices` holds, and then the log evidence and the statistics of all slices add up
     to those of the whole, at the initial theta: data that depend on each other only here and there are found, at the
-    cost of an iteration on the whole and one in slices.
+    cost of an E-step on the whole. That over the slices is the first iteration's.
 
     Args:
         whole, slices: The two ways.
@@ -259,22 +280,31 @@ class Automatic:
 
     def begin(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Set the engine up on the whole, and choose."""
-        if self.chosen is None:
-            self.whole.begin(args, kwargs)
-            self.whole.reason = self._misfit(args, kwargs)
-            self.slices.verified, self.chosen = True, self.whole if self.whole.reason else self.slices
+        self._choose(args, kwargs)
         self.chosen.begin(args, kwargs)
 
-    def _misfit(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
-        slices = self.slices
+    def _choose(self, args: tuple, kwargs: Mapping[str, Any]) -> list[Found]:
+        """Choose, if that was not done; return what the slices' E-step has then found."""
+        if self.chosen is not None:
+            return []
+        self.whole.begin(args, kwargs)
+        found: list[Found] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            short = slices.misfit(slices.both(args, kwargs), slices.halves(args, kwargs))[0]
-            return short or slices.misfit((args, dict(kwargs)), [slices.of(args, kwargs)])[0]
+            self.whole.reason = attempted(lambda: self._misfit(args, kwargs, found))[0]
+        self.slices.verified, self.chosen = True, self.whole if self.whole.reason else self.slices
+        return [] if self.whole.reason else found
+
+    def _misfit(self, args: tuple, kwargs: Mapping[str, Any], found: list[Found]) -> str:
+        if short := self.slices.misfit(args, kwargs):
+            return short
+        whole = self.slices.table((args, dict(kwargs)))
+        found.append(self.slices.expect(args, kwargs))
+        return found[0][-1].missed(whole, (args, kwargs))
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
-        self.begin(args, kwargs)
-        return self.chosen(args, kwargs)
+        found = self._choose(args, kwargs)
+        return self.chosen(args, kwargs, *found)
 
     def evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
         """Return minus the objective after an exact E-step at the present theta."""
@@ -336,20 +366,10 @@ def _adds_up(phases: tuple[Phase, ...]) -> bool:
     return first.slot == "E" and first.step.traits.exact and all(isinstance(step, ClosedForm) for step in closed)
 
 
-EVIDENCE = "log evidence"
-
-
 @torch.no_grad()
 def _write(leaves: list[Tensor], values: list[Tensor]) -> None:
     for leaf, value in zip(leaves, values, strict=True):
         leaf.copy_(value)
-
-
-def _added(one: Mapping[Any, Any], two: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Return sums of equally named tensors, in nested dicts; an empty mapping is zero."""
-    if not one:
-        return dict(two)
-    return {k: _added(x, two[k]) if isinstance(x, Mapping) else x + two[k] for k, x in one.items()}
 
 
 def _data(args: tuple, kwargs: Mapping[str, Any]) -> list[Tensor]:

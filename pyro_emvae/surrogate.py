@@ -143,7 +143,7 @@ class Composer:
         sampled = {term.site for term in self.terms if term.kind == "entropy"}
         surrogate: Tensor | float = 0.0
         for term in self.terms:
-            reach = [site for site, _ in scores if self.depends.moves(site.name, side_of(term), term.site)]
+            reach = [site for site, _ in scores if reaches(self.depends, site.name, Score(), term)]
             exponent = sum(reduce_to(site.log_prob, site.frames, term.frames) for site in reach)
             surrogate = surrogate + (term.value * _one(exponent) if reach else term.value).sum()
         for site, estimator in scores:
@@ -251,7 +251,12 @@ def side_of(term: Term) -> str:
 
 
 def reaches(depends: Dependence, name: str, estimator: Estimator, term: Term) -> bool:
-    """Whether a summand belongs to the learning signal of a site; see `Estimator.reach`."""
+    """Whether a summand belongs to the learning signal of a site; see `Estimator.reach`.
+
+    The site's own KL in closed form does not: it is no function of the draw.
+    """
+    if term.kind == "kl" and term.site == name:
+        return False
     sources = [name, *(depends.upstream(name) if estimator.reach == "related" else ())]
     return estimator.reach == "all" or any(depends.moves(source, side_of(term), term.site) for source in sources)
 

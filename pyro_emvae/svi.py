@@ -13,9 +13,9 @@ import pyro.infer
 from pyro.infer import ELBO
 
 from . import checkpoint, driver, restarts
-from ._checks import EmvaeError, OptimizerError, fail, positive_int
+from ._checks import EmvaeError, OptimizerError, choose, fail, positive_int
 from .driver import Fit, Record
-from .engine import Engine
+from .engine import BACKENDS, POLICIES, Engine
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer, OptimView
 from .parameters import GUIDE, MODEL, Parameters
@@ -48,6 +48,8 @@ class Inference(pyro.infer.SVI):
                 because="it takes a pyro.infer.ELBO, or a function of model, guide and data",
                 fix="Write loss=MonteCarloELBO().",
             )
+        choose(type(self).__name__, "backend", options["backend"], BACKENDS)
+        choose(type(self).__name__, "on_nonfinite", options["on_nonfinite"], POLICIES)
         optimizers = options.pop("optimizers")
         view = OptimView({str(key): block for key, block in optimizers.items()})
         super().__init__(model, guide, view, loss, loss_and_grads)
@@ -271,6 +273,17 @@ def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
                 because="keyword arguments that are no option go to model and guide",
                 fix=f"Did you mean {meant[0]!r}?",
             )
+
+
+def takes(model: Callable, args: tuple) -> bool:
+    """Whether a model may be called with so many positional arguments, as far as its signature tells."""
+    try:
+        inspect.signature(model).bind_partial(*args)
+    except TypeError:
+        return False
+    except ValueError:
+        pass
+    return True
 
 
 def run_with(

@@ -370,7 +370,7 @@ CHOICES = {
 @both
 def test_unknown_choices(cls, key):
     options, observed = CHOICES[key]
-    with pytest.raises(EmvaeError, match=observed):
+    with pytest.raises(EmvaeError, match=f"^`{cls.__name__}` .*{observed}"):
         cls(shared_model, shared_guide, adam(), **options)
 
 
@@ -438,6 +438,19 @@ def test_the_argument_order_of_svi_is_refused_by_em():
     user = User()
     with pytest.raises(EmvaeError, match="max_iter=300"):
         EM(user.model, user.guide, adam()).run(300, X)
+
+
+def test_a_number_of_iterations_behind_the_data_is_refused_unless_the_model_takes_it():
+    user, widths = User(), []
+
+    def model(x: Tensor, width: int) -> None:
+        widths.append(width)
+        user.model(x)
+
+    with pytest.raises(EmvaeError, match=r"run on 300: got a whole number as one datum more.*max_iter=300"):
+        EM(user.model, user.guide, adam()).run(X, 300)
+    assert EM(model, lambda x, width: user.guide(x), adam()).run(X, 3, max_iter=2).num_iterations == 2
+    assert set(widths) == {3}
 
 
 @pytest.mark.parametrize("where", ["model", "guide"])

@@ -11,6 +11,7 @@ import math
 import time
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -308,6 +309,40 @@ def test_other_names_emissions_and_no_plate():
         "rates": gamma.T @ y / gamma.sum(0)[:, None],
     }
     torch.testing.assert_close(*fitted(expected), rtol=1e-6, atol=1e-8)
+
+
+LEFT_TO_RIGHT = torch.tensor([[0.7, 0.3, 0.0], [0.0, 0.6, 0.4], [0.0, 0.0, 1.0]], dtype=torch.float64)
+ONWARDS = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+
+
+def left_to_right(y: Tensor) -> None:
+    then = leaf("then", LEFT_TO_RIGHT, constraints.simplex)
+    rates = leaf("rates", torch.tensor([[2.0], [5.0], [9.0]]).to(y), constraints.positive)
+    z: Any = None
+    with pyro.plate("sequences", y.shape[1], dim=-1):
+        for t in pyro.markov(range(len(y))):
+            z = pyro.sample(f"z_{t}", dist.Categorical(ONWARDS if z is None else then[z]))
+            pyro.sample(f"y_{t}", dist.Poisson(rates[z]).to_event(1), obs=y[t, :, None])
+
+
+def test_a_transition_that_is_impossible_stays_so_up_to_rounding():
+    """Baum and Welch's iterates with exact zeros; a kept zero is where a Categorical of probability 0 puts it."""
+    generator = torch.Generator().manual_seed(2)
+    y = torch.poisson(torch.linspace(1.0, 12.0, 10, dtype=torch.float64)[:, None].expand(10, 8), generator=generator)
+    step = steps.hidden_markov(steps.poisson_mixture(3), initial=None, transition="then")
+    fit = EM(left_to_right, e_step="enumerated", m_step=step).run(y, max_iter=20, stop=None)
+    then, rates, evidence = LEFT_TO_RIGHT, torch.tensor([2.0, 5.0, 9.0]).to(y), []
+    for _ in range(20):
+        log_p, gamma, xi = forward_backward(dist.Poisson(rates).log_prob(y[..., None]), ONWARDS, then)
+        evidence.append(float(log_p.sum()))
+        counts = xi.nan_to_num().sum((0, 1))
+        then = torch.where(counts.sum(-1, keepdim=True) > 0, counts / counts.sum(-1, keepdim=True), then)
+        rates = (gamma * y[..., None]).sum((0, 1)) / gamma.sum((0, 1))
+    assert (counts == 0).sum() == 4 and evidence[-1] > evidence[0] + 1.0
+    np.testing.assert_allclose(fit.history["objective"].values, evidence, rtol=1e-9)
+    torch.testing.assert_close(fit.params["then"], then, rtol=1e-7, atol=1e-14)
+    torch.testing.assert_close(fit.params["rates"].squeeze(-1), rates, rtol=1e-7, atol=0)
+    assert 0 < fit.params["then"][then == 0].max() <= 2 * torch.finfo(torch.float64).eps
 
 
 def test_a_state_that_is_never_left_keeps_its_row():

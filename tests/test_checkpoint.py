@@ -888,7 +888,7 @@ def test_an_iterator_cannot_be_peeked_into(tmp_path):
     _, path = stored(tmp_path, "loader")
     afresh(1)
     with pytest.raises(CheckpointError, match="iterator of type generator"):
-        JOBS["loader"].make().run(data=(x for x in [X]), num_epochs=4, checkpoint=path, progress_bar=False)
+        JOBS["loader"].make().run(data=(x for x in [X]), checkpoint=path, progress_bar=False)
 
 
 # Meaning of the options -------------------------------------------------------------------------------------------

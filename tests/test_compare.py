@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pyro
@@ -16,12 +18,17 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanFie
 from torch import nn
 
 import pyro_emvae as emvae
-from pyro_emvae import problems
-from pyro_emvae._registry import Traits
-from pyro_emvae.compare import _chunks
+from pyro_emvae import _registry, problems
+from pyro_emvae._registry import Traits, entries
+from pyro_emvae.compare.cost import _most_by_count
+from pyro_emvae.compare.replicates import split
+from pyro_emvae.compare.rows import Row
 from pyro_emvae.engine import Replicator, gradient, record
 from pyro_emvae.estimators import LeaveOneOut, Score
+from pyro_emvae.objectives import ELBO, Objective
 from pyro_emvae.particles import hold_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 
 EXACT = (
     "normal_normal",
@@ -205,7 +212,9 @@ def test_same_seed_same_numbers_and_export(tmp_path):
     assert one.dataset[variables].equals(two.dataset[variables])
     one.to_csv(tmp_path / "table.csv")
     lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert lines[0].startswith("estimator,block,") and len(lines) == 1 + one.dataset.sizes["estimator"] * 2
+    sizes = one.dataset.sizes
+    assert lines[0].startswith("estimator,block,site,bias,")
+    assert len(lines) == 1 + sizes["estimator"] * (sizes["block"] + sizes["site"]) and sizes["site"] == 3
     assert "log" in (one.plot().get_xscale(), one.plot().get_yscale())
 
 
@@ -217,9 +226,9 @@ def test_chunks_do_not_change_what_is_estimated():
 
 
 def test_chunks_are_few_and_even():
-    assert _chunks(1000, 528) == [500, 500]
-    assert _chunks(10, 4) == [3, 3, 4]
-    assert _chunks(3, 0) == [1, 1, 1]
+    assert split(1000, 528) == [500, 500]
+    assert split(10, 4) == [3, 3, 4]
+    assert split(3, 0) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("particles", [1, 2])
@@ -368,6 +377,47 @@ def test_what_may_be_the_reference(row, unbiased):
     assert (table.dataset.attrs["reference"] != "nothing") == unbiased
 
 
+@dataclass(frozen=True)
+class Doubled(Objective):
+    """Another objective than the ELBO: twice that."""
+
+    name: ClassVar[str] = "doubled"
+    bounds: ClassVar[str] = "none"
+
+    def terms(self, particles):
+        return [term._replace(value=2 * term.value) for term in ELBO().terms(particles)]
+
+
+def test_the_reference_is_a_row_of_the_objective():
+    """`Trace_ELBO` and a loss of the ELBO have less variance, but are no reference for another objective."""
+    normal = problems.normal_normal()
+    theirs = Trace_ELBO(num_particles=20, vectorize_particles=True, max_plate_nesting=1)
+    rows = {"theirs": theirs, "elbo": emvae.MonteCarloELBO(20), "doubled": "score"}
+    options = {"estimators": rows, "num_replicates": 100, "seed": 0}
+    data = emvae.compare_gradients(normal.model, normal.guide, *normal.args, **options, objective=Doubled()).dataset
+    assert data.attrs["reference"] == "the row 'doubled'"
+    assert float(data.bias_z.sel(estimator="elbo").max()) > data.attrs["bias_z_limit"]
+    analytic = emvae.compare_gradients(
+        normal.model, normal.guide, *normal.args, **options, objective="elbo_analytic_kl"
+    ).dataset
+    assert analytic.attrs["reference"] in ("the row 'theirs'", "the row 'elbo'")
+
+
+def test_default_rows_of_another_objective_are_those_that_list_it(monkeypatch):
+    normal = problems.normal_normal()
+    pair = (normal.model, normal.guide, *normal.args)
+    with pytest.raises(emvae.EmvaeError, match=re.escape("estimators=[]")):
+        emvae.compare_gradients(*pair, objective=Doubled(), num_replicates=5)
+    known = {
+        entry.name: replace(entry, traits=replace(entry.traits, objectives=("elbo", "doubled")))
+        for entry in entries("estimator")
+        if entry.name in ("score", "pathwise")
+    }
+    monkeypatch.setitem(_registry._ENTRIES, "estimator", known)
+    table = emvae.compare_gradients(*pair, objective=Doubled(), num_replicates=5)
+    assert sorted(table.dataset.estimator.values) == ["pathwise", "score"]
+
+
 def test_default_rows_have_the_same_number_of_particles():
     for number, rows in ((1, ["score", "Trace_ELBO"]), (3, ["score", "leave_one_out", "Trace_ELBO"])):
         table = emvae.compare_gradients(*switch(), num_particles=number, num_replicates=10, seed=0).dataset
@@ -400,3 +450,212 @@ def test_references_that_do_not_fit(key):
 def test_no_row_at_all(estimators):
     with pytest.raises(emvae.EmvaeError, match="a row"):
         emvae.compare_gradients(*switch(), estimators=estimators)
+
+
+# Per site ---------------------------------------------------------------------------------------------------------
+
+
+def test_site_rows_are_those_of_the_parameters_that_move_the_site():
+    problem = problems.two_level()
+    loss = emvae.MonteCarloELBO(2, estimator="score")
+    data = compare(problem, estimators=["score"], num_replicates=5000).dataset
+    assert data.site.values.tolist() == ["first", "second"]
+    torch.manual_seed(1)
+    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(1000)]
+    moving = {"first": ["loc", "scale"], "second": ["slope", "intercept", "inner_scale"]}
+    names = {site: [n for n in problem.guide_params if n in found] for site, found in moving.items()}
+    assert sorted(itertools.chain(*names.values())) == sorted(problem.guide_params)
+    for site, found in names.items():
+        variance = torch.cat([torch.stack([g[n].reshape(-1) for g in loop]).var(0) for n in found])
+        got = data.sel(estimator="score", site=site)
+        assert float(got.site_variance_mean) == pytest.approx(float(variance.mean()), rel=0.2)
+        assert float(got.site_variance_max) == pytest.approx(float(variance.max()), rel=0.2)
+    assert f"score      {'second'}" in str(compare(problem, estimators=["score"], num_replicates=10))
+
+
+def test_a_parameter_that_moves_two_sites_counts_at_both():
+    def model():
+        for name in ("a", "b"):
+            pyro.sample(name, dist.Normal(0.0, 1.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.5))
+        for name in ("a", "b"):
+            pyro.sample(name, dist.Normal(loc, pyro.param(f"scale_{name}", torch.tensor(1.0))))
+
+    data = emvae.compare_gradients(model, guide, estimators=["score"], num_replicates=2000, seed=0).dataset
+    block, sites = data.second_moment.sel(block="guide"), data.site_second_moment
+    assert float(sites.sum()) > 1.3 * float(block[0])
+
+
+def test_second_moment_and_cosine_are_those_of_the_gradients():
+    """One coordinate: the cosine is the share of replicates with the right sign, less that of the others."""
+    problem = problems.bernoulli()
+    exact = problems.exact_gradients(problem)
+    data = compare(problem, estimators=["leave_one_out"], num_replicates=4000, reference=exact).dataset
+    loss = emvae.MonteCarloELBO(2, estimator="leave_one_out")
+    torch.manual_seed(5)
+    loop = [gradient(problem.model, problem.guide, loss, problem.args, {}).grads for _ in range(600)]
+    for block, names in (("guide", problem.guide_params), ("model", problem.model_params)):
+        g = -torch.stack([torch.cat([row[n].reshape(-1) for n in names]) for row in loop])
+        e = torch.cat([exact[n].reshape(-1) for n in names])
+        cell = data.sel(estimator="leave_one_out", block=block)
+        moment, cosine = g.pow(2).sum(1), torch.cosine_similarity(g, e[None], dim=1)
+        for got, values in ((cell.second_moment, moment), (cell.cosine, cosine)):
+            assert abs(float(got) - float(values.mean())) < 6 * float(values.std()) / math.sqrt(600)
+        assert float(cell.second_moment_evaluations) == pytest.approx(2 * float(cell.second_moment))
+
+
+def test_the_cosine_to_the_reference_row_leaves_the_replicate_itself_out():
+    """Where the gradient is pure noise its mean cosine is 0; with the replicate in the mean it would be 1/sqrt(R)."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 2.0).expand([1000]).to_event(1))
+
+    def guide():
+        loc = pyro.param("loc", torch.zeros(1000))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    data = emvae.compare_gradients(model, guide, estimators=["pathwise"], num_replicates=50, seed=0).dataset
+    assert abs(float(data.cosine[0, 0])) < 4 / math.sqrt(1000 * 50)
+    assert float(data.second_moment[0, 0]) == pytest.approx(1000 / 4**2 / 2, rel=0.05)
+
+
+# Noise ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_signal_below_the_floor_is_warned_of_by_row():
+    def pair(loc):
+        def model():
+            pyro.sample("z", dist.Normal(loc, 2.0))
+
+        def guide():
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+        return model, guide
+
+    options = {"estimators": ["pathwise"], "num_particles": 1, "num_replicates": 400, "seed": 0}
+    with pytest.warns(UserWarning, match=r"pathwise \(guide\) below 3/sqrt\(R\) with R = 400"):
+        table = emvae.compare_gradients(*pair(0.0), **options)
+    assert "noise alone gives 0.04" in str(table)
+    assert float(table.dataset.snr[0, 0]) < table.dataset.attrs["snr_floor"] == 3 / 20
+    pyro.clear_param_store()
+    table = emvae.compare_gradients(*pair(2.0), **options)
+    assert not table.weak_signals() and "noise alone" not in str(table)
+
+
+def test_the_ratio_of_pure_noise_is_the_stated_one():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 2.0).expand([2000]).to_event(1))
+
+    def guide():
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(2000)), 1.0).to_event(1))
+
+    data = emvae.compare_gradients(model, guide, estimators=["pathwise"], num_replicates=100, seed=0).dataset
+    assert float(data.snr[0, 0]) == pytest.approx(data.attrs["snr_noise"], rel=0.1)
+
+
+# Equal cost -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Probing:
+    """A loss whose cost is two evaluations a particle and three besides, and which takes even numbers only."""
+
+    num_particles: int
+
+    @property
+    def evaluations(self) -> int:
+        return 2 * self.num_particles + 3
+
+
+def test_equal_evaluations_are_the_same_number_for_all():
+    problem = problems.two_level()
+    losses = {"own": emvae.MonteCarloELBO(3), "theirs": Trace_ELBO(num_particles=4)}
+    rows = {"score": "score", "leave_one_out": "leave_one_out", **losses}
+    data = compare(problem, estimators=rows, num_replicates=5, equal="evaluations", budget=12).dataset
+    assert data.evaluations.values.tolist() == [12] * 4
+    assert data.particles.values.tolist() == [12, 12, 3, 4]
+    assert data.repeats.values.tolist() == [1, 1, 4, 3]
+    assert "each gradient may cost 12 evaluations" in str(
+        compare(problem, estimators=rows, num_replicates=5, equal="evaluations", budget=12)
+    )
+    assert losses["theirs"].num_particles == 4
+
+
+def test_by_default_all_cost_what_the_dearest_row_costs():
+    rows = {"score": "score", "theirs": Trace_ELBO(num_particles=9)}
+    data = compare(problems.bernoulli(), estimators=rows, num_replicates=5, equal="evaluations").dataset
+    assert data.evaluations.values.tolist() == [9, 9] and data.attrs["budget"] == 9
+
+
+def test_a_cost_that_does_not_divide_the_budget_is_less_and_said():
+    rows = {"score": "score", "theirs": Trace_ELBO(num_particles=3)}
+    table = compare(problems.bernoulli(), estimators=rows, num_replicates=5, equal="evaluations", budget=10)
+    assert table.dataset.evaluations.values.tolist() == [10, 9]
+    assert "3 x 3" in str(table)
+
+
+@pytest.mark.parametrize("vectorized", [True, False])
+def test_repeats_are_averages(vectorized):
+    """The mean of m gradients has a variance of one m-th, whether replicates are vectorized or looped."""
+    problem = problems.two_level()
+    loss = emvae.MonteCarloELBO(2, estimator="pathwise") if vectorized else Trace_ELBO(num_particles=2)
+    count = 4000 if vectorized else 150
+    one = compare(problem, estimators=[loss], num_replicates=count).dataset
+    four = compare(problem, estimators=[loss], num_replicates=count, equal="evaluations", budget=8).dataset
+    ratio = float(one.variance_mean[0, 0] / four.variance_mean[0, 0])
+    assert ratio == pytest.approx(4, rel=0.1 if vectorized else 0.4)
+    assert float(four.second_moment_evaluations[0, 0]) == pytest.approx(8 * float(four.second_moment[0, 0]))
+
+
+@pytest.mark.parametrize(("budget", "particles"), [(5, 1), (13, 5), (14, 5), (200, 98)])
+def test_the_most_particles_that_keep_to_the_budget(budget, particles):
+    """Cost 2 K + 3, from above, never below the answer."""
+    row = Row("probing", Probing(2), Probing)
+    _most_by_count(row, SimpleNamespace(pair=(None, None, (), {})), budget)
+    assert row.loss.num_particles == particles and row.evaluations <= budget
+
+
+@pytest.mark.parametrize(("budget", "particles"), [(None, [90, 90, 30]), (1.3, [30, 30, 30]), (1.15, None)])
+def test_equal_milliseconds_are_the_most_particles_within_the_time(monkeypatch, budget, particles):
+    """With a clock that takes a millisecond and a hundredth per particle; to a tenth of the answer."""
+    clock = lambda row, problem: row.repeats * (1 + row.loss.num_particles / 100)  # noqa: E731
+    monkeypatch.setattr("pyro_emvae.compare.cost.time_gradient", clock)
+    rows = {"score": "score", "leave_one_out": "leave_one_out", "theirs": Trace_ELBO(num_particles=30)}
+    rows |= {"dear": emvae.MonteCarloELBO(90)} if budget is None else {}
+    options = {"estimators": rows, "num_replicates": 5, "equal": "milliseconds", "budget": budget}
+    if particles is None:
+        with pytest.raises(emvae.EmvaeError, match=r"'theirs' a cost of 1.15 milliseconds: got 1.3 for 30 particles"):
+            compare(problems.bernoulli(), **options)
+        return
+    data = compare(problems.bernoulli(), **options).dataset
+    got = data.particles.values[:3]
+    assert all(0.9 * most <= k <= most for k, most in zip(got, particles, strict=True))
+    assert data.repeats.values.tolist() == [1] * len(rows)
+    assert data.evaluations.values.tolist() == data.particles.values.tolist()
+
+
+def test_cheap_rows_get_more_particles_for_the_same_time():
+    rows = {"score": "score", "theirs": Trace_ELBO(num_particles=20)}
+    data = compare(problems.bernoulli(), estimators=rows, num_replicates=5, equal="milliseconds").dataset
+    assert float(data.particles.sel(estimator="score")) > 2 and data.attrs["budget"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "observed"),
+    [
+        ({"equal": "evaluation"}, "Did you mean 'evaluations'"),
+        ({"equal": True}, "equal=True"),
+        ({"budget": 3}, "budget=3 with equal=None"),
+        ({"equal": "evaluations", "budget": 0}, "got 0"),
+        ({"equal": "evaluations", "budget": "3"}, "got '3'"),
+        ({"equal": "evaluations", "budget": 2, "estimators": [Trace_ELBO(num_particles=3)]}, "got 3 for 3 particles"),
+        ({"equal": "evaluations", "budget": 1, "estimators": ["leave_one_out"]}, "'leave_one_out' a cost of 1 "),
+        ({"equal": "milliseconds", "budget": 1e-9, "estimators": ["score"]}, "'score' a cost of 1e-09"),
+    ],
+)
+def test_equal_costs_that_cannot_be(options, observed):
+    with pytest.raises(emvae.EmvaeError, match=re.escape(observed)):
+        compare(problems.bernoulli(), num_replicates=5, **options)

@@ -826,7 +826,7 @@ def test_the_checks_find_planted_defects():
         return model
 
     with pytest.raises(StepError, match=r"misses a quadratic by [\d.]+e-0[56]"):
-        steps.Gaussian().infer(cubic(1e-6), (), {})
+        steps.Gaussian().infer(cubic(1e-7), (), {})
     steps.Gaussian().infer(cubic(0.0), (), {})
     posterior = steps.Gaussian().infer(walk_within_a_plate, (), {})
     assert posterior.factor.local.shape == (1, 10, 10)

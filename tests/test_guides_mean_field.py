@@ -234,8 +234,8 @@ def test_minibatches_prove_themselves_and_are_compared():
 
     check_guide(AutoMeanField, model, (X[:3],))
     guide = AutoMeanField(model)
-    found = emvae.compare_gradients(model, guide, X[:3], estimators=["pathwise", "score"], num_replicates=50, seed=0)
-    assert all(math.isfinite(v) for v in found.dataset["variance_mean"].sel(block="guide").values.flatten()[:2])
+    found = emvae.compare_gradients(model, guide, X[:3], estimators=["pathwise"], num_replicates=100, seed=0)
+    assert all(math.isfinite(v) for v in found.dataset["variance_mean"].sel(block="guide").values.flatten())
     assert "nan" not in str(emvae.explain(model, guide, X[:3]))
 
 

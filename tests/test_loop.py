@@ -621,7 +621,7 @@ def test_with_a_loader_a_rule_is_asked_per_epoch():
 )
 def test_options_of_the_loop_are_checked(options, observed):
     em = linkage_em()
-    with pytest.raises(EmvaeError, match=observed):
+    with pytest.raises(EmvaeError, match=rf"^`(EM\.)?run` .*{observed}"):
         em.run(LINKAGE, **options)
     assert em.run(LINKAGE).status == "CONVERGED"
 

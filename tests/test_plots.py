@@ -12,10 +12,20 @@ import pytest
 import torch
 import xarray as xr
 
-from pyro_emvae import compare_gradients, problems
+from pyro_emvae import compare_gradients, problems, sweep_gradients
 from pyro_emvae._checks import DataError
 from pyro_emvae.diagnostics.container import finalize, fit_stats
-from pyro_emvae.plots import plot_elbo, plot_latent, plot_reconstructions, plot_variance_ladder
+from pyro_emvae.plots import (
+    plot_elbo,
+    plot_latent,
+    plot_reconstructions,
+    plot_snr,
+    plot_variance_cost,
+    plot_variance_ladder,
+    snr_slopes,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 
 STEPS = 12
 
@@ -184,6 +194,110 @@ def test_ladder_refuses():
         plot_variance_ladder(ladder(), block="guid")
     with pytest.raises(DataError, match="variance_mean"):
         plot_variance_ladder(object())
+
+
+# Sweeps -------------------------------------------------------------------------------------------------------------
+
+COUNTS = np.array([1.0, 4.0, 16.0, 64.0])
+
+
+def swept(stages: int = 0) -> xr.Dataset:
+    """Ratios that rise as sqrt(K) and fall as 1/sqrt(K) into the floor; a variance that falls as 1/K, and one of 0."""
+    snr = np.stack([0.5 * np.sqrt(COUNTS), np.maximum(0.2 / np.sqrt(COUNTS), 0.04)], 1)[..., None]
+    variance = np.stack([3 / COUNTS, 0 * COUNTS], 1)[..., None]
+    dims, coords = ("num_particles", "estimator", "block"), {"num_particles": COUNTS.astype(int)}
+    coords |= {"estimator": ["rising", "falling"], "block": ["guide"]}
+    data = xr.Dataset(
+        {
+            "snr": (dims, snr),
+            "variance_mean": (dims, variance),
+            "variance_max": (dims, 2 * variance),
+            "evaluations": (dims[:2], np.stack([COUNTS, 2 * COUNTS], 1)),
+            "milliseconds": (dims[:2], np.stack([COUNTS, 2 * COUNTS], 1) / 7),
+        },
+        coords,
+        {"snr_floor": 0.06, "snr_noise": 0.02},
+    )
+    return data.expand_dims(stage=list(range(stages))) if stages else data
+
+
+def test_slopes_leave_out_what_is_below_the_floor():
+    slopes = snr_slopes(swept())
+    np.testing.assert_allclose(slopes.sel(block="guide"), [0.5, -0.5], rtol=1e-12)
+    assert abs(float(snr_slopes(swept(), floor=0.0).sel(estimator="falling")[0]) + 0.5) > 0.05
+    assert np.isnan(snr_slopes(swept(), floor=0.15).sel(estimator="falling")).all()
+    assert dict(snr_slopes(swept(2)).sizes) == {"stage": 2, "estimator": 2, "block": 1}
+
+
+@pytest.mark.parametrize("stages", [0, 2])
+def test_snr(stages):
+    ax = plot_snr(swept(stages))
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    stage = [f", stage {i}" for i in range(stages)] or [""]
+    assert labels(ax) == [f"{n}{s}: slope {k}" for n, k in (("rising", "+0.50"), ("falling", "-0.50")) for s in stage]
+    marks, fits = ([line for line in ax.lines if (line.get_marker() == "None") == fit] for fit in (False, True))
+    by_fill = {fill: [m for m in marks if m.get_fillstyle() == fill] for fill in ("full", "none")}
+    np.testing.assert_allclose(by_fill["full"][-1].get_ydata(), [0.2, 0.1])
+    np.testing.assert_array_equal(by_fill["none"][-1].get_xdata(), [16, 64])
+    np.testing.assert_allclose(fits[0].get_ydata(), 0.5 * np.sqrt(COUNTS))
+    assert fits[-1].get_ydata() == [0.02, 0.02] and len(fits) == 2 * max(1, stages) + 1
+    drawn(ax)
+    assert outside(ax)
+
+
+def test_snr_without_a_point_above_the_floor():
+    table = swept()
+    table.attrs["snr_floor"] = 9.0
+    assert labels(plot_snr(table)) == ["rising: no slope above the floor", "falling: no slope above the floor"]
+
+
+@pytest.mark.parametrize("cost", ["evaluations", "milliseconds"])
+def test_variance_against_cost(cost):
+    table = swept()
+    ax = plot_variance_cost(table, cost=cost, maximum=True)
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), table[cost].sel(estimator="rising"))
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), 6 / COUNTS)
+    assert labels(ax) == ["rising", "falling, variance 0"] and np.isnan(ax.lines[1].get_ydata()).all()
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    drawn(ax)
+    assert len(plot_variance_cost(swept(3), cost=cost).lines) == 6
+
+
+def test_ladder_of_a_sweep_has_a_rung_for_each_combination():
+    ax = plot_variance_ladder(swept(2), block="guide")
+    assert labels(ax)[:2] == ["guide, 0, num_particles 1", "guide, 0, num_particles 4"] and len(labels(ax)) == 8
+
+
+def test_figures_of_a_sweep():
+    problem = problems.subsampled()
+    rows = ["score", "pathwise"]
+    given = {"estimators": rows, "num_particles": [1, 2], "num_replicates": 20}
+    table = sweep_gradients(problem.model, problem.guide, *problem.args, **given)
+    assert table.estimator.values.tolist() == [*rows, "minibatch"]
+    assert labels(plot_variance_cost(table)) == rows
+    for figure in (plot_variance_ladder(table), plot_snr(table, block="model")):
+        drawn(figure)
+
+
+@pytest.mark.parametrize(
+    ("plot", "options", "observed"),
+    [
+        (plot_snr, {"block": "gide"}, "'gide'"),
+        (plot_variance_cost, {"block": "gide"}, "'gide'"),
+        (plot_variance_cost, {"cost": "money"}, "cost='money'"),
+    ],
+)
+def test_figures_of_a_sweep_refuse(plot, options, observed):
+    with pytest.raises(DataError, match=observed):
+        plot(swept(), **options)
+
+
+def test_ratios_need_numbers_of_particles():
+    for function in (plot_snr, snr_slopes):
+        with pytest.raises(DataError, match=r"dims .*'estimator'"):
+            function(swept().isel(num_particles=0))
+        with pytest.raises(DataError, match="'snr'"):
+            function(ladder())
 
 
 # Images and latents -------------------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ from torch.distributions import constraints
 import pyro_emvae as emvae
 from pyro_emvae import EM, SVI, MonteCarloELBO, _pyro, problems
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
+
 SIGNATURES = {
     "Messenger": (_pyro.Messenger._process_message, ["self", "msg"]),
     "get_trace": (_pyro.get_trace, ["self", "model", "guide", "args", "kwargs"]),

@@ -88,6 +88,25 @@ def test_acceleration_restarts_masks_and_other_arguments(case, options):
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-7)
 
 
+def test_values_may_be_missing_in_some_slices_only():
+    def with_gaps(x: Tensor) -> None:
+        weight = pyro.param("weight", lambda: x.new_tensor([[1.0], [0.5]]))
+        bias, sigma = pyro.param("bias", lambda: x.new_zeros(2)), pyro.param("sigma", lambda: x.new_ones(2))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            fn = dist.Normal(z @ weight.T + bias, sigma).mask(~x.isnan()).to_event(1)
+            pyro.sample("x", fn, obs=x.nan_to_num())
+
+    x, found = data(), []
+    x[70, 0] = x[71] = math.nan
+    for batch_size in (None, 30):
+        pyro.clear_param_store()
+        em = EM(with_gaps, e_step="gaussian", m_step=steps.linear_gaussian(noise_form="diagonal"))
+        em.run(x, max_iter=8, stop=None, batch_size=batch_size)
+        found.append({name: value.detach().clone() for name, value in em.blocks.constrained().items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-10, atol=1e-10)
+
+
 def test_each_slice_is_at_most_as_large_and_seen_once():
     seen = []
 
@@ -316,6 +335,31 @@ def test_many_data_go_in_slices_by_default(few, case, options):
     assert (went(sliced), went(whole)) == ("slices of 30", "whole: batch_size=None")
 
 
+@pytest.mark.parametrize("case", ["mixture", "factors"])
+def test_the_slices_that_were_compared_with_the_whole_are_those_of_the_first_iteration(few, case):
+    runs: list[int] = []
+    model, e_step, m_step = CASES[case]
+
+    def counting(x: Tensor) -> None:
+        runs.append(len(x))
+        model(x)
+
+    pyro.clear_param_store()
+    x, found = data(), []
+    em = EM(counting, e_step=e_step, m_step=m_step())
+    em.run(x, max_iter=1, stop=None)
+    start = {name: value.detach().clone() for name, value in em.blocks.constrained().items()}
+    for batch_size in ("auto", 30):
+        assign(em.blocks, start)
+        runs.clear()
+        em.run(x, max_iter=1, stop=None, batch_size=batch_size)
+        each, kept = 1 + (e_step == "gaussian"), [101] if batch_size == "auto" else []
+        expected = [60] + 4 * [30] + kept + 2 * [25, 25, 25, 26]  # compared, one iteration, the objective at its end
+        assert runs == [size for size in expected for _ in range(each)]
+        found.append({name: value.detach().clone() for name, value in em.blocks.constrained().items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in start)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_few_data_are_taken_whole_bit_for_bit(case):
     fit, found = fitted(case, data())
@@ -326,7 +370,7 @@ def test_few_data_are_taken_whole_bit_for_bit(case):
 
 def test_the_length_of_a_slice_is_that_of_two_mebibytes():
     lengths = [slices._best_length(((torch.zeros(30_000, width, dtype=F64),), {})) for width in (2, 64, 1000)]
-    assert lengths == [8192, 2**21 // (64 * 8), 1024]
+    assert lengths == [16384, 2**21 // (64 * 8), 1024]
     assert slices._best_length(((torch.zeros(9, 32), torch.zeros(9, 96), torch.zeros(99)), {})) == 2**21 // (128 * 4)
 
 

@@ -43,9 +43,9 @@ def test_what_a_draw_reaches():
     assert found["a"] == {("guide", "a"), ("guide", "b"), ("model", "a"), ("model", "b")}
     assert found["b"] == {("guide", "b"), ("model", "b")}
     assert found["c"] == {("guide", "c"), ("model", "c"), ("model", "x")}  # written into a view
-    assert len(found["d"]) == len(found["e"]) == 14  # Python has looked at them
+    assert ("model", "y") in found["d"] and len(found["d"]) == 11 and len(found["e"]) == 10  # Python has looked at them
     assert found["f"] == {("guide", "f"), ("model", "f")}
-    assert found.upstream("b") == ("a", "d", "e") and found.upstream("a") == ("d", "e")
+    assert found.upstream("b") == ("a",) and found.upstream("f") == ("d", "e")
 
 
 def pairs(count: int = 6):

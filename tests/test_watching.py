@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import pyro_emvae as emvae
 from pyro_emvae import EM, SVI, MonteCarloELBO
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
+
 X = torch.tensor([[0.3, -1.2], [1.7, 0.4], [-0.5, 2.2], [0.9, 0.8], [0.1, 0.2], [-1.0, 0.6]])
 
 

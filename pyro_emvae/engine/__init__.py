@@ -4,10 +4,12 @@ from .gradients import Gradient, gradient
 from .maps import BatchedMap, RecordedMap, record_map
 from .recording import Recording, record
 from .replicates import Replicator
-from .run import Engine, State, choose
+from .run import BACKENDS, POLICIES, Engine, State
 from .trace import Traced, trace
 
 __all__ = [
+    "BACKENDS",
+    "POLICIES",
     "BatchedMap",
     "Engine",
     "Gradient",
@@ -16,7 +18,6 @@ __all__ = [
     "Replicator",
     "State",
     "Traced",
-    "choose",
     "gradient",
     "record",
     "record_map",

@@ -98,7 +98,7 @@ def refuse(step: Callable, inputs: tuple, difference: str) -> None:
     where = "".join(f" at {line}" for line in dict.fromkeys(lines) if line)
     fail(
         RecordingError,
-        "SVI",
+        'backend="graph"',
         "record the step as a graph",
         got=difference + where,
         because="a number that Python changes from call to call would be frozen "

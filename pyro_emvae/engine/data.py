@@ -62,7 +62,7 @@ def _describe(x: Any, place: int) -> tuple:
     if not callable(x):
         fail(
             RecordingError,
-            "SVI",
+            'backend="graph"',
             f"record a step on an argument of type {type(x).__name__}",
             got=repr(x)[:80],
             because="only tensors change from call to call of a recorded step",

@@ -140,8 +140,8 @@ def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only, rows) -> Gr
     if not math.isfinite(value) and not isinstance(loss, TraceTailAdaptive_ELBO):  # which never computes its value
         fail(
             NonFiniteError,
-            "SVI",
-            "use a loss that is not finite",
+            getattr(loss, "__name__", type(loss).__name__),
+            "be minimised",
             got=f"loss {value}",
             because="every log density has to be finite",
             fix="Use loss=MonteCarloELBO(), which names the first site that is not finite.",

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .._checks import RecordingError, fail
 from ..loss import MonteCarloELBO, States
 from ..particles import quiet
+from ..particles.dependence import index_unread
 from .blame import line_of, refuse, shift_generators
 from .data import signature, tensors_of
 from .gradients import Gradient, differentiate, norm_of
@@ -92,8 +93,8 @@ def record(
     if not hasattr(loss, "evaluate"):
         fail(
             RecordingError,
-            "SVI",
-            'use backend="graph"',
+            'backend="graph"',
+            "record the gradient",
             got=f"loss {type(loss).__name__}",
             because="only MonteCarloELBO can be recorded (Pyro's losses call .item())",
             fix='Write loss=MonteCarloELBO(estimator="pyro"), or backend="eager".',
@@ -102,7 +103,7 @@ def record(
         if not row.estimator.traits.recordable:
             fail(
                 RecordingError,
-                "SVI",
+                'backend="graph"',
                 f"record the gradient at site {row.site!r}",
                 got=repr(row.estimator),
                 because="its trait recordable is False",
@@ -136,7 +137,7 @@ def verify(recording: Recording, again: Recording) -> None:
     if difference:
         fail(
             RecordingError,
-            "SVI",
+            'backend="graph"',
             "go on with the recorded step",
             got=difference,
             because="the model has changed since it was recorded, as by an annealing attribute, and the recorded step "
@@ -160,7 +161,7 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[Traced, Traced]:
                     raise
                 fail(
                     RecordingError,
-                    "SVI",
+                    'backend="graph"',
                     "record the step as a graph",
                     got=f"a Python number taken from a tensor{line_of(cause)}",
                     because="a recorded step has no .item() and no branch on a tensor's value",
@@ -174,7 +175,7 @@ def _refuse_replaced(buffer: str | None) -> None:
     if buffer is not None:
         fail(
             RecordingError,
-            "SVI",
+            'backend="graph"',
             "record the step as a graph",
             got=f"a new tensor as buffer {buffer}",
             because="a recorded step writes buffers in place, and would never see this one change",
@@ -193,12 +194,7 @@ class _Recordable(TorchFunctionMode):
         if func is torch._is_all_true:
             return True
         if func is Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            scalars = [isinstance(i, Tensor) and i.dim() == 0 and i.dtype == torch.long for i in index]
-            count = sum(scalars)
-            if count and all(scalars[:count]) and not any(isinstance(i, Tensor | list) for i in index[count:]):
-                lifted = tuple(i.unsqueeze(0) for i in index[:count]) + index[count:]
-                return func(args[0], lifted).squeeze(0)
+            return index_unread(*args)
         return func(*args, **(kwargs or {}))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, fail, nearest, require_data
+from .._checks import EmvaeError, NonFiniteError, RecordingError, StepError, choose, fail, require_data
 from ..loss import MonteCarloELBO, States, raise_non_finite, remember
 from ..optimizers import BlockOptimizer
 from ..parameters import GUIDE, MODEL, SHARED, SIDES, Buffer, Parameters, discover, is_wrapped
@@ -21,9 +21,9 @@ from .data import fitting_data, signature
 from .gradients import Gradient, gradient
 from .recording import Recording, record, verify
 
-__all__ = ["Engine", "State", "choose"]
+__all__ = ["BACKENDS", "POLICIES", "Engine", "State"]
 
-BACKENDS = ("eager", "graph")
+BACKENDS, POLICIES = ("eager", "graph"), ("raise", "skip", "revert")
 LOOKS = (2, *(8**k for k in range(1, 9)))  # uses after which a recording is made again and compared
 
 
@@ -79,7 +79,6 @@ class Engine:
         sides: Mapping[str, str] = SIDES,
         on_nonfinite: str = "raise",
     ) -> None:
-        choose("backend", backend, BACKENDS)
         self.model, self.guide, self.loss = model, guide, loss
         self.optimizers, self.backend, self.loss_and_grads = optimizers, backend, loss_and_grads
         self.blocks, self.sides, self.on_nonfinite = blocks, sides, on_nonfinite
@@ -102,7 +101,7 @@ class Engine:
 
     @on_nonfinite.setter
     def on_nonfinite(self, policy: str) -> None:
-        self._on_nonfinite = choose("on_nonfinite", policy, ("raise", "skip", "revert"))
+        self._on_nonfinite = choose("run", "on_nonfinite", policy, POLICIES)
 
     def setup(self, args: tuple, kwargs: Mapping[str, Any]) -> Parameters:
         """Find blocks and buffers, if that has not been done; generator and buffers stay as they are.
@@ -195,7 +194,7 @@ class Engine:
         with quiet(validate=False), torch.no_grad():
             particles = loss.particles(self.model, self.guide, args, kwargs)
         if particles.first_non_finite() is not None:
-            raise_non_finite("SVI", math.nan, particles, cause)
+            raise_non_finite(type(loss).__name__, math.nan, particles, cause)
 
     def _is_warm(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> bool:
         """Whether a step was made eagerly on such data, so that parameters, plates and estimators' states exist."""
@@ -367,20 +366,6 @@ def _put_back(held: list[tuple[Buffer, Tensor, Tensor]]) -> None:
     with torch.no_grad():
         for buffer, tensor, copied in held:
             buffer.module._buffers[buffer.key] = tensor.copy_(copied)
-
-
-def choose(name: str, value: Any, known: tuple[str, ...]) -> Any:
-    """Return `value` if it is one of `known`, else raise."""
-    if value not in known:
-        fail(
-            EmvaeError,
-            "SVI",
-            f"use {name}={value!r}",
-            got="an unknown choice",
-            because=f"{name} is one of {known}",
-            fix=nearest(str(value), known),
-        )
-    return value
 
 
 def _in_context() -> bool:

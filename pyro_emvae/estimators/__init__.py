@@ -4,6 +4,7 @@ from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
 from .draws import Antithetic, Independent, Sobol
 from .leave_one_out import LeaveOneOut
+from .measure_valued import MeasureValued
 from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
@@ -22,6 +23,7 @@ __all__ = [
     "Full",
     "Independent",
     "LeaveOneOut",
+    "MeasureValued",
     "NeuralBaseline",
     "PartialPathwise",
     "Pathwise",

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro import poutine
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from .._checks import EstimatorError, ModelError, fail
 from .._pyro import Messenger
 
-__all__ = ["PARTICLE_PLATE", "Recorder", "config_estimators", "hold_batch", "is_subsample"]
+__all__ = ["PARTICLE_PLATE", "Recorder", "config_estimators", "hold_batch", "is_subsample", "with_own_mask"]
 
 PARTICLE_PLATE = "num_particles_vectorized"
 
@@ -81,7 +82,7 @@ class Recorder(Messenger):
             )
         if self.treat is not None and not msg["is_observed"] and not is_subsample(msg):
             self._treat(msg)
-        self.messages[name] = msg.copy()
+        self.messages[name] = with_own_mask(msg.copy())
 
     def _treat(self, msg: dict) -> None:
         how = self.treat(msg)
@@ -99,6 +100,24 @@ class Recorder(Messenger):
             leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
             self.params[msg["name"]] = leaf
             self.constraints[msg["name"]] = msg["kwargs"].get("constraint")
+
+
+def with_own_mask(msg: dict) -> dict:
+    """Move the mask inside a distribution (``dist.Normal(0, 1).mask(keep)``) to where `poutine.mask` puts it.
+
+    So a latent has a density of its own wherever it is masked, which counts only where it is not.
+    """
+    while isinstance(msg["fn"], MaskedDistribution) and (msg["fn"]._mask is not False or not msg["is_observed"]):
+        mask, outer = _unexpanded(msg["fn"]._mask), msg["mask"]
+        msg["fn"], msg["mask"] = msg["fn"].base_dist, mask if outer is None else mask & outer
+    return msg
+
+
+def _unexpanded(mask: Any) -> Any:
+    """Return a mask without leading dims that repeat it, such as that of particles."""
+    while isinstance(mask, Tensor) and mask.dim() and mask.stride(0) == 0:
+        mask = mask[0]
+    return mask
 
 
 def is_subsample(msg: Mapping[str, Any]) -> bool:

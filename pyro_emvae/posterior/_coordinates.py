@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Latent", "Point"]
+__all__ = ["Latent", "Point", "fixed_normal"]
 
 
 class Point(tuple):
@@ -111,3 +112,9 @@ class Latent:
         """Give rows of one block to all blocks."""
         count = math.prod(self.plates[dim] for dim in self.block)
         return rows.expand(*rows.shape[:-2], count, rows.shape[-1])
+
+
+def fixed_normal(like: Point, seed: int) -> Point:
+    """Return standard normal numbers that are the same in every call; torch's generator is not used."""
+    generator = torch.Generator().manual_seed(seed)
+    return Point(*(torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x) for x in like))

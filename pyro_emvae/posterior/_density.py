@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -40,6 +39,7 @@ class BlockDensity:
 
     Example:
         >>> import pyro
+        >>> import pyro.distributions as dist
         >>> def model(x):
         ...     with pyro.plate("data", 2):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -124,12 +124,9 @@ class BlockDensity:
 
 def _factor(site: Site) -> Tensor:
     """Return an observed site's log density where its mask is true, and a latent's without masks: it sums to one."""
-    if site.is_observed:
-        mask = site.mask
-        return site.log_prob if mask is None else torch.where(torch.as_tensor(mask), site.log_prob, 0.0)
-    if not isinstance(site.fn, dist.MaskedDistribution):
+    if not site.is_observed or site.mask is None:
         return site.log_prob
-    return site.each(lambda run: run.fn.base_dist.log_prob(run.value))
+    return torch.where(torch.as_tensor(site.mask), site.log_prob, 0.0)
 
 
 def _draw_nothing(*args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from ..parameters import reach
 from ..particles import Particles, Site, draw, hold_batch, is_subsample, replay, stack_runs
 from ._factors import DiscreteFactor, family_of
 from ._families import Factor
+from ._masks import counted_without, refuse_counted
 from ._plates import Batch
 from .enumerated import _sites, _trace
 
@@ -85,6 +86,18 @@ class FactoredJoint:
         self.dtype = min((s.log_prob.dtype for s in run.model.values()), key=lambda kind: torch.finfo(kind).bits)
         self.leaves, self.params = frozenset(given.leaves), list(run.params["model"].values())
         self.reached = self._reached(run, given)
+        suspects = counted_without(self.reached, {name: site.mask for name, site in run.model.items()})
+        refuse_counted(obj, (pair for pair in suspects if self._counts(run, given, *pair)))
+
+    def _counts(self, run: Particles, given: _Start, name: str, site: str) -> bool:
+        """Whether a latent moves a site's density where the latent is masked; taken for granted of discrete ones."""
+        if name not in given.leaves:
+            return True
+        log_p = run.model[site].scaled.sum()
+        (slope,) = torch.autograd.grad(log_p, [given.leaves[name]], retain_graph=True, materialize_grads=True)
+        latent = run.model[name]
+        size = slope.abs().reshape(*slope.shape[: slope.dim() - latent.fn.event_dim], -1).sum(-1)
+        return bool((size * ~torch.as_tensor(latent.mask)).any())
 
     def _first(self, model: Callable) -> tuple[Particles, _Start]:
         with torch.enable_grad(), _Start(self.obj) as given:

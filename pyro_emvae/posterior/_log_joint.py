@@ -15,7 +15,8 @@ from .._checks import NonFiniteError, StepError, fail
 from .._pyro import Messenger
 from ..parameters import reach
 from ..particles import Particles, Site, draw, hold_batch, is_subsample, reduce_to
-from ._coordinates import Latent, Point
+from ._coordinates import Latent, Point, fixed_normal
+from ._masks import counted_without, refuse_counted
 from ._plates import Batch
 from ._squares import squares
 
@@ -95,6 +96,7 @@ class LogJoint:
         self.frames = {name: site.frames for name, site in particles.model.items()}
         self.separable = not self.commons and all(self.plates <= set(self.frames[name]) for name in self.reached)
         self.scale = self._common_scale()
+        self._require_kept_latents()
         rest = [site.scaled.detach().sum().double() for n, site in particles.model.items() if n not in self.reached]
         self.rest = torch.stack(rest).sum() if rest else 0.0
 
@@ -112,6 +114,10 @@ class LogJoint:
     def parts(self) -> Iterator[tuple[int, list[Latent]]]:
         """Yield the place in a `Point` and the latents of the common part, then of the local one."""
         yield from ((1, self.commons), (0, self.locals))
+
+    def origin(self) -> Point:
+        """Return the coordinates of the first run."""
+        return self.split({name: leaf.detach() for name, leaf in self.start.leaves.items()})
 
     def split(self, coordinates: Mapping[str, Tensor]) -> Point:
         """Gather tensors by latent into one point."""
@@ -237,6 +243,20 @@ class LogJoint:
             if not self.constrained and not _is_real(support):
                 self._refuse_site(site, f"its support {support} is not all real numbers", "Use steps.Laplace().")
 
+    def _require_kept_latents(self) -> None:
+        """Refuse a factor that counts where a latent that moves it is masked, as its slopes at random values show."""
+        masks = {name: site.mask for name, site in self.start.particles.model.items()}
+        if suspects := list(counted_without(self.reached, masks)):
+            run = self.at(fixed_normal(self.origin(), seed=0))
+            refuse_counted(self.obj, (pair for pair in suspects if self._moves(run, *pair)))
+
+    def _moves(self, run: Run, name: str, site: str) -> bool:
+        """Whether a latent moves a site's factor where the latent is masked."""
+        (slope,) = torch.autograd.grad(run.factors[site].sum(), [run.leaves[name]], retain_graph=True)
+        latent = self.latents[name]
+        size = slope.abs().reshape(*latent.batch, -1).sum(-1)
+        return bool((size * ~torch.as_tensor(latent.mask)).any())
+
     def _refuse_site(self, site: Site, because: str, fix: str) -> None:
         got = f"{type(site.fn).__name__}{tuple(site.fn.shape())}"
         fail(StepError, self.obj, f"integrate site {site.name!r} out", got=got, because=because, fix=fix)
@@ -270,7 +290,7 @@ class LogJoint:
 
 
 class _At(Messenger):
-    """Give every latent a value from coordinates that are leaves of autograd; zeros where none are given."""
+    """Give latents their values, from coordinates that are leaves of autograd, zeros by default; hold theta."""
 
     def __init__(self, coordinates: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -292,6 +312,12 @@ class _At(Messenger):
             coordinates = _like(fn).new_zeros(shape)
         self.leaves[name] = leaf = coordinates.detach().clone().requires_grad_()
         msg["value"], msg["done"] = _apply(transform, leaf), True
+
+    def _pyro_post_param(self, msg: dict) -> None:
+        value = msg["value"]
+        if value is not None:
+            msg["value"] = value.detach()
+            vars(msg["value"]).update(vars(value))
 
 
 def _like(fn: Any) -> Tensor:

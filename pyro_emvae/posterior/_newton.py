@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
-from ._coordinates import Point
+from ._coordinates import Point, fixed_normal
 from ._log_joint import LogJoint, Run
-from ._precision import Coupled, Factor, NotPositive, Precision, check_blocks, fixed_normal, precision
+from ._precision import Coupled, Factor, NotPositive, Precision, check_blocks, precision
 from .gaussian import GaussianPosterior
 
 __all__ = ["find_mode", "solve_quadratic"]
@@ -59,7 +59,7 @@ def _in_blocks(joint: LogJoint, solve: Callable[[LogJoint], GaussianPosterior]) 
 
 
 def _solve(joint: LogJoint, vectorize: dict[Callable, bool] | None, verify: bool) -> GaussianPosterior:
-    origin, before = _origin(joint), joint.log_p(joint.start).detach()
+    origin, before = joint.origin(), joint.log_p(joint.start).detach()
     gradient = joint.gradient(joint.start)
     curvature = precision(joint, joint.start, gradient)
     gradient = gradient.detach()
@@ -168,7 +168,7 @@ def _climb(
     joint: LogJoint, at: Point | None, max_iter: int, tol: float, vectorize: dict[Callable, bool] | None
 ) -> GaussianPosterior:
     run = joint.start if at is None else joint.at(at)
-    at = _origin(joint) if at is None else at
+    at = joint.origin() if at is None else at
     for count in range(max_iter + 1):
         gradient = joint.gradient(run)
         curvature = precision(joint, run, gradient)
@@ -200,7 +200,7 @@ def _climb(
 
 def _half_square(joint: LogJoint, white: Point) -> Tensor:
     """Return what a full Newton step promises, in nats, from the whitened gradient: as `LogJoint.log_p`."""
-    local = 0.5 * white.local.square().sum(-1)
+    local = white.local.square() @ white.local.new_full(white.local.shape[-1:], 0.5)
     return local if joint.separable else (local.sum() + 0.5 * white.common.square().sum()).reshape(1)
 
 
@@ -218,10 +218,6 @@ def _search(joint: LogJoint, at: Point, run: Run, step: Point, rise: Tensor) -> 
             break
         size = torch.where(low, size / 2, size)
     return trial, run
-
-
-def _origin(joint: LogJoint) -> Point:
-    return joint.split({name: leaf.detach() for name, leaf in joint.start.leaves.items()})
 
 
 def _largest(point: Point) -> Tensor:

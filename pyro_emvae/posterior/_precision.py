@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import StepError, fail
-from ._coordinates import Latent, Point
+from ._coordinates import Latent, Point, fixed_normal
 from ._log_joint import LogJoint, Run
 
-__all__ = ["Coupled", "Factor", "NotPositive", "Precision", "check_blocks", "fixed_normal", "precision"]
+__all__ = ["Coupled", "Factor", "NotPositive", "Precision", "check_blocks", "precision"]
 
 
 class Coupled(Exception):
@@ -86,8 +86,8 @@ class Factor:
 
     def color(self, noise: Point) -> Point:
         """Return the deviations from the mean that standard normal noise stands for."""
-        common = _apply(self.common, noise.common)
-        return Point(_apply(self.local, noise.local) + _apply(self.slope, common), common)
+        local, common = _apply(self.local, noise.local), _apply(self.common, noise.common)
+        return Point(local + _apply(self.slope, common) if common.shape[-1] else local, common)
 
     def whiten(self, gradient: Point) -> Point:
         """Return the gradient by the noise, given that by the coordinates: the transpose of `color`."""
@@ -148,12 +148,13 @@ def precision(joint: LogJoint, run: Run, gradient: Point) -> Precision:
 def _shared(joint: LogJoint, run: Run, gradient: Point) -> Tensor | None:
     """Return the precision of every block if it is the same: block n is multiplied by unit vector n modulo d."""
     blocks, width = gradient.local.shape
-    place = torch.arange(blocks, device=gradient.local.device) % width
-    direction = torch.eye(width, dtype=gradient.local.dtype, device=gradient.local.device)[place]
+    eye = torch.eye(width, dtype=gradient.local.dtype, device=gradient.local.device)
+    direction = eye.repeat(-(-blocks // width), 1)[:blocks]
     columns = -joint.curve(run, gradient, Point(direction, gradient.common)).local
-    first = columns[:width]
+    first, even = columns[:width], blocks // width * width
     tolerance = 8 * torch.finfo(first.dtype).eps * first.abs().max()
-    return first.mT[None] if bool(((columns - first[place]).abs() <= tolerance).all()) else None
+    misses = columns[:even].reshape(-1, width, width) - first, columns[even:] - first[: blocks - even]
+    return first.mT[None] if all(bool((miss.abs() <= tolerance).all()) for miss in misses) else None
 
 
 def check_blocks(joint: LogJoint, run: Run, gradient: Point, found: Precision) -> None:
@@ -165,12 +166,6 @@ def check_blocks(joint: LogJoint, run: Run, gradient: Point, found: Precision) -
         miss = (one + two).abs() / (scale + scale.mean() + torch.finfo(scale.dtype).tiny)
         if miss.numel() and bool(miss.max() > torch.finfo(miss.dtype).eps ** 0.5):
             raise Coupled(float(miss.max()))
-
-
-def fixed_normal(like: Point, seed: int) -> Point:
-    """Return standard normal numbers that are the same in every call; torch's generator is not used."""
-    generator = torch.Generator().manual_seed(seed)
-    return Point(*(torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in like))
 
 
 def _unit(like: Point, columns: list[int], common: bool) -> Point:

@@ -128,7 +128,7 @@ class Support:
                 factor = factor.reshape((1,) * (self.num_plates - factor.dim()) + factor.shape + rest)
                 # not a product: a statistic of a missing value may be NaN
                 x = torch.where(factor, x, 0.0) if factor.dtype == torch.bool else x * factor
-            elif factor is not None:
+            elif factor is not None and factor != 1.0:
                 x = x * factor
         return x
 

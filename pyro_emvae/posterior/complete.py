@@ -11,8 +11,10 @@ from torch import Tensor
 
 from .._checks import StepError, fail
 from ..particles import hold_batch, replay
+from ._runs import may_vectorize
 from .amortized import GuidePosterior
 from .base import Posterior, Support
+from .conjugate import ConjugatePosterior
 from .gaussian import GaussianPosterior
 from .samples import SamplesPosterior
 
@@ -159,8 +161,8 @@ def _batch(posterior: Posterior) -> Any:
 
 
 def _vectorizes(posterior: Posterior) -> bool:
-    if isinstance(posterior, GaussianPosterior):
-        return posterior._may_vectorize()
+    if isinstance(posterior, GaussianPosterior | ConjugatePosterior):
+        return may_vectorize(posterior)
     if isinstance(posterior, GuidePosterior):
         return posterior._vectorize
     return getattr(posterior, "vectorize", True)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .._checks import StepError, fail, nearest
 from .._pyro import scale_and_mask
-from ..particles import Particles, choose_vectorize, draw, hold_batch
+from ..particles import Particles, hold_batch
 from ._families import Factor
 from ._plates import in_plates
+from ._runs import draws, may_vectorize
 from .base import Posterior, Support, expected_log_joint
 
 __all__ = ["ConjugatePosterior"]
@@ -74,7 +75,7 @@ class ConjugatePosterior(Posterior):
         self.model, self.args, self.kwargs, self.batch = joint.model, joint.args, joint.kwargs, joint.batch
         self.latents, self.nesting, self.drawn = joint.latents, joint.nesting, joint.drawn
         self.factors, self.log_evidence = tuple(factors), log_evidence
-        self._vectorize = {} if vectorize is None else vectorize
+        self.known = {} if vectorize is None else vectorize
 
     @cached_property
     def entropy(self) -> float:
@@ -153,32 +154,13 @@ class ConjugatePosterior(Posterior):
             for name, site in self.latents.items()
         }
         with hold_batch(self.batch):
-            vectorize = self._may_vectorize()
+            vectorize = may_vectorize(self)
             return expected_log_joint(self.model, self.args, self.kwargs, support, vectorize, lacking)
-
-    def _may_vectorize(self) -> bool:
-        if self.model not in self._vectorize:
-            pair = (self.model, self._guide, self.args, self.kwargs)
-            self._vectorize.clear()
-            self._vectorize[self.model] = choose_vectorize("ConjugatePosterior", None, 2, None, pair, stacklevel=5)[0]
-        return self._vectorize[self.model]
 
     # Draws ----------------------------------------------------------------------------------------------------------
 
-    def _guide(self, *args: Any, **kwargs: Any) -> None:
-        self.sample()
-
     def particles(self, num_particles: int) -> Particles:
-        with torch.no_grad(), hold_batch(self.batch):
-            return draw(
-                self.model,
-                self._guide,
-                self.args,
-                self.kwargs,
-                num_particles=num_particles,
-                vectorize=self._may_vectorize(),
-                max_plate_nesting=self.nesting,
-            )
+        return draws(self, num_particles, self.nesting)
 
     def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

@@ -20,8 +20,11 @@ from pyro.ops.contract import contract_tensor_tree, contract_to_tensor
 from torch import Tensor
 
 from .._checks import StepError, fail, nearest
-from ..particles import hold_batch, is_subsample, refuse_non_finite, report
+from .._pyro import scale_and_mask
+from ..particles import hold_batch, is_subsample, refuse_non_finite, report, with_own_mask
+from ._masks import counted_without, refuse_counted
 from ._plates import Batch, in_plates
+from ._squares import squares
 from .base import Posterior, Support
 
 __all__ = ["EnumeratedPosterior"]
@@ -84,21 +87,17 @@ class EnumeratedPosterior(Posterior):
 
     def _require_kept_latents(self) -> None:
         """Refuse a site that counts where a latent that it depends on is masked: leaving that out would be wrong."""
-        for name in self._touched:
-            kept = self.mask(name)
-            for latent in self.depends(name):
-                mask = self.mask(latent)
-                if latent == name or mask is None or mask is kept:
-                    continue
-                if bool((~mask if kept is None else kept & ~mask).any()):
-                    fail(
-                        StepError,
-                        "Enumerated",
-                        f"leave out latent {latent!r} where it is masked",
-                        got=f"site {name!r}, which depends on it and is not masked there",
-                        because="a latent that something observed depends on is part of the model",
-                        fix="Put poutine.mask around the observation alone, or around all that depends on the latent.",
-                    )
+        masks = {name: self.mask(name) for name in _sites(self.trace)}
+        suspects = counted_without({name: self.depends(name) for name in self._touched}, masks)
+        refuse_counted("Enumerated", (pair for pair in suspects if self._moves(*pair)))
+
+    def _moves(self, name: str, site: str) -> bool:
+        """Whether a latent moves a site's factor where the latent is masked."""
+        factor, latents = self._touched[site], self.depends(site)
+        rows = self._unpacked(factor, factor._pyro_dims, self._ordinals[site], latents)
+        axis = self.nesting + list(latents).index(name)
+        varies = (rows.amax(axis, keepdim=True) != rows.amin(axis, keepdim=True)).flatten(self.nesting).any(-1)
+        return bool((varies & ~self.mask(name)).any())
 
     @cached_property
     def log_evidence(self) -> float:
@@ -418,7 +417,10 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
         trace = poutine.trace(enumerated).get_trace(*args, **kwargs)
     for name in [name for name, site in _sites(trace).items() if is_subsample(site)]:
         trace.remove_node(name)
+    for site in _sites(trace).values():
+        _move_own_mask(site, nesting)
     try:
+        _score_normals(trace)
         trace.compute_log_prob()
     except ValueError as cause:
         for name, site in _sites(trace).items():
@@ -426,6 +428,22 @@ def _trace(model: Callable, args: tuple, kwargs: Mapping[str, Any], nesting: int
         raise
     trace.pack_tensors()
     return trace, batch
+
+
+def _move_own_mask(site: dict, nesting: int) -> None:
+    """Treat the mask inside a latent's distribution as one around it, unless it depends on other latents."""
+    moved = with_own_mask(dict(site))
+    if not isinstance(moved["mask"], Tensor) or moved["mask"].dim() <= nesting:
+        site.update(fn=moved["fn"], mask=moved["mask"])
+
+
+def _score_normals(trace: poutine.Trace) -> None:
+    """Note the log densities of normals; `compute_log_prob` leaves alone what is noted."""
+    for site in _sites(trace).values():
+        found = None if site["args"] or site["kwargs"] else squares(site["fn"], site["value"])
+        if found is not None:
+            kept = scale_and_mask(found, site["scale"], site["mask"])
+            site.update(unscaled_log_prob=found, log_prob=kept, log_prob_sum=kept.sum())
 
 
 def _sites(trace: poutine.Trace) -> dict[str, dict]:

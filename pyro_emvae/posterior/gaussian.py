@@ -15,11 +15,12 @@ from torch.distributions import transforms
 
 from .._checks import StepError, fail, nearest
 from .._pyro import scale_and_mask
-from ..particles import Particles, choose_vectorize, draw, hold_batch, report
+from ..particles import Particles, hold_batch, report
 from ._coordinates import Latent, Point
 from ._log_joint import LogJoint, log_jacobian
 from ._plates import in_plates
 from ._precision import Factor
+from ._runs import draws, may_vectorize
 from .base import Posterior, Support, expected_log_joint
 
 __all__ = ["GaussianPosterior"]
@@ -70,7 +71,7 @@ class GaussianPosterior(Posterior):
         self.model, self.args, self.kwargs, self.batch = joint.model, joint.args, joint.kwargs, joint.batch
         self.drawn = joint.drawn
         self.kind, self.is_exact = "gaussian" if is_exact else "laplace", is_exact
-        self._log_p, self._vectorize = log_p.detach(), {} if vectorize is None else vectorize
+        self._log_p, self.known = log_p.detach(), {} if vectorize is None else vectorize
         joint.release()
 
     @cached_property
@@ -109,7 +110,7 @@ class GaussianPosterior(Posterior):
         if not self.is_exact:
             return super().tempered(beta)
         factor = Factor(self.factor.local / beta**0.5, self.factor.slope, self.factor.common / beta**0.5)
-        new = GaussianPosterior(self.joint, self.mean, factor, self._log_p, vectorize=self._vectorize)
+        new = GaussianPosterior(self.joint, self.mean, factor, self._log_p, vectorize=self.known)
         new.is_exact = beta == 1.0
         vars(new).update(log_evidence=math.nan)
         return new
@@ -142,32 +143,13 @@ class GaussianPosterior(Posterior):
 
     def expected_log_joint(self, num_particles: int = 1) -> Tensor:
         with hold_batch(self.batch):
-            vectorize = self._may_vectorize()
+            vectorize = may_vectorize(self)
             return expected_log_joint(self.model, self.args, self.kwargs, self.support(), vectorize)
-
-    def _may_vectorize(self) -> bool:
-        if self.model not in self._vectorize:
-            pair = (self.model, self._guide, self.args, self.kwargs)
-            self._vectorize.clear()
-            self._vectorize[self.model] = choose_vectorize("GaussianPosterior", None, 2, None, pair, stacklevel=5)[0]
-        return self._vectorize[self.model]
 
     # Draws ----------------------------------------------------------------------------------------------------------
 
-    def _guide(self, *args: Any, **kwargs: Any) -> None:
-        self.sample()
-
     def particles(self, num_particles: int) -> Particles:
-        with torch.no_grad(), hold_batch(self.batch):
-            return draw(
-                self.model,
-                self._guide,
-                self.args,
-                self.kwargs,
-                num_particles=num_particles,
-                vectorize=self._may_vectorize(),
-                max_plate_nesting=self.joint.nesting,
-            )
+        return draws(self, num_particles, self.joint.nesting)
 
     def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}

@@ -123,7 +123,7 @@ class MeanFieldPosterior(Posterior):
         return self._product.sample(plates)
 
     def particles(self, num_particles: int) -> Particles:
-        self._product._vectorize.setdefault(self.model, self.vectorize)
+        self._product.known.setdefault(self.model, self.vectorize)
         return self._product.particles(num_particles)
 
     def expected_log_joint(self, num_particles: int = 100) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .. import checkpoint
 from .._checks import DataError, fail, positive_int
-from ..driver import Fit, arguments
+from ..batches import arguments
+from ..driver import Fit
 from ..engine import Engine
 from ..loss import MonteCarloELBO
 from ..parameters import assign

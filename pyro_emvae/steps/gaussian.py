@@ -30,11 +30,13 @@ class Gaussian(HalfStep):
     When to use: probabilistic PCA, factor analysis, linear mixed models, linear-Gaussian state spaces. No guide is
     needed. Latents in a plate are one block per datum, at a cost linear in their number; latents that all data share
     are integrated out by the Schur complement. Latents that depend on each other across a plate's elements, or in a
-    chain, make one dense block.
+    chain, make one dense block. Missing values: what is masked, by `poutine.mask` or ``.mask()``, counts for nothing,
+    and a latent that is masked with all that depends on it has its prior as its posterior.
 
     Raises:
         StepError: The log joint is not quadratic (says by how much), or a prior is improper; a latent is discrete or
-            not on all real numbers; factors with different scales.
+            not on all real numbers; factors with different scales; a latent is masked, and a site that depends on it
+            is not.
 
     Source: Tipping and Bishop 1999, eq. 12, for PCA; Lindley and Smith 1972 for the general case. Differs: precision
     and mean are found from derivatives of the model that is given.

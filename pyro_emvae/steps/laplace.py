@@ -35,7 +35,8 @@ class Laplace(HalfStep):
         tol: Nats per datum that the last Newton step may promise.
 
     Raises:
-        StepError: The Hessian at the end is not negative definite (names the datum), or a latent is discrete.
+        StepError: The Hessian at the end is not negative definite (names the datum); a latent is discrete, or masked
+            where a site that depends on it is not.
 
     Source: Tierney and Kadane 1986; Steele 1996 for EM.
 

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._checks import StepError, fail, number, positive_int
+from .._checks import StepError, choose, fail, number, positive_int
 from .._registry import Traits, register
-from ..engine import Engine, State, choose
+from ..engine import Engine, State
 from ..particles import ModuleWatch, keep_buffers, quiet
 from ..posterior import (
     Ascent,
@@ -119,8 +119,8 @@ class MeanField(HalfStep):
     ) -> None:
         self.num_sweeps = positive_int("steps.MeanField", "num_sweeps", num_sweeps)
         self.tol = number("steps.MeanField", "tol", tol, "of nats, at least 0", lambda x: x >= 0, 1e-6)
-        choose("update", update, ("exact", "natural_gradient"))
-        choose("pairs", pairs, ("conjugate", "none"))
+        choose("steps.MeanField", "update", update, ("exact", "natural_gradient"))
+        choose("steps.MeanField", "pairs", pairs, ("conjugate", "none"))
         rate = number("steps.MeanField", "rate", rate, "above 0 and at most 1", lambda x: 0 < x <= 1, 0.5)
         self.update = Update(update, rate, positive_int("steps.MeanField", "num_nodes", num_nodes, minimum=2))
         self.delay = number("steps.MeanField", "delay", delay, "of at least 0", lambda x: x >= 0, 1.0)

@@ -152,8 +152,11 @@ def hidden_markov(
     Sequences of different length: mask state and observation after each one's end. A missing value inside a sequence:
     mask the observation alone. What is masked does not count, and may be NaN in the argument if the model replaces it.
 
-    A state that is never left keeps its row. A probability of zero is kept at the rounding unit of its dtype, for its
-    logarithm is finite.
+    A state that is never left keeps its row. A probability of zero, such as a transition that a left-to-right chain
+    does not make, is kept at the rounding unit of its dtype: unconstrained, zero is minus infinity, which no optimizer,
+    rule or standard error could take. ``Categorical(probs)`` has that floor itself, so that evidence and all other
+    parameters are those of exact zeros up to rounding; and a zero stays one, unless data speak against it by 36 nats
+    (16 in float32).
 
     Raises:
         StepError: By the step: sites of other names, a state that depends on more than the one before, or an E-step

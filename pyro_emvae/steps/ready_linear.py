@@ -3,18 +3,80 @@ r"""Ready M-steps in closed form for linear-Gaussian models."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import EmvaeError, StepError, fail, nearest
-from ..posterior import Outer
+from ..posterior import Outer, Support
 from .closed_form import ClosedForm, latent_of
 
 __all__ = ["linear_gaussian", "local_level"]
 
 FORMS = ("isotropic", "diagonal")
+
+
+@dataclass(frozen=True)
+class LinearStatistics:
+    r"""Sums over the data of $x_{nj}^2$, $x_{nj}\tilde z_n$ and $\tilde z_n\tilde z_n^\top$, where $x_{nj}$ is not NaN.
+
+    Args:
+        latent: The latent site.
+        bias: Whether $\tilde z=(z,1)$; else it is z.
+
+    Returns:
+        ``{"n": (D,), "xx": (D,), "xz": (D, w), "zz": (w, w)}``, or ``"zz": (D, w * w)`` with missing values; called
+        with values: per outcome and datum; `total`: the sums, ``"zz": (1, w * w)`` if it is the same for all j.
+    """
+
+    latent: str
+    bias: bool
+
+    __name__ = "linear_gaussian_statistics"
+
+    def __call__(self, values: Mapping[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        z = self._latent(values, x)
+        z = torch.cat([z, torch.ones_like(z[..., :1])], -1) if self.bias else z
+        missing = x.isnan()[None]
+        if not bool(missing.any()):
+            x = x[None]
+            return {"n": x.new_ones(()).expand(x.shape), "xx": x.square(), "xz": Outer(x, z), "zz": Outer(z, z)}
+        seen, x = (~missing).to(z), x.nan_to_num()[None]
+        squares = Outer(seen, Outer(z, z).product.flatten(-2))
+        return {"n": seen, "xx": x.square(), "xz": Outer(x, z), "zz": squares}
+
+    def total(self, support: Support, x: Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the sums; without missing values, and so without a copy of the latents that has a column of ones."""
+        if bool(x.isnan().any()):
+            return support.total(lambda values: self(values, x))
+
+        def apart(values: Mapping[str, Tensor]) -> dict[str, Any]:
+            z, one = self._latent(values, x), x.new_ones(())
+            found = {"n": one.expand(1, *x.shape), "xx": x.square()[None], "xz": Outer(x[None], z), "zz": Outer(z, z)}
+            return found | {"x": x[None], "z": z, "one": one.expand(1, z.shape[1])} if self.bias else found
+
+        sums = support.total(apart)
+        if self.bias:
+            x, z = sums.pop("x")[:, None], sums.pop("z")[:, None]
+            corner = torch.cat([z, sums.pop("one").reshape(1, 1)])
+            sums["xz"] = torch.cat([sums["xz"], x], -1)
+            sums["zz"] = torch.cat([torch.cat([sums["zz"], z.T]), corner], -1)
+        return sums | {"zz": sums["zz"].reshape(1, -1)}
+
+    def _latent(self, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        z = latent_of("steps.linear_gaussian", values, self.latent)
+        if z.dim() != 3 or x.dim() != 2 or z.shape[1] not in (1, len(x)):
+            fail(
+                StepError,
+                "steps.linear_gaussian",
+                f"take statistics of site {self.latent!r} with the data",
+                got=f"values of shape {tuple(z.shape)} and data of shape {tuple(x.shape)}",
+                because="they are (particles, N, q) and (N, D)",
+                fix="Give the latent .to_event(1), in one plate, and pass the batch of data that the plate holds.",
+            )
+        return z
 
 
 def linear_gaussian(
@@ -64,18 +126,6 @@ def linear_gaussian(
             fix=nearest(str(noise_form), FORMS),
         )
 
-    def linear_gaussian_statistics(values: Mapping[str, Tensor], x: Tensor, *args: Any, **kw: Any) -> dict[str, Tensor]:
-        z = latent_of("steps.linear_gaussian", values, latent)
-        _check_shape(latent, z, x)
-        z = z if bias is None else torch.cat([z, torch.ones_like(z[..., :1])], -1)
-        missing = x.isnan()[None]
-        if not bool(missing.any()):
-            x = x[None]
-            return {"n": x.new_ones(()).expand(x.shape), "xx": x.square(), "xz": Outer(x, z), "zz": Outer(z, z)}
-        seen, x = (~missing).to(z), x.nan_to_num()[None]
-        squares = Outer(seen, Outer(z, z).product.flatten(-2))
-        return {"n": seen, "xx": x.square(), "xz": Outer(x, z), "zz": squares}
-
     def linear_gaussian_update(sums: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         width = sums["xz"].shape[-1]
         square = sums["zz"].reshape(-1, width, width)
@@ -85,7 +135,7 @@ def linear_gaussian(
         new = {weight: both[:, : width - (bias is not None)], noise: variance.clamp_min(0).sqrt()}
         return new if bias is None else new | {bias: both[:, -1]}
 
-    return ClosedForm(linear_gaussian_statistics, linear_gaussian_update)
+    return ClosedForm(LinearStatistics(latent, bias is not None), linear_gaussian_update)
 
 
 def local_level(latent: str = "level_{}", level: str = "level_scale", noise: str = "noise_scale") -> ClosedForm:
@@ -129,15 +179,3 @@ def local_level(latent: str = "level_{}", level: str = "level_scale", noise: str
         return {noise: (sums["noise"] / sums["n"]).sqrt(), level: (sums["level"] / sums["m"]).sqrt()}
 
     return ClosedForm(local_level_statistics, local_level_update)
-
-
-def _check_shape(name: str, z: Tensor, x: Tensor) -> None:
-    if z.dim() != 3 or x.dim() != 2 or z.shape[1] not in (1, len(x)):
-        fail(
-            StepError,
-            "steps.linear_gaussian",
-            f"take statistics of site {name!r} with the data",
-            got=f"values of shape {tuple(z.shape)} and data of shape {tuple(x.shape)}",
-            because="they are (particles, N, q) and (N, D)",
-            fix="Give the latent .to_event(1), in one plate, and pass the batch of data that the plate holds.",
-        )

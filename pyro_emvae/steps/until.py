@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, SequentialSampler
 
 from .._checks import DataError, EmvaeError, fail, positive_int
-from ..driver import arguments
+from ..batches import arguments
 from ..evidence import elbo, mutual_information
 
 __all__ = ["Criterion", "HeldOut", "MutualInformation", "batches", "check_source", "check_until", "improves"]

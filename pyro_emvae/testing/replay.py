@@ -32,8 +32,8 @@ class Replay:
     r"""The gradient of one problem by one estimator as a function of dictated noise.
 
     It is mapped over rows of noise, so thousands of outcomes cost milliseconds; an estimator that is not ``recordable``
-    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution
-    (``own_draws``). The param store is not touched.
+    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution, and an
+    estimator that is ``noisy`` (``own_draws``). The param store is not touched.
 
     Args:
         problem: A `Problem`.
@@ -84,7 +84,8 @@ class Replay:
                 self.noise[name] = ("finite", tuple(site.value.shape))
             elif is_normal(site.fn):
                 self.noise[name] = ("normal", tuple(site.value.shape))
-        self.own_draws = len(self.noise) < len(random)
+        noisy = any(row.estimator.traits.noisy for row in self.loss.table)
+        self.own_draws = noisy or len(self.noise) < len(random)
 
     def evaluate(
         self,

@@ -1,0 +1,174 @@
+"""The benchmarks of the estimators: their references are right, their pages keep what was not made anew."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pyro_emvae as emvae
+from benchmarks import breast_cancer, discrete, discrete_vae, estimator_times, page, snr, timing, variances
+from pyro_emvae import problems
+from pyro_emvae.parameters import assign, discover
+from pyro_emvae.plots import snr_slopes
+
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
+
+
+def test_a_page_keeps_the_sections_that_were_not_made_anew(tmp_path):
+    path = tmp_path / "page.md"
+    page.write(path, "# Title", ["one", "two"], {"two": "2"})
+    assert path.read_text() == "# Title\n\n## two\n\n2\n"
+    page.write(path, "# Title", ["one", "two"], {"one": "1\n\n**not a heading**"})
+    page.write(path, "# Other", ["one", "two"], {"two": "3"})
+    assert path.read_text() == "# Other\n\n## one\n\n1\n\n**not a heading**\n\n## two\n\n3\n"
+
+
+# Logistic regression ------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_has_the_published_figures():
+    """Those of step 0 were measured before, with 1e5 to 8e5 samples: 2.40e6, 8.1e5 and 8.85e3."""
+    made = variances.reference()
+    assert made["samples"] >= 100_000 and made["samples of measure_valued"] >= 100_000
+    assert list(map(int, made["stages"])) == list(breast_cancer.STEPS)
+    first = made["stages"]["0"]["variance"]
+    for name, figure in (("score", 2.40e6), ("leave_one_out", 8.1e5), ("pathwise", 8.85e3)):
+        assert first[name][0] == pytest.approx(figure, rel=0.02)
+    bound = problems.logistic_regression().elbo
+    bounds = [
+        float(bound({n: torch.tensor(made["stages"][step][n]).double() for n in variances.BLOCKS}))
+        for step in ("0", "5000")
+    ]
+    assert bounds[0] == pytest.approx(-1226.6, abs=0.1) and -69 < bounds[1] < -67
+
+
+def test_gradients_by_hand_have_the_exact_mean(monkeypatch):
+    """Their mean, plus the gradient of minus the KL, is the exact gradient of the ELBO."""
+    problem = problems.logistic_regression()
+    loc, log_scale = torch.linspace(-0.5, 0.5, 31).double(), torch.linspace(-1.5, -0.5, 31).double()
+    exact = problems.exact_gradients(problem, {"loc": loc, "log_scale": log_scale})
+    of_kl = torch.cat([-loc, 1 - (2 * log_scale).exp()])
+    expected = torch.cat([exact["loc"], exact["log_scale"]]) - of_kl
+    kept = []
+    monkeypatch.setattr(breast_cancer, "by_parameter", lambda moments: kept.append(moments) or [0.0, 0.0])
+    breast_cancer.score_and_pathwise(loc, log_scale, *problem.args, 20_000)
+    breast_cancer.measure_valued(loc, log_scale, *problem.args, 2_000)
+    assert len(kept) == 4
+    for moments in kept:
+        z = (moments.first / moments.count - expected) / (moments.variance / moments.count).sqrt()
+        assert float(z.abs().max()) < 5
+
+
+def test_the_score_function_does_not_weigh_by_a_constant():
+    """At the end of training the KL is a third of the ELBO."""
+    made = variances.reference()["stages"]["5000"]
+    problem, at = problems.logistic_regression(), {n: torch.tensor(made[n]).double() for n in variances.BLOCKS}
+    options = {"objective": "elbo_analytic_kl", "blocks": variances.BLOCKS, "num_particles": 1, "num_replicates": 4000}
+    data = emvae.sweep_gradients(
+        problem.model, problem.guide, *problem.args, estimators=["score"], stages={"end": at}, **options
+    )
+    assert float(data.variance_mean.sel(block="guide")[0, 0]) == pytest.approx(made["variance"]["score"][0], rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", page.registered("estimator", variances.ROWS))
+def test_variances_along_training_are_those_of_the_loop_by_hand(name, record_result):
+    measured, reference = variances.measure(20_000, (name,)), variances.reference()
+    ratios = {
+        (step, parameter): got / reference["stages"][step]["variance"][name][list(variances.BLOCKS).index(parameter)]
+        for (_, step, parameter), got in measured.items()
+    }
+    figure = ", ".join(f"{ratio:.3f}" for ratio in ratios.values())
+    record_result(f"breast cancer, variance along training over that by hand, {name}", figure)
+    assert len(ratios) == 8 and all(abs(ratio - 1) <= variances.LIMIT for ratio in ratios.values())
+
+
+# Ratios -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_toy_of_ratios_is_near_its_optimum():
+    model, guide, x = snr.gaussian_toy(num_data=3, dim=4, perturbation=0.0)
+    parameters = discover(model, guide, (x,))
+    assert {row.name: row.block for row in parameters.rows} == {"mu": "model", "b": "guide"}
+    near = emvae.elbo_gap(model, guide, x, num_particles=2000, seed=0).total
+    assign(parameters, {"b": x.mean(0) / 2 + 0.3})
+    assert near < emvae.elbo_gap(model, guide, x, num_particles=2000, seed=0).total
+
+
+def test_the_ratio_of_averages_rises_as_the_root_of_their_number():
+    data = snr.measure("elbo", "pathwise", (1, 4, 16), 1000, num_data=4, dim=20, perturbation=0.3)
+    assert float(snr_slopes(data).sel(block="guide", estimator="pathwise")) == pytest.approx(0.5, abs=0.05)
+    assert ("elbo", "pathwise", "guide", 0.5, 0.1) in snr.available()
+
+
+# Discrete latents ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("title", discrete.PROBLEMS)
+def test_exact_gradients_of_the_discrete_problems(title):
+    problem = discrete.PROBLEMS[title]()
+    cell = discrete.measure(problem, "leave_one_out", 8, 2000)
+    assert float(cell.bias_z) < cell.attrs["bias_z_limit"] + 1 and float(cell.evaluations) == 8
+    assert "score" in discrete.fitting(problem) and "pathwise" not in discrete.fitting(problem)
+
+
+@pytest.mark.parametrize(
+    ("title", "name", "evaluations", "variance"),
+    [
+        ("one bit, t = 0.499, phi = 2", "score", 2, 0.00326112),
+        ("one bit, t = 0.499, phi = 2", "leave_one_out", 2, 1.65893e-7),
+        ("one bit, t = 0.499, phi = 2", "leave_one_out", 4, 6.82481e-8),
+        ("one bit, t = 0.45, phi = 2", "leave_one_out", 2, 4.14731e-4),
+    ],
+)
+def test_exact_variances_of_the_bit(title, name, evaluations, variance):
+    cell = discrete.measure(discrete.PROBLEMS[title](), name, evaluations, 20_000)
+    assert float(cell.variance_mean) == pytest.approx(variance, rel=0.08)
+
+
+def test_too_few_evaluations_are_a_dash():
+    assert discrete.measure(discrete.toy(0.45, 2.0), "leave_one_out", 1, 10) is None
+
+
+# Times --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "estimator"), [("normal", "pathwise"), ("bernoulli", "score")])
+def test_the_loop_by_hand_has_the_same_loss(kind, estimator):
+    torch.manual_seed(0)
+    step = estimator_times.by_hand(kind, 200)
+    torch.manual_seed(0)
+    model, guide, x, _ = estimator_times.vae(kind)
+    ours = emvae.MonteCarloELBO(200, estimator=estimator, vectorize_particles=True).loss(model, guide, x)
+    assert ours == pytest.approx(step(), rel=5e-3)
+
+
+def test_cases_of_time_run():
+    assert estimator_times.evaluations("categorical", "leave_one_out") == (2, 2)
+    assert estimator_times.evaluations("categorical", "pathwise") is None
+    names = {case.name for case in estimator_times.implied_cases()}
+    assert {"score_bernoulli_graph", "pathwise_normal_eager", "leave_one_out_categorical_eager"} <= names
+    (case,) = [case for case in estimator_times.hand_cases() if case.name == "by_hand_bernoulli_graph"]
+    assert timing.measure(case, 0.001).ratio > 0
+
+
+# The discrete VAE ---------------------------------------------------------------------------------------------------
+
+
+def test_a_discrete_vae_is_trained_once_per_cell(tmp_path, monkeypatch):
+    monkeypatch.setattr(discrete_vae, "DRAWS", 20)
+    arguments = ["--seconds", "0.05", "--seeds", "2", "--latents", "3", "--estimators", "leave_one_out", "score"]
+    options = discrete_vae.parse([*arguments, "--path", str(tmp_path / "cells.json")])
+    text = discrete_vae.section(options)
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| 3")]
+    assert [row[2].strip() for row in rows] == ["`leave_one_out`", "`score`"]
+    assert all(-70 < float(row[3].split("+-")[0]) <= float(row[4].split("+-")[0]) + 1 < 0 for row in rows)
+    monkeypatch.setattr(discrete_vae, "run", None)
+    assert discrete_vae.section(options) == text
+    assert {"leave_one_out", "score"} <= set(discrete_vae.estimators())
+
+
+def test_training_a_discrete_vae_raises_its_bound(monkeypatch):
+    monkeypatch.setattr(discrete_vae, "DRAWS", 20)
+    before, after = (discrete_vae.run("leave_one_out", 5, 0, seconds) for seconds in (0.0, 0.3))
+    assert before["steps"] == 0 and after["steps"] > 10 and after["bound"] > before["bound"] + 2

@@ -54,7 +54,8 @@ class GradientComparison:
             for block in data.block.values:
                 cell = data.sel(estimator=name, block=block)
                 names = [*METRICS, "milliseconds", "evaluations", "variance_evaluations", "variance_time"]
-                rows.append([str(name), str(block), *[f"{float(cell[n]):.3g}" for n in names]])
+                label = f"{name} (biased)" if name in data.attrs["biased"] else str(name)
+                rows.append([label, str(block), *[f"{float(cell[n]):.3g}" for n in names]])
         widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
         lines = ["  ".join(x.ljust(w) for x, w in zip(r, widths, strict=True)).rstrip() for r in [header, *rows]]
         limit, reference = data.attrs["bias_z_limit"], data.attrs["reference"]
@@ -87,6 +88,7 @@ class _Row:
     name: str
     loss: Any
     unbiased: bool = False
+    biased: bool = False
     samples: dict[str, Tensor] = field(default_factory=dict)
     milliseconds: float = math.nan
     looped: str = ""
@@ -141,6 +143,7 @@ def compare_gradients(
         Per row and block: bias (norm of the mean difference), its z (the largest over coordinates; `bias_z_limit` is
         its 0.1 % point under no bias), variance (mean and largest over coordinates), signal-to-noise ratio,
         milliseconds of one ordinary eager gradient, model evaluations, variance x evaluations and x milliseconds.
+        Rows of biased estimators are marked, and named in ``dataset.attrs["biased"]``.
         Without a reference (which is of the full data), one batch of a plate that subsamples is held, and a row
         ``minibatch`` says how much variance comes from the choice of the batch, which no estimator can remove.
 
@@ -182,6 +185,7 @@ def compare_gradients(
             for row in rows:
                 _warm_up(row, model, guide, args, kwargs)
                 row.unbiased = _is_unbiased(row, model, guide, args, kwargs)
+                row.biased = isinstance(row.loss, MonteCarloELBO) and not row.unbiased
                 _sample(row, model, guide, args, kwargs, parameters, keep, num_replicates, memory, base)
             _time(rows, model, guide, args, kwargs)
         minibatch = None
@@ -468,6 +472,7 @@ def _assemble(rows, keep, parameters, reference, minibatch, num_replicates) -> G
         "bias_z_limit": NormalDist().inv_cdf(1 - 0.0005 / max(1, count)),
         "snr_floor": 3 / math.sqrt(num_replicates),
         "coordinates": count,
+        "biased": [row.name for row in rows if row.biased],
     }
     looped = {row.name: row.looped for row in rows if row.looped}
     attrs["looped"] = [f"{name}: {why}" for name, why in looped.items()]

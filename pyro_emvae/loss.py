@@ -19,6 +19,7 @@ from ._registry import create
 from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, require_fit
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
+from .estimators.relaxed import relaxed_run, require_paths, score_relaxed
 from .objectives import Bound, Objective, Term
 from .particles import (
     Dependence,
@@ -74,6 +75,8 @@ class Plan:
     depends: Dependence | None = None
     uses: int = 0
     probes: tuple[bool, int] | None = None
+    relaxed: dict[str, tuple[Situation, Estimator]] = field(default_factory=dict)
+    followed: set[str] = field(default_factory=set)
 
 
 class MonteCarloELBO(ELBO):
@@ -185,14 +188,18 @@ class MonteCarloELBO(ELBO):
         row, kind = self._table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
         if row is None or row.kind != kind:
             known = row is not None
-            upstream = None if depends is None else depends.upstream(name)
-            at = Situation(name, fn, self.num_particles, self.objective.name, infer or {}, upstream)
-            row = Resolution(name, *self._choose(at), kind)
+            at = self._situation(name, fn, infer, depends)
+            estimator, why = self._choose(at)
+            row = Resolution(name, estimator, why if estimator.traits.unbiased else f"{why}; biased", kind)
             require_fit(row.estimator, at)
             self._table[name] = row
             if known:  # another guide, whose site of this name is something else
                 self.state = {site: tensors for site, tensors in self.state.items() if site != name}
         return row.estimator
+
+    def _situation(self, name: str, fn: Any, infer: Mapping[str, Any] | None, depends: Dependence | None) -> Situation:
+        upstream = None if depends is None else depends.upstream(name)
+        return Situation(name, fn, self.num_particles, self.objective.name, infer or {}, upstream)
 
     def _choose(self, at: Situation) -> tuple[Estimator, str]:
         if at.name in self._by_site:
@@ -209,8 +216,12 @@ class MonteCarloELBO(ELBO):
         keep = "cut" if plan.splits else "attach"
 
         def treat(msg: dict) -> str:
-            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends).traits
-            return keep if traits.needs_rsample or traits.draws == "relaxed" else "detach"
+            site = (msg["name"], msg["fn"], msg["infer"], plan.depends)
+            estimator = self.resolve(*site)
+            plan.relaxed.pop(msg["name"], None)
+            if estimator.traits.draws == "relaxed":
+                plan.relaxed[msg["name"]] = (self._situation(*site), estimator)
+            return keep if estimator.traits.needs_rsample or msg["name"] in plan.relaxed else "detach"
 
         return treat
 
@@ -276,8 +287,10 @@ class MonteCarloELBO(ELBO):
             "max_plate_nesting": plan.nesting,
             "treat": self._treat(plan),
             "sampler": self._sampler(plan, weights),
+            "score": score_relaxed(plan.relaxed),
         }
-        particles = draw(model, guide, args, kwargs, **options | dictated)
+        with relaxed_run(plan.relaxed, plan.followed, lambda: dependence(model, guide, args, kwargs)):
+            particles = draw(model, guide, args, kwargs, **options | dictated)
         return replace(particles, weights=weights) if weights else particles
 
     def particles(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Particles:
@@ -306,14 +319,31 @@ class MonteCarloELBO(ELBO):
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)
-        return splits or unknown
+        relaxed = set(plan.relaxed) - plan.followed
+        if relaxed:
+            self._follow(plan, *pair)
+            plan.followed |= relaxed
+        return splits or unknown or bool(relaxed)
+
+    def _follow(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> None:
+        """Raise if the model drops the path of a relaxed value."""
+        reached = dependence(model, guide, args, kwargs, direct=True)
+        with quiet(), torch.enable_grad():
+            particles = self._draw(plan, model, guide, args, kwargs)
+            require_paths(particles, self.objective.terms(particles), reached, plan.relaxed)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
         rewind = generators()
         with ModuleWatch() as watch:
             particles = self._draw(plan, model, guide, args, kwargs)
-        if self._completed(plan, particles, model, guide, args, kwargs):
+        try:
+            again = self._completed(plan, particles, model, guide, args, kwargs)
+        except BaseException:
+            watch.restore()
+            rewind()
+            raise
+        if again:
             watch.restore()
             rewind()
             particles = self._draw(plan, model, guide, args, kwargs)

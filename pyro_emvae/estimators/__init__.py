@@ -3,13 +3,17 @@ r"""Gradient estimators: one file each, found by name in the registry."""
 from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
 from .draws import Antithetic, Independent, Sobol
+from .gumbel_rao import GumbelRao
+from .gumbel_softmax import GumbelSoftmax
 from .leave_one_out import LeaveOneOut
 from .measure_valued import MeasureValued
 from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
+from .reinmax import ReinMax
 from .score import Score, ScoreFunction
+from .straight_through import StraightThrough
 
 __all__ = [
     "POLICIES",
@@ -21,6 +25,8 @@ __all__ = [
     "Draw",
     "Estimator",
     "Full",
+    "GumbelRao",
+    "GumbelSoftmax",
     "Independent",
     "LeaveOneOut",
     "MeasureValued",
@@ -28,11 +34,13 @@ __all__ = [
     "PartialPathwise",
     "Pathwise",
     "Probed",
+    "ReinMax",
     "Score",
     "ScoreFunction",
     "SiteTerms",
     "Situation",
     "Sobol",
     "StickTheLanding",
+    "StraightThrough",
     "auto_table",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import particles
-from .._checks import EmvaeError, fail
+from .._checks import EmvaeError, EstimatorError, fail
 from .._registry import create
 from ..engine import trace
 from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
@@ -81,7 +81,7 @@ class Replay:
         for name, site in random.items():
             if base(site.fn).has_enumerate_support:
                 self.sizes[name] = len(base(site.fn).enumerate_support(expand=False))
-                self.noise[name] = ("finite", tuple(site.value.shape))
+                self.noise[name] = ("finite", tuple(site.value.shape[: site.value.dim() - base(site.fn).event_dim]))
             elif is_normal(site.fn):
                 self.noise[name] = ("normal", tuple(site.value.shape))
         noisy = any(row.estimator.traits.noisy for row in self.loss.table)
@@ -138,7 +138,9 @@ class Replay:
             return probability, *gradient.values()
 
         try:
-            if self.problem.traits.modules or any(t.splits_paths or t.controls or t.stateful for t in traits):
+            if self.problem.traits.modules or any(
+                t.splits_paths or t.controls or t.stateful or t.draws == "relaxed" for t in traits
+            ):
                 key = tuple(r.dtype for r in rows)
                 step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
             return [torch.func.vmap(step)(*(r[i : i + CHUNK] for r in rows)) for i in range(0, len(rows[0]), CHUNK)]
@@ -208,7 +210,19 @@ def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) ->
         for n, s in run.guide.items()
         if not is_point_mass(s.fn)
     ]
-    return [at.name for at in places if misfit(estimator, at) is None]
+    names = [at.name for at in places if misfit(estimator, at) is None]
+    return names if estimator.traits.draws != "relaxed" else [n for n in names if _takes(problem, n, estimator)]
+
+
+def _takes(problem: Problem, name: str, estimator: Estimator) -> bool:
+    """Whether the model can be differentiated through the values of a site."""
+    enter, leaves = _scope(problem)
+    with quiet(seed=0), enter(leaves):
+        try:
+            MonteCarloELBO(estimator={name: estimator}).loss(problem.model, problem.guide, *problem.args)
+        except EstimatorError:
+            return False
+    return True
 
 
 def one_particle(problem: Problem) -> Particles:
@@ -246,6 +260,9 @@ class _Dictated(MonteCarloELBO):
             if msg["name"] in self.noise:
                 rule = from_noise if is_normal(msg["fn"]) else _from_index
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
+                estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends)
+                if estimator.traits.draws == "relaxed":
+                    msg["value"] = estimator.relax(msg["fn"], msg["value"])
             return how(msg)
 
         values = {name: (rows, None) for name, rows in self.noise.items()}
@@ -259,7 +276,8 @@ def _from_index(fn: Any, noise: Tensor) -> Tensor:
     if noise.is_floating_point():
         cumulative = inner.log_prob(support).exp().cumsum(0)
         noise = (noise > cumulative[:-1]).sum(0)
-    return support.flatten().index_select(0, noise.flatten()).reshape(noise.shape)
+    event = inner.event_shape
+    return support.reshape(-1, *event).index_select(0, noise.flatten()).reshape((*noise.shape, *event))
 
 
 def record(step: Callable, inputs: list[Tensor]) -> Callable:

@@ -21,7 +21,7 @@ Policy = Callable[[Situation], Choice]
 def pyro(at: Situation) -> Choice:
     """Choose as `Trace_ELBO` does: pathwise where ``rsample`` exists, else the score function of all terms."""
     if at.fn.has_rsample:
-        return _pathwise(at.fn, reach="all")
+        return _pathwise(at.fn, as_pyro=True)
     return Score(reach="all"), "no rsample"
 
 
@@ -63,11 +63,12 @@ def _candidates() -> list:
     return sorted(rows, key=lambda entry: entry.traits.auto)
 
 
-def _pathwise(fn: Any, reach: str = "downstream") -> Choice:
+def _pathwise(fn: Any, as_pyro: bool = False) -> Choice:
     if is_point_mass(fn):
         return Pathwise(), "deterministic"
     if has_score_parts(fn):
-        return PartialPathwise(reach), "its sampler is reparameterised in part"
+        partial = PartialPathwise("all", "none") if as_pyro else PartialPathwise()
+        return partial, "its sampler is reparameterised in part"
     return Pathwise(), "has rsample"
 
 

@@ -19,6 +19,7 @@ from ._registry import create
 from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, require_fit
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
+from .estimators.relaxed import relaxed_run, require_paths, score_relaxed
 from .objectives import Bound, MultiSample, Objective, Term
 from .particles import (
     Dependence,
@@ -75,7 +76,9 @@ class Plan:
     depends: Dependence | None = None
     uses: int = 0
     probes: tuple[bool, int] | None = None
-    relaxed: set[str] = field(default_factory=set)
+    relaxed: dict[str, tuple[Situation, Estimator]] = field(default_factory=dict)
+    followed: set[str] = field(default_factory=set)
+    halfway: set[str] = field(default_factory=set)
 
 
 class MonteCarloELBO(ELBO):
@@ -196,15 +199,26 @@ class MonteCarloELBO(ELBO):
         row, kind = self._table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
         if row is None or row.kind != kind:
             known = row is not None
-            upstream = None if depends is None else depends.upstream(name)
-            named = {"objective": self.objective.name, "multi_sample": isinstance(self.objective, MultiSample)}
-            at = Situation(name, fn, self._compared(frames), infer=infer or {}, upstream=upstream, **named)
-            row = Resolution(name, *self._choose(at), kind)
+            at = self._situation(name, fn, infer, depends, frames)
+            estimator, why = self._choose(at)
+            row = Resolution(name, estimator, why if estimator.traits.unbiased else f"{why}; biased", kind)
             require_fit(row.estimator, at)
             self._table[name] = row
             if known:  # another guide, whose site of this name is something else
                 self.state = {site: tensors for site, tensors in self.state.items() if site != name}
         return row.estimator
+
+    def _situation(
+        self,
+        name: str,
+        fn: Any,
+        infer: Mapping[str, Any] | None,
+        depends: Dependence | None,
+        frames: Collection | None = None,
+    ) -> Situation:
+        upstream = None if depends is None else depends.upstream(name)
+        named = {"objective": self.objective.name, "multi_sample": isinstance(self.objective, MultiSample)}
+        return Situation(name, fn, self._compared(frames), infer=infer or {}, upstream=upstream, **named)
 
     def _compared(self, frames: Collection | None) -> int:
         """Return how many draws of a guide's site are compared: those of one group, or one of each group."""
@@ -228,8 +242,12 @@ class MonteCarloELBO(ELBO):
         keep = "cut" if plan.splits else "attach"
 
         def treat(msg: dict) -> str:
-            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends, plates_of(msg)).traits
-            return keep if traits.needs_rsample or traits.draws == "relaxed" else "detach"
+            site = (msg["name"], msg["fn"], msg["infer"], plan.depends, plates_of(msg))
+            estimator = self.resolve(*site)
+            plan.relaxed.pop(msg["name"], None)
+            if estimator.traits.draws == "relaxed":
+                plan.relaxed[msg["name"]] = (self._situation(*site), estimator)
+            return keep if estimator.traits.needs_rsample or msg["name"] in plan.relaxed else "detach"
 
         return treat
 
@@ -320,8 +338,10 @@ class MonteCarloELBO(ELBO):
             "max_plate_nesting": plan.nesting,
             "treat": self._treat(plan),
             "sampler": self._sampler(plan, weights),
+            "score": score_relaxed(plan.relaxed),
         }
-        particles = draw(model, guide, args, kwargs, **options | dictated)
+        with relaxed_run(plan.relaxed, plan.followed, lambda: dependence(model, guide, args, kwargs)):
+            particles = draw(model, guide, args, kwargs, **options | dictated)
         return replace(particles, weights=weights) if weights else particles
 
     def particles(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Particles:
@@ -352,18 +372,35 @@ class MonteCarloELBO(ELBO):
         if unknown:
             plan.depends = dependence(*pair)
         rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
-        relaxed = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.relaxed]
-        for site, estimator in relaxed:
+        halfway = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.halfway]
+        for site, estimator in halfway:
             check_relaxed(pair, self.objective, plan, particles, site, estimator)
-            plan.relaxed.add(site.name)
-        return splits or unknown or bool(relaxed)
+            plan.halfway.add(site.name)
+        relaxed = set(plan.relaxed) - plan.followed
+        if relaxed:
+            self._follow(plan, *pair)
+            plan.followed |= relaxed
+        return splits or unknown or bool(halfway) or bool(relaxed)
+
+    def _follow(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> None:
+        """Raise if the model drops the path of a relaxed value."""
+        reached = dependence(model, guide, args, kwargs, direct=True)
+        with quiet(), torch.enable_grad():
+            particles = self._draw(plan, model, guide, args, kwargs)
+            require_paths(particles, self.objective.terms(particles), reached, plan.relaxed)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
         rewind = generators()
         with ModuleWatch() as watch:
             particles = self._draw(plan, model, guide, args, kwargs)
-        if self._completed(plan, particles, model, guide, args, kwargs):
+        try:
+            again = self._completed(plan, particles, model, guide, args, kwargs)
+        except BaseException:
+            watch.restore()
+            rewind()
+            raise
+        if again:
             watch.restore()
             rewind()
             particles = self._draw(plan, model, guide, args, kwargs)

@@ -121,6 +121,7 @@ def combine(table: Mapping[tuple, Any], dims: Sequence[str]) -> Any:
             table = {rest: members[0][1] for rest, members in groups.items()}
     combined = table[()]
     combined.attrs["looped"] = looped
+    combined.attrs["biased"] = sorted({name for cell in table.values() for name in cell.attrs["biased"]})
     return combined.transpose(*dims, "estimator", "block", "site")
 
 

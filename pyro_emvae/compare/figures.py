@@ -148,6 +148,7 @@ def _limits(rows: list[Row], num_replicates: int) -> dict[str, Any]:
         "snr_noise": NOISE / math.sqrt(num_replicates),
         "coordinates": count,
         "looped": [f"{row.name}: {row.looped}" for row in rows if row.looped],
+        "biased": [row.name for row in rows if row.biased],
     }
 
 

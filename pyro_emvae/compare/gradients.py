@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import EmvaeError, fail, message, positive_int
 from .._registry import create
+from ..loss import MonteCarloELBO
 from ..parameters import Parameters, discover, keep_store
 from ..particles import hold_batch, quiet
 from .coordinates import choose
@@ -163,6 +164,8 @@ def _run(rows: list[Row], problem: Problem, objective, num_replicates, memory, b
     limit = equalize(rows, problem, equal, budget) if equal else None
     for row in rows:
         row.unbiased = is_unbiased(row, *problem.pair, objective)
+        own = isinstance(row.loss, MonteCarloELBO)
+        row.biased = own and not all(resolution.estimator.traits.unbiased for resolution in row.loss.table)
         sample(row, problem, num_replicates, memory, base)
     time_rows(rows, problem)
     return limit

@@ -86,7 +86,8 @@ def _table(data: Any, dim: str, columns: dict[str, str]) -> list[str]:
     for name in data.estimator.values:
         for member in data[dim].values:
             cell = data.sel({"estimator": name, dim: member})
-            rows.append([str(name), str(member), *[_text(cell, column) for column in columns]])
+            label = f"{name} (biased)" if name in data.attrs["biased"] else str(name)
+            rows.append([label, str(member), *[_text(cell, column) for column in columns]])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 

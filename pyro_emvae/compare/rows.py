@@ -35,6 +35,7 @@ class Row:
     make: Callable[[int], Any] | None = None
     repeats: int = 1
     unbiased: bool = False
+    biased: bool = False
     samples: dict[str, Tensor] = field(default_factory=dict)
     milliseconds: float = float("nan")
     looped: str = ""

@@ -7,14 +7,18 @@ from .decaying_average import DecayingAverage
 from .double_control import DoubleControlVariate
 from .draws import Antithetic, Independent, Sobol
 from .dreg import DReG
+from .gumbel_rao import GumbelRao
+from .gumbel_softmax import GumbelSoftmax
 from .leave_one_out import LeaveOneOut
 from .measure_valued import MeasureValued
 from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
+from .reinmax import ReinMax
 from .relax import Rebar, Relax
 from .score import Score, ScoreFunction
+from .straight_through import StraightThrough
 from .top_k import RaoBlackwellTopK
 from .unordered_set import UnorderedSet
 from .vimco import OVIS, VIMCO, MultiSampleScore
@@ -36,6 +40,8 @@ __all__ = [
     "Draw",
     "Estimator",
     "Full",
+    "GumbelRao",
+    "GumbelSoftmax",
     "Independent",
     "LeaveOneOut",
     "MeasureValued",
@@ -46,6 +52,7 @@ __all__ = [
     "Probed",
     "RaoBlackwellTopK",
     "Rebar",
+    "ReinMax",
     "Relax",
     "Score",
     "ScoreFunction",
@@ -53,6 +60,7 @@ __all__ = [
     "Situation",
     "Sobol",
     "StickTheLanding",
+    "StraightThrough",
     "UnorderedSet",
     "auto_table",
 ]

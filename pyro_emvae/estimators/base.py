@@ -31,6 +31,7 @@ __all__ = [
     "is_point_mass",
     "misfit",
     "require_fit",
+    "suggest",
 ]
 
 State = dict[str, Tensor]
@@ -257,12 +258,12 @@ def require_fit(estimator: Estimator, at: Situation) -> None:
     else:
         if not at.objectives & set(traits.objectives):
             got = f"objective={at.objective!r}"
-        fix = _alternatives(at)
+        fix = suggest(at)
     fail(EstimatorError, type(estimator).__name__, f"differentiate site {at.name!r}", got=got, because=reason, fix=fix)
 
 
-def _alternatives(at: Situation) -> str:
-    """Name registered, unbiased estimators that fit the site."""
+def suggest(at: Situation) -> str:
+    """Name registered, unbiased estimators that fit the site, as a sentence."""
     names = [e.name for e in entries("estimator") if e.traits.unbiased and not e.traits.arguments]
     good = [n for n in names if n in _PREFERRED and misfit(_make(n), at) is None]
     return f"Use estimator={' or '.join(map(repr, sorted(good, key=_PREFERRED.index)[:2]))}.".replace("'", '"')

@@ -9,6 +9,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from .._checks import EstimatorError, fail
 from .._registry import Traits, register
 from .base import Estimator, SiteTerms, State, base
 
@@ -25,20 +26,34 @@ def has_score_parts(fn: Any) -> bool:
 class PartialPathwise(Estimator):
     r"""Pathwise gradient plus the score of what the sampler's path leaves out.
 
-    $$\hat g=\tfrac1K\sum_k\nabla_\phi f(z_\phi)+f_k\,\nabla_\phi s_\phi(z_k),$$
+    $$\hat g=\tfrac1K\sum_k\nabla_\phi f(z_\phi)+(f_k-\bar f_{-k})\,\nabla_\phi s_\phi(z_k),$$
 
-    with $s_\phi$ the distribution's ``score_function`` part. When to use: rejection samplers. Unbiased. Cost: as
-    pathwise.
+    with $s_\phi$ the distribution's ``score_function`` part, the log density of the accepted noise: its derivative has
+    mean zero, so that the mean of the other particles is a baseline. One particle has none. When to use: rejection
+    samplers. Unbiased. Cost: as pathwise.
 
     Args:
         reach: ``"downstream"``, or ``"all"``: terms that the draw does not reach stay in f, as in `Trace_ELBO`.
+        baseline: ``"leave_one_out"``, or ``"none"``, as in `Trace_ELBO`.
 
     Source: Naesseth et al. 2017, "Reparameterization gradients through acceptance-rejection sampling algorithms",
     eq. 7; Pyro's ``ScoreParts``.
     """
 
     reach: str = "downstream"  # type: ignore[misc]
+    baseline: str = "leave_one_out"
     traits: ClassVar[Traits] = Traits(needs_rsample=True, objectives=("any",))
+
+    def __post_init__(self) -> None:
+        if self.baseline not in ("leave_one_out", "none"):
+            fail(
+                EstimatorError,
+                "PartialPathwise",
+                "subtract a baseline",
+                got=f"baseline={self.baseline!r}",
+                because="the baseline is the mean of the other particles, or none",
+                fix='Write baseline="leave_one_out".',
+            )
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
         parts = [base(run.fn).score_parts(run.value).score_function for run in site.runs or (site,)]
@@ -46,6 +61,8 @@ class PartialPathwise(Estimator):
             return {"value": site.entropy, "guide": site.entropy}
         score = torch.stack(parts) if site.runs else parts[0]
         score = score if score.shape == site.log_q.shape else score.reshape(*site.log_q.shape, -1).sum(-1)
+        if rows > 1 and self.baseline == "leave_one_out" and site.bound is None:
+            signal = (signal - signal.mean(0, keepdim=True)) * (rows / (rows - 1))
         term = signal * score
         term = term if site.entropy is None else term + site.entropy
         return {"value": term, "guide": term}

@@ -123,8 +123,9 @@ class Pathwise(Estimator):
 
     $$\hat g=\tfrac1K\sum_k\nabla_\phi\big[\log p(x,z_\phi(\epsilon_k))-\log q_\phi(z_\phi(\epsilon_k))\big].$$
 
-    When to use: wherever the site has ``rsample`` and log p is differentiable and smooth. Unbiased. Cost: K model and
-    guide runs, one backward.
+    When to use: wherever the site has ``rsample`` and log p is differentiable and smooth. Unbiased, if the
+    sampler's own path is (Pyro's ``MixtureOfDiagNormals`` and ``MixtureOfDiagNormalsSharedCovariance`` have a wrong one
+    by the component logits, unless the smallest scale is 1 in every dim). Cost: K model and guide runs, one backward.
 
     Args:
         entropy: `Full` (default), `StickTheLanding`, `AdaptiveSticking` or `Analytic`.

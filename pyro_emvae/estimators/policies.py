@@ -7,7 +7,7 @@ from typing import Any
 
 from .._checks import EstimatorError, fail, nearest
 from .._registry import create, entries, lookup
-from .base import Estimator, Situation, is_point_mass, misfit
+from .base import Estimator, Situation, base, is_point_mass, misfit
 from .partial import PartialPathwise, has_score_parts
 from .pathwise import Pathwise
 from .score import Score
@@ -17,11 +17,15 @@ __all__ = ["POLICIES", "auto", "auto_table", "from_user", "pyro"]
 Choice = tuple[Estimator, str]
 Policy = Callable[[Situation], Choice]
 
+MISTAKEN = ("MixtureOfDiagNormals", "MixtureOfDiagNormalsSharedCovariance")
+"""Distributions whose sampler's path is not right: Pyro's derivative of these by the component logits is that of
+components whose smallest scale is 1 in every dim (tests/test_pathwise_families.py). ``"auto"`` leaves it alone."""
+
 
 def pyro(at: Situation) -> Choice:
     """Choose as `Trace_ELBO` does: pathwise where ``rsample`` exists, else the score function of all terms."""
     if at.fn.has_rsample:
-        return _pathwise(at.fn, reach="all")
+        return _pathwise(at.fn, as_pyro=True)
     return Score(reach="all"), "no rsample"
 
 
@@ -29,9 +33,10 @@ def auto(at: Situation) -> Choice:
     """Choose the first unbiased candidate that fits, in the order of the trait ``auto``: see `auto_table`."""
     if is_point_mass(at.fn) or (at.fn.has_rsample and has_score_parts(at.fn)):
         return _pathwise(at.fn)
+    mistaken = type(base(at.fn)).__name__ in MISTAKEN
     for entry in _candidates():
         estimator = entry.factory()
-        if misfit(estimator, at) is None:
+        if misfit(estimator, at) is None and not (mistaken and estimator.traits.needs_rsample):
             return estimator, f"first of auto's candidates that fits ({entry.summary})"
     return Score(), "nothing else fits"
 
@@ -63,11 +68,12 @@ def _candidates() -> list:
     return sorted(rows, key=lambda entry: entry.traits.auto)
 
 
-def _pathwise(fn: Any, reach: str = "downstream") -> Choice:
+def _pathwise(fn: Any, as_pyro: bool = False) -> Choice:
     if is_point_mass(fn):
         return Pathwise(), "deterministic"
     if has_score_parts(fn):
-        return PartialPathwise(reach), "its sampler is reparameterised in part"
+        partial = PartialPathwise("all", "none") if as_pyro else PartialPathwise()
+        return partial, "its sampler is reparameterised in part"
     return Pathwise(), "has rsample"
 
 

@@ -28,8 +28,14 @@ class Dependence(dict):
         return tuple(site for site in self if site != name and self.moves(site, "guide", name))
 
 
-def dependence(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Dependence:
+def dependence(
+    model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any], direct: bool = False
+) -> Dependence:
     r"""Run one particle and follow each draw of the guide to the densities that it reaches.
+
+    Args:
+        model, guide, args, kwargs: The problem.
+        direct: Leave out what a draw reaches through further draws alone.
 
     Storages are followed, not tensors, so that what is written into a view counts for the whole. A draw that Python
     has looked at (a branch, ``.item()``, numpy) may move everything. Nothing is changed.
@@ -40,6 +46,8 @@ def dependence(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[st
     flow = _Flow()
 
     def treat(msg: dict) -> str:
+        if direct:
+            msg["value"] = flow.restart(msg["value"])
         flow.add([msg["value"]], {msg["name"]})
         return "attach"
 
@@ -73,6 +81,12 @@ class _Flow(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.kept.append(x)
                 self.sources.setdefault(_storage(x), set()).update(names)
+
+    def restart(self, x: Tensor) -> Tensor:
+        """Return a copy that is made from nothing."""
+        copy = x.clone()
+        self.sources.pop(_storage(copy), None)
+        return copy
 
     def of(self, tensors: Iterable[Any]) -> set[str]:
         return set().union(*(self.sources.get(_storage(x), ()) for x in tensors if isinstance(x, Tensor)))

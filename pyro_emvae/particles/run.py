@@ -30,7 +30,7 @@ def draw(
     max_plate_nesting: int | None = None,
     treat: Callable[[dict], str] | None = None,
     values: Mapping[str, Any] | None = None,
-    score: Callable[[Any, Tensor], Tensor | None] | None = None,
+    score: Callable[[str, Any, Tensor], Tensor | None] | None = None,
     sampler: Callable[[dict], Tensor | None] | None = None,
 ) -> Particles:
     r"""Run the guide and replay the model on its draws.
@@ -43,7 +43,8 @@ def draw(
         max_plate_nesting: Number of plate dims; needed to vectorize more than one particle.
         treat, sampler: See `Recorder`.
         values: Values (with annotations or None) of sites that are replayed and not drawn, the same in every run.
-        score: For one run, returns the log density of a distribution at a value, or None for its ``log_prob``.
+        score: Returns the log density of a site, by its name, distribution and value, or None for the distribution's
+            own ``log_prob``.
 
     Returns:
         The particles. With K > 1 every log density has its particles at dim ``-1 - max_plate_nesting``.
@@ -55,7 +56,7 @@ def draw(
         wrap = plate_wrapper(num_particles, max_plate_nesting)
         pair = wrap(model), wrap(guide)
         return run_pair(*pair, args, kwargs, num_particles, max_plate_nesting, treat, values, score, sampler)
-    one = (model, guide, args, kwargs, 1, max_plate_nesting, treat, values, None, sampler)
+    one = (model, guide, args, kwargs, 1, max_plate_nesting, treat, values, score, sampler)
     return stack_runs([run_pair(*one) for _ in range(num_particles)])
 
 
@@ -114,7 +115,7 @@ def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values, 
     return Particles(
         num_particles,
         nesting,
-        {n: make_site(m) for n, m in guide_msgs.items() if not is_subsample(m)},
+        {n: make_site(m, score) for n, m in guide_msgs.items() if not is_subsample(m)},
         {n: make_site(m, score) for n, m in model_msgs.items() if not is_subsample(m)},
         {"guide": guide_run.params, "model": model_params},
         result,
@@ -158,10 +159,10 @@ def _nesting(messages: Iterable[dict]) -> int:
     return -min(dims) if dims else 0
 
 
-def make_site(msg: dict, score: Callable[[Any, Tensor], Tensor | None] | None = None) -> Site:
+def make_site(msg: dict, score: Callable[[str, Any, Tensor], Tensor | None] | None = None) -> Site:
     fn, value = msg["fn"], msg["value"]
     try:
-        log_prob = None if score is None or msg["args"] or msg["kwargs"] else score(fn, value)
+        log_prob = None if score is None or msg["args"] or msg["kwargs"] else score(msg["name"], fn, value)
         log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if log_prob is None else log_prob
     except ValueError as cause:
         refuse_non_finite("Particles", msg["name"], value, cause)

@@ -148,7 +148,7 @@ class LogJoint:
 
     def _run(self, coordinates: Mapping[str, Tensor]) -> Run:
         with _At(coordinates) as given:
-            particles = draw(self.model, _draw_nothing, self.args, self.kwargs, score=squares)
+            particles = draw(self.model, _draw_nothing, self.args, self.kwargs, score=lambda _, *given: squares(*given))
             jacobians = {} if not self.constrained else _jacobians(given, particles)
         return Run(particles, given.leaves, jacobians, given.supports)
 

@@ -48,8 +48,7 @@ def exact_mean(replay: Replay) -> Mean | None:
         True
     """
     outcomes, (dims, uniform) = replay.size(), replay.continuous()
-    relaxed = any(row.estimator.traits.draws == "relaxed" for row in replay.loss.table)
-    if replay.own_draws or relaxed or outcomes > MAX_OUTCOMES:
+    if replay.own_draws or outcomes > MAX_OUTCOMES:
         return None
     if dims + uniform == 0:
         noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))

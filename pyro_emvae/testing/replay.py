@@ -192,7 +192,10 @@ class Replay:
 
     def _differentiates(self, traits: list[Traits]) -> bool:
         """Whether a gradient is taken inside an evaluation."""
-        inside = (t.splits_paths or t.controls or t.stateful or t.probes in ("differentiable", "twice") for t in traits)
+        probes = ("differentiable", "twice")
+        inside = (
+            t.splits_paths or t.controls or t.stateful or t.draws == "relaxed" or t.probes in probes for t in traits
+        )
         analytic = any(row.estimator.integrates for row in self.loss.table)  # masks are compared by their memory
         return self.loss.objective.splits_paths or analytic or any(inside)
 
@@ -299,9 +302,22 @@ def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int, ob
         if not is_point_mass(s.fn)
     ]
     fitting = [at.name for at in places if misfit(estimator, at) is None]
+    if estimator.traits.draws == "relaxed":
+        return [n for n in fitting if _takes(problem, n, estimator)]
     if estimator.traits.probes not in ("differentiable", "twice"):
         return fitting
     return [name for name in fitting if _relaxes(problem, {name: estimator}, num_particles)]
+
+
+def _takes(problem: Problem, name: str, estimator: Estimator) -> bool:
+    """Whether the model can be differentiated through the values of a site."""
+    enter, leaves = _scope(problem)
+    with quiet(seed=0), enter(leaves):
+        try:
+            MonteCarloELBO(estimator={name: estimator}).loss(problem.model, problem.guide, *problem.args)
+        except EstimatorError:
+            return False
+    return True
 
 
 def _relaxes(problem: Problem, estimator: Mapping[str, Estimator], num_particles: int) -> bool:
@@ -355,6 +371,9 @@ class _Dictated(MonteCarloELBO):
             if msg["name"] in self.noise:
                 rule = from_noise if is_normal(msg["fn"]) else _from_index
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
+                estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends)
+                if estimator.traits.draws == "relaxed":
+                    msg["value"] = estimator.relax(msg["fn"], msg["value"])
             return how(msg)
 
         values = {name: (rows, None) for name, rows in self.noise.items()}

@@ -33,6 +33,8 @@ RELAXED = [e.name for e in entries("estimator") if e.traits.draws == "relaxed"]
 HARD = ["straight_through", "reinmax"]
 ALL = [StraightThrough(), ReinMax(), GumbelSoftmax(), GumbelRao()]
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
+
 
 def f64(x: Any) -> Tensor:
     return torch.tensor(x, dtype=torch.float64)

@@ -104,6 +104,7 @@ def combine(table: Mapping[tuple, Any], dims: Sequence[str]) -> Any:
 
     names = ("dimension", "stage", "num_particles")
     looped = sorted({line for cell in table.values() for line in cell.attrs["looped"]})
+    biased = sorted({name for cell in table.values() for name in cell.attrs["biased"]})
     for depth in (2, 1, 0):
         groups: dict[tuple, list] = {}
         for place, cell in table.items():
@@ -121,7 +122,7 @@ def combine(table: Mapping[tuple, Any], dims: Sequence[str]) -> Any:
             table = {rest: members[0][1] for rest, members in groups.items()}
     combined = table[()]
     combined.attrs["looped"] = looped
-    combined.attrs["biased"] = sorted({name for cell in table.values() for name in cell.attrs["biased"]})
+    combined.attrs["biased"] = biased
     return combined.transpose(*dims, "estimator", "block", "site")
 
 

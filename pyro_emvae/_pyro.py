@@ -7,10 +7,11 @@ from typing import Any
 import pyro
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["Messenger", "constraint_of", "get_trace", "leaf_of", "scale_and_mask", "waiting_state"]
+__all__ = ["EnumMessenger", "Messenger", "constraint_of", "get_trace", "leaf_of", "scale_and_mask", "waiting_state"]
 
 get_trace = Trace_ELBO._get_trace
 

@@ -31,7 +31,8 @@ class Traits:
         support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
-            with weights; ``"relaxed"``: values with a path, of another distribution.
+            with weights; ``"relaxed"``: values with a path, of another distribution; ``"enumerated"``: not at all,
+            but summed over.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
         noisy: Its surrogate draws random numbers of its own.
         controls: It returns terms whose coefficients are learned.

@@ -16,11 +16,13 @@ from torch import Tensor
 from ._checks import EmvaeError, EstimatorError, NonFiniteError, fail, nearest, positive_int
 from ._pyro import get_trace
 from ._registry import create
-from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, require_fit
+from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, misfit, require_fit
+from .estimators.enumerated import Enumerated
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
 from .objectives import Bound, MultiSample, Objective, Term
 from .particles import (
+    BUDGET,
     Dependence,
     ModuleWatch,
     Particles,
@@ -31,8 +33,11 @@ from .particles import (
     dependence,
     draw,
     generators,
+    is_annotated,
+    num_outcomes,
     plates_of,
     quiet,
+    summable,
 )
 from .probing import probe
 from .surrogate import Composer, States, annealed, reweighted, total
@@ -161,6 +166,7 @@ class MonteCarloELBO(ELBO):
         self._by_site = {name: from_user(spec) for name, spec in mapping.items()}
         self._policy = POLICIES["auto"] if isinstance(estimator, Mapping) else from_user(estimator)
         self._table: dict[str, Resolution] = {}
+        self._summable: dict[str, bool] = {}
         self._plans: dict[tuple[Callable, Callable], Plan] = {}
         self.state: States = {}
         self.evaluations = num_particles
@@ -168,7 +174,7 @@ class MonteCarloELBO(ELBO):
     def fresh(self) -> MonteCarloELBO:
         """Return a loss of the same options that has seen nothing: no resolved estimators, no state."""
         loss = copy.copy(self)
-        loss._table, loss._plans, loss.state = {}, {}, {}
+        loss._table, loss._plans, loss.state, loss._summable = {}, {}, {}, {}
         return loss
 
     # The estimators -------------------------------------------------------------------------------------------
@@ -188,22 +194,35 @@ class MonteCarloELBO(ELBO):
         name: str,
         fn: Any,
         infer: Mapping[str, Any],
-        depends: Dependence | None = None,
+        plan: Plan | None = None,
         frames: Collection | None = None,
     ) -> Estimator:
         """Return the estimator of a guide site, choosing and checking it for each new kind of distribution there."""
         row, kind = self._table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
         if row is None or row.kind != kind:
             known = row is not None
-            upstream = None if depends is None else depends.upstream(name)
-            named = {"objective": self.objective.name, "multi_sample": isinstance(self.objective, MultiSample)}
-            at = Situation(name, fn, self._compared(frames), infer=infer or {}, upstream=upstream, **named)
+            at = self._situation(name, fn, infer or {}, plan, frames)
             row = Resolution(name, *self._choose(at), kind)
             require_fit(row.estimator, at)
             self._table[name] = row
             if known:  # another guide, whose site of this name is something else
                 self.state = {site: tensors for site, tensors in self.state.items() if site != name}
         return row.estimator
+
+    def _situation(self, name: str, fn: Any, infer: Mapping, plan: Plan | None, frames: Collection | None) -> Situation:
+        depends = None if plan is None else plan.depends
+        nesting = None if plan is None else plan.nesting
+        return Situation(
+            name,
+            fn,
+            self._compared(frames),
+            self.objective.name,
+            infer,
+            None if depends is None else depends.upstream(name),
+            multi_sample=isinstance(self.objective, MultiSample),
+            enumerable=is_annotated(infer) or self._summable.get(name, False),
+            below=nesting is not None and len(fn.batch_shape) > nesting + plan.vectorize,
+        )
 
     def _compared(self, frames: Collection | None) -> int:
         """Return how many draws of a guide's site are compared: those of one group, or one of each group."""
@@ -212,22 +231,25 @@ class MonteCarloELBO(ELBO):
             return self.num_particles
         return self.num_particles // size if self.objective.is_above(frames) else size
 
+    def _spec(self, name: str, infer: Mapping[str, Any]) -> tuple[Any, str]:
+        """Return what was asked for at a site: an estimator or a policy; and where."""
+        if name in self._by_site:
+            return self._by_site[name], "named for this site"
+        if self.annotations and "estimator" in infer:
+            return from_user(infer["estimator"]), "annotated in the guide"
+        return self._policy, "named for the whole loss"
+
     def _choose(self, at: Situation) -> tuple[Estimator, str]:
-        if at.name in self._by_site:
-            spec, why = self._by_site[at.name], "named for this site"
-        elif self.annotations and "estimator" in at.infer:
-            spec, why = from_user(at.infer["estimator"]), "annotated in the guide"
-        else:
-            spec, why = self._policy, "named for the whole loss"
-            if isinstance(spec, Estimator) and is_point_mass(at.fn):
-                return Pathwise(), "deterministic"
+        spec, why = self._spec(at.name, at.infer)
+        if spec is self._policy and isinstance(spec, Estimator) and is_point_mass(at.fn):
+            return Pathwise(), "deterministic"
         return (spec, why) if isinstance(spec, Estimator) else spec(at)
 
     def _treat(self, plan: Plan) -> Callable[[dict], str]:
         keep = "cut" if plan.splits else "attach"
 
         def treat(msg: dict) -> str:
-            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends, plates_of(msg)).traits
+            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan, plates_of(msg)).traits
             return keep if traits.needs_rsample or traits.draws == "relaxed" else "detach"
 
         return treat
@@ -236,11 +258,11 @@ class MonteCarloELBO(ELBO):
         """Return what draws in place of a distribution, for estimators that do; it fills in the weights."""
 
         def sampler(msg: dict) -> Tensor | None:
-            estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends, plates_of(msg))
+            estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan, plates_of(msg))
             above = isinstance(self.objective, MultiSample) and self.objective.is_above(plates_of(msg))
             if above and self.num_particles > 1:
                 return self._draw_above(plan, msg, estimator)
-            if estimator.traits.draws == "independent":
+            if estimator.traits.draws in ("independent", "enumerated"):
                 return None
             if self.num_particles > 1 and not plan.vectorize and estimator.traits.draws != "relaxed":
                 self._refuse_loop(msg["name"], f"{estimator} draws all of them at once")
@@ -250,6 +272,26 @@ class MonteCarloELBO(ELBO):
             return None if drawn is None else drawn.value
 
         return sampler
+
+    def _enumerates(self, plan: Plan) -> Callable[[dict], bool]:
+        """Return which sites of the guide are summed over; it refuses draws downstream that are not pathwise."""
+
+        def enumerates(msg: dict) -> bool:
+            estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan, plates_of(msg))
+            if estimator.traits.draws == "enumerated":
+                return True
+            if len(msg["fn"].batch_shape) > plan.nesting + plan.vectorize and not _follows(estimator):
+                fail(
+                    EstimatorError,
+                    "MonteCarloELBO",
+                    f"draw site {msg['name']!r} once per outcome",
+                    got=f"{estimator} downstream of an enumerated site",
+                    because="only pathwise draws are averaged over the outcomes before them",
+                    fix=f'Use estimator={{"{msg["name"]}": "enumerated"}}, or "leave_one_out" at all discrete sites.',
+                )
+            return False
+
+        return enumerates
 
     def _draw_above(self, plan: Plan, msg: dict, estimator: Estimator) -> Tensor:
         """Draw a global latent once for each group of local particles."""
@@ -314,6 +356,7 @@ class MonteCarloELBO(ELBO):
             "max_plate_nesting": plan.nesting,
             "treat": self._treat(plan),
             "sampler": self._sampler(plan, weights),
+            "enumerate_site": self._enumerates(plan),
         }
         particles = draw(model, guide, args, kwargs, **options | dictated)
         return replace(particles, weights=weights) if weights else particles
@@ -340,11 +383,43 @@ class MonteCarloELBO(ELBO):
         """
         traits = [self._table[name].estimator.traits for name in particles.guide if name in self._table]
         splits = (self.objective.splits_paths or any(t.splits_paths for t in traits)) and not plan.splits
+        sought = self._seek_sums(plan, particles, pair)
+        summed = sought or (plan.nesting is None and self._sums(particles, traits))
+        if summed:
+            plan.nesting = particles.max_plate_nesting
         unknown = any(t.needs_signal for t in traits) and plan.depends is None
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)
-        return splits or unknown
+        return splits or unknown or summed
+
+    def _seek_sums(self, plan: Plan, particles: Particles, pair: tuple) -> bool:
+        """Find sites at which ``"auto"`` may sum and not draw; return whether there are any new ones."""
+        rows = [self._table[name] for name in particles.guide if name in self._table]
+        counts = {}
+        for row in rows if self.objective.name in Enumerated.traits.objectives else ():
+            site = particles.guide[row.site]
+            asked = self._spec(row.site, site.infer)[0] is POLICIES["auto"]
+            if asked and row.site not in self._summable and misfit(Enumerated(), self._plain(site)) is None:
+                counts[row.site] = num_outcomes(site.fn)
+        counts = {n: c for n, c in counts.items() if c <= BUDGET and n not in particles.enumerated}
+        if not counts:
+            return False
+        plan.depends = plan.depends or dependence(*pair)
+        follow = [row.site for row in rows if _follows(row.estimator)]
+        names = summable(pair, particles.max_plate_nesting, counts, plan.depends, follow)
+        self._summable |= {name: name in names for name in counts}
+        for name in names:  # to be chosen anew
+            self._table[name] = replace(self._table[name], kind=())
+        return bool(names)
+
+    def _plain(self, site: Site) -> Situation:
+        return Situation(site.name, site.fn, self.num_particles, self.objective.name, site.infer)
+
+    def _sums(self, particles: Particles, traits: list) -> bool:
+        """Whether a site is enumerated, for which the number of plate dims has to be known beforehand."""
+        latents = any("summed_out" in site.infer for site in particles.model.values())
+        return latents or any(t.draws == "enumerated" for t in traits)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
@@ -360,6 +435,17 @@ class MonteCarloELBO(ELBO):
     def _check(self, particles: Particles) -> None:
         check_match(particles)
         check_plates(particles)
+        for row in self._table.values():
+            wanted = row.estimator.traits.draws == "enumerated"
+            if wanted and row.site in particles.guide and row.site not in particles.enumerated:
+                fail(
+                    EstimatorError,
+                    "enumerated",
+                    f"sum over site {row.site!r}",
+                    got="a value that was drawn or given by another handler",
+                    because="the guide has to be a function of pyro.sample statements, and no effect handler",
+                    fix=f'Use estimator={{"{row.site}": "leave_one_out"}}.',
+                )
         for name, site in particles.guide.items():
             if site.is_observed and not site.fn.has_rsample:  # a factor of draws that are no pyro.sample
                 self.resolve(name, site.fn, site.infer, None, site.frames)
@@ -413,7 +499,8 @@ class MonteCarloELBO(ELBO):
         plan = self._plans[(model, guide)]
         rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
         objective, terms, bound = self._objective(plan, particles, rows, beta)
-        plain = all(type(e) is Pathwise and not e.traits.splits_paths for _, e in rows)
+        self.evaluations = self.num_particles * particles.num_outcomes
+        plain = all(_is_plain(e) for _, e in rows)
         if plain and not self.objective.splits_paths:
             climbed = objective if beta is None else total(terms) / self.num_particles
             return Evaluation(objective, climbed, particles, state or {})
@@ -427,7 +514,7 @@ class MonteCarloELBO(ELBO):
         if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
         surrogate, following = composer.compose(rows, state)
-        self.evaluations = self.num_particles * (1 + composer.probes)
+        self.evaluations *= 1 + composer.probes
         return Evaluation(objective.detach(), surrogate, particles, following)
 
     def _objective(
@@ -501,6 +588,17 @@ class MonteCarloELBO(ELBO):
         """Resolve estimators and make their state, leaving generators and buffers as they were."""
         with quiet(), torch.no_grad():
             self.particles(model, guide, args, kwargs)
+
+
+def _follows(estimator: Estimator) -> bool:
+    """Whether a site can be downstream of one that is summed over."""
+    return estimator == Pathwise() or estimator.traits.draws == "enumerated"
+
+
+def _is_plain(estimator: Estimator) -> bool:
+    """Whether the objective, differentiated as it stands, is what the estimator estimates."""
+    pathwise = type(estimator) is Pathwise and not estimator.traits.splits_paths
+    return pathwise or estimator.traits.draws == "enumerated"
 
 
 def _check_integrated(wanted: list[str], terms: list[Term], particles: Particles) -> None:

@@ -4,6 +4,7 @@ from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
 from .draws import Antithetic, Independent, Sobol
 from .dreg import DReG
+from .enumerated import Enumerated
 from .leave_one_out import LeaveOneOut
 from .measure_valued import MeasureValued
 from .neural_baseline import NeuralBaseline
@@ -24,6 +25,7 @@ __all__ = [
     "DReG",
     "DecayingAverage",
     "Draw",
+    "Enumerated",
     "Estimator",
     "Full",
     "Independent",

@@ -47,6 +47,8 @@ class Situation:
         upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
         prior: The model's distribution at the site; None if not known.
         multi_sample: Whether the objective is one of several particles, no sum of terms.
+        enumerable: Whether a sum over the site is asked for by its annotation, or was found to be right and cheap.
+        below: Whether its distribution depends on a site that is summed over.
     """
 
     name: str
@@ -57,6 +59,8 @@ class Situation:
     upstream: tuple[str, ...] | None = ()
     prior: Any = None
     multi_sample: bool = False
+    enumerable: bool = False
+    below: bool = False
 
     @property
     def objectives(self) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from .._checks import EstimatorError, fail, nearest
 from .._registry import create, entries, lookup
+from ..particles import is_annotated, num_outcomes
 from .base import Estimator, Situation, is_point_mass, misfit
 from .partial import PartialPathwise, has_score_parts
 from .pathwise import Pathwise
@@ -31,9 +32,19 @@ def auto(at: Situation) -> Choice:
         return _pathwise(at.fn)
     for entry in _candidates():
         estimator = entry.factory()
+        summed = entry.traits.draws == "enumerated"
+        if summed and not (at.enumerable or at.below):
+            continue
         if misfit(estimator, at) is None:
+            if summed:
+                return estimator, _why_summed(at)
             return estimator, f"first of auto's candidates that fits ({entry.summary})"
     return Score(), "nothing else fits"
+
+
+def _why_summed(at: Situation) -> str:
+    asked = 'infer={"enumerate": "parallel"}' if is_annotated(at.infer) else "right at each of them and cheap"
+    return f"its {num_outcomes(at.fn)} outcomes are summed exactly: {asked}"
 
 
 POLICIES: dict[str, Policy] = {"pyro": pyro, "auto": auto}
@@ -44,7 +55,7 @@ def auto_table() -> list[dict[str, Any]]:
 
     Example:
         >>> [row["estimator"] for row in auto_table()][:2]
-        ['pathwise', 'leave_one_out']
+        ['enumerated', 'pathwise']
     """
     return [
         {

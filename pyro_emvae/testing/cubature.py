@@ -46,7 +46,7 @@ def exact_mean(replay: Replay) -> Mean | None:
     """
     outcomes, dims = replay.size()
     kinds = {row.estimator.traits.draws for row in replay.loss.table}  # shared noise: only each particle's own matters
-    if replay.own_draws or not kinds <= {"independent", "noise"} or outcomes > MAX_OUTCOMES:
+    if replay.own_draws or not kinds <= {"independent", "noise", "enumerated"} or outcomes > MAX_OUTCOMES:
         return None
     if dims == 0:
         noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))

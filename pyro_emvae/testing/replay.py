@@ -87,7 +87,8 @@ class Replay:
         self.leaves = self.leaves or {n: t for side in first.particles.params.values() for n, t in side.items()}
         self.dtype = first.objective.dtype
         self.sizes: dict[str, int] = {}
-        random = {n: s for n, s in first.particles.guide.items() if not is_point_mass(s.fn)}
+        drawn = {n: s for n, s in first.particles.guide.items() if n not in first.particles.enumerated}
+        random = {n: s for n, s in drawn.items() if not is_point_mass(s.fn)}
         objective = self.loss.objective
         self.above = {
             n for n, s in random.items() if isinstance(objective, MultiSample) and objective.is_above(s.frames)
@@ -141,8 +142,8 @@ class Replay:
         """Return gradients along the rows of noise, and the probabilities of the finite sites' outcomes."""
         rows = [noise[name] for name in (*self.noise, *self.plates)]
         with quiet(seed=0, validate=False):
-            pieces = self._map(rows) or [
-                [t[None] for t in self.step(*(r[i] for r in rows))] for i in range(len(rows[0]))
+            pieces = (self._map(rows) if rows else None) or [
+                [t[None] for t in self.step(*(r[i] for r in rows))] for i in range(len(rows[0]) if rows else 1)
             ]
         probability, *grads = (torch.cat(parts).detach() for parts in zip(*pieces, strict=True))
         return dict(zip(self.leaves, grads, strict=True)), probability

@@ -51,12 +51,17 @@ REVISITED = (2, 8, 64, 512, 4096, 32768)
 
 @dataclass(frozen=True)
 class Resolution:
-    """One row of the resolved table: the site, its estimator and why it was chosen; and for what kind of site."""
+    """One row of the resolved table: the site, its estimator and why it was chosen; its cost; for what kind of site.
+
+    The cost is the number of model evaluations of one gradient: particles, times the outcomes that are summed over, or
+    times one more than the further values that the estimator looks at (known after the first gradient).
+    """
 
     site: str
     estimator: Estimator
     why: str
     kind: tuple = field(default=(), repr=False)
+    cost: int = 1
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ class MonteCarloELBO(ELBO):
 
     @property
     def table(self) -> tuple[Resolution, ...]:
-        """The resolved table: site, estimator, why."""
+        """The resolved table: site, estimator, why, cost."""
         return tuple(self._table.values())
 
     def resolve(
@@ -203,6 +208,7 @@ class MonteCarloELBO(ELBO):
             known = row is not None
             at = self._situation(name, fn, infer or {}, plan, frames)
             row = Resolution(name, *self._choose(at), kind)
+            row = replace(row, cost=self.num_particles * _outcomes(row.estimator, fn))
             require_fit(row.estimator, at)
             self._table[name] = row
             if known:  # another guide, whose site of this name is something else
@@ -221,6 +227,7 @@ class MonteCarloELBO(ELBO):
             None if depends is None else depends.upstream(name),
             multi_sample=isinstance(self.objective, MultiSample),
             enumerable=is_annotated(infer) or self._summable.get(name, False),
+            together=plan is None or plan.vectorize,
             below=nesting is not None and len(fn.batch_shape) > nesting + plan.vectorize,
         )
 
@@ -468,7 +475,7 @@ class MonteCarloELBO(ELBO):
                 because="draws are made by the guide, whose site has no such annotation",
                 fix=f'Move it to the guide\'s pyro.sample({name!r}, ...), or write estimator={{"{name}": ...}}.',
             )
-        rows = "\n".join(f"  {row.site}: {row.estimator} ({row.why})" for row in self._table.values())
+        rows = "\n".join(f"  {row.site}: {row.estimator} ({row.why}; cost {row.cost})" for row in self._table.values())
         logger.info("estimators per guide site:\n%s", rows)
 
     # Evaluation -----------------------------------------------------------------------------------------------
@@ -514,7 +521,9 @@ class MonteCarloELBO(ELBO):
         if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
         surrogate, following = composer.compose(rows, state)
-        self.evaluations *= 1 + composer.probes
+        self.evaluations *= 1 + sum(composer.probes.values())
+        for name, count in composer.probes.items():
+            self._table[name] = replace(self._table[name], cost=self.num_particles * (1 + count))
         return Evaluation(objective.detach(), surrogate, particles, following)
 
     def _objective(
@@ -588,6 +597,10 @@ class MonteCarloELBO(ELBO):
         """Resolve estimators and make their state, leaving generators and buffers as they were."""
         with quiet(), torch.no_grad():
             self.particles(model, guide, args, kwargs)
+
+
+def _outcomes(estimator: Estimator, fn: Any) -> int:
+    return (num_outcomes(fn) or 1) if estimator.traits.draws == "enumerated" else 1
 
 
 def _follows(estimator: Estimator) -> bool:

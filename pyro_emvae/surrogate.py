@@ -93,7 +93,7 @@ class Composer:
         self.particles, self.bound, self.depends, self.probe = particles, bound, depends, probe
         self.raw = terms
         self.terms = terms if bound is None else bound.by_values()
-        self.probes = 0
+        self.probes: dict[str, int] = {}
         self._groups: dict[frozenset, dict[tuple, Tensor]] = {}
 
     def signal(self, site: Site, estimator: Estimator) -> Tensor:
@@ -181,7 +181,7 @@ class Composer:
         values = estimator.probes(view, self.particles.num_particles, old)
         if values is None:
             return view
-        self.probes += len(values)
+        self.probes[site.name] = len(values)
         probed = self.probe(site, values, estimator, signal)
         return SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields, probes=values, probed=probed)
 

@@ -49,6 +49,7 @@ class Situation:
         multi_sample: Whether the objective is one of several particles, no sum of terms.
         enumerable: Whether a sum over the site is asked for by its annotation, or was found to be right and cheap.
         below: Whether its distribution depends on a site that is summed over.
+        together: Whether all particles are drawn in one run, as estimators need that draw them together.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Situation:
     multi_sample: bool = False
     enumerable: bool = False
     below: bool = False
+    together: bool = True
 
     @property
     def objectives(self) -> set[str]:

@@ -16,10 +16,11 @@ from torch import Tensor
 from ._checks import EmvaeError, EstimatorError, NonFiniteError, fail, nearest, positive_int
 from ._pyro import get_trace
 from ._registry import create
+from .choosing import PROBE, accounted, begin, best, due, learn, trial
 from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, misfit, require_fit
 from .estimators.enumerated import Enumerated
 from .estimators.pathwise import Pathwise
-from .estimators.policies import POLICIES, from_user
+from .estimators.policies import POLICIES, candidates, from_user
 from .objectives import Bound, MultiSample, Objective, Term
 from .particles import (
     BUDGET,
@@ -172,6 +173,8 @@ class MonteCarloELBO(ELBO):
         self._policy = POLICIES["auto"] if isinstance(estimator, Mapping) else from_user(estimator)
         self._table: dict[str, Resolution] = {}
         self._summable: dict[str, bool] = {}
+        self._tried: dict[str, tuple[str, ...]] = {}
+        self._trials: dict[tuple, MonteCarloELBO] = {}
         self._plans: dict[tuple[Callable, Callable], Plan] = {}
         self.state: States = {}
         self.evaluations = num_particles
@@ -179,7 +182,7 @@ class MonteCarloELBO(ELBO):
     def fresh(self) -> MonteCarloELBO:
         """Return a loss of the same options that has seen nothing: no resolved estimators, no state."""
         loss = copy.copy(self)
-        loss._table, loss._plans, loss.state, loss._summable = {}, {}, {}, {}
+        loss._table, loss._plans, loss.state, loss._summable, loss._tried, loss._trials = {}, {}, {}, {}, {}, {}
         return loss
 
     # The estimators -------------------------------------------------------------------------------------------
@@ -248,6 +251,11 @@ class MonteCarloELBO(ELBO):
 
     def _choose(self, at: Situation) -> tuple[Estimator, str]:
         spec, why = self._spec(at.name, at.infer)
+        if spec is POLICIES["probe"]:
+            self._tried[at.name] = candidates(at)
+            kept = best(self.state[PROBE], at.name, self._tried[at.name]) if PROBE in self.state else None
+            if kept is not None:
+                return create("estimator", kept), "the least E|g|^2 times cost of its trials"
         if spec is self._policy and isinstance(spec, Estimator) and is_point_mass(at.fn):
             return Pathwise(), "deterministic"
         return (spec, why) if isinstance(spec, Estimator) else spec(at)
@@ -345,6 +353,8 @@ class MonteCarloELBO(ELBO):
 
     def revisit(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Look again, after 2, 8, 64, ... uses, at which draws reach which terms: a model may have changed since."""
+        if self.is_probing:
+            self._probe(model, guide, args, kwargs)
         plan = self._plans.get((model, guide))
         if plan is None or plan.depends is None:
             return
@@ -352,6 +362,56 @@ class MonteCarloELBO(ELBO):
         if plan.uses in REVISITED:
             for name, reached in dependence(model, guide, args, kwargs).items():
                 plan.depends[name] = plan.depends.get(name, frozenset()) | reached
+
+    @property
+    def is_probing(self) -> bool:
+        """Whether estimators are chosen by trials, at a site or in the whole loss; annotations are not looked at."""
+        return POLICIES["probe"] in (self._policy, *self._by_site.values())
+
+    def _probe(self, *pair: Any) -> None:
+        """Try the estimator whose turn it is, if the share of all evaluations allows, and keep the best of each site."""
+        if pair[:2] not in self._plans:
+            self.prepare(*pair)
+        plan, sites = self._plans[pair[:2]], {name: tried for name, tried in self._tried.items() if len(tried) > 1}
+        record = begin(sites) | self.state.get(PROBE, {})
+        turn = due(record, sites, self.num_particles)
+        if turn is not None:
+            site, name = turn
+            other = self._trial(plan, pair[:2], site, name)
+            known = {n: t for n, t in self.state.items() if n not in (site, PROBE)}
+            own = {k.split("|state|")[1]: v for k, v in record.items() if k.startswith(f"{site}|{name}|state|")}
+            found = trial(other, pair, known | ({site: own} if own else {}))
+            record = learn(record, site, name, None if found is None else found[0], other.evaluations)
+            new = {} if found is None else found[1].get(site, {})
+            record |= {f"{site}|{name}|state|{k}": v for k, v in new.items()}
+        self.state = {**self.state, PROBE: record}
+        for site, names in sites.items():
+            self._keep(plan, site, best(record, site, names))
+
+    def _trial(self, plan: Plan, key: tuple, site: str, name: str) -> MonteCarloELBO:
+        """Return a loss that has another estimator at one site."""
+        chosen = {**self.resolved, site: create("estimator", name)}
+        other = self._trials.get((site, name, *key))
+        if other is None or other._by_site != chosen:
+            other = self.fresh()
+            other._by_site, other._policy = chosen, POLICIES["auto"]
+            other._summable = dict.fromkeys(chosen, False)
+            other._plans = {key: Plan(plan.vectorize, plan.nesting, splits=False, depends=plan.depends)}
+            remember(self._trials, (site, name, *key), other, limit=64)
+        return other
+
+    def _keep(self, plan: Plan, site: str, name: str | None) -> None:
+        """Let a site have the estimator that was found best, with the state of its trials."""
+        estimator = None if name is None else create("estimator", name)
+        if estimator is None or self._table[site].estimator == estimator:
+            return
+        why = "the least E|g|^2 times cost of its trials"
+        self._table[site] = replace(self._table[site], estimator=estimator, why=why)
+        record = self.state[PROBE]
+        own = {k.split("|state|")[1]: v for k, v in record.items() if k.startswith(f"{site}|{name}|state|")}
+        self.state = {n: t for n, t in self.state.items() if n != site} | ({site: own} if own else {})
+        plan.sites, plan.splits = (), False
+        logger.info("site %r: %s (%s)", site, estimator, why)
 
     def _draw(
         self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping, **dictated: Any
@@ -406,7 +466,7 @@ class MonteCarloELBO(ELBO):
         counts = {}
         for row in rows if self.objective.name in Enumerated.traits.objectives else ():
             site = particles.guide[row.site]
-            asked = self._spec(row.site, site.infer)[0] is POLICIES["auto"]
+            asked = self._spec(row.site, site.infer)[0] in (POLICIES["auto"], POLICIES["probe"])
             if asked and row.site not in self._summable and misfit(Enumerated(), self._plain(site)) is None:
                 counts[row.site] = num_outcomes(site.fn)
         counts = {n: c for n, c in counts.items() if c <= BUDGET and n not in particles.enumerated}
@@ -510,7 +570,8 @@ class MonteCarloELBO(ELBO):
         plain = all(_is_plain(e) for _, e in rows)
         if plain and not self.objective.splits_paths:
             climbed = objective if beta is None else total(terms) / self.num_particles
-            return Evaluation(objective, climbed, particles, state or {})
+            before = self.state if state is None else state
+            return Evaluation(objective, climbed, particles, accounted(before, state or {}, self.evaluations))
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
             pair = (model, guide, args, kwargs)
@@ -524,6 +585,7 @@ class MonteCarloELBO(ELBO):
         self.evaluations *= 1 + sum(composer.probes.values())
         for name, count in composer.probes.items():
             self._table[name] = replace(self._table[name], cost=self.num_particles * (1 + count))
+        following = accounted(state, following, self.evaluations)
         return Evaluation(objective.detach(), surrogate, particles, following)
 
     def _objective(
@@ -592,6 +654,8 @@ class MonteCarloELBO(ELBO):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Set the estimators' state."""
         self.state = {site: dict(tensors) for site, tensors in state_dict["state"].items()}
+        if self.is_probing:  # the choice is in the state
+            self._table, self._plans, self._trials = {}, {}, {}
 
     def prepare(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Resolve estimators and make their state, leaving generators and buffers as they were."""

@@ -15,7 +15,18 @@ from .estimators.score import Score, ScoreFunction
 from .objectives import Bound, Term
 from .particles import Dependence, Particles, Site, reduce_to
 
-__all__ = ["Composer", "States", "annealed", "group", "reaches", "reduced", "reweighted", "side_of", "total"]
+__all__ = [
+    "Composer",
+    "States",
+    "annealed",
+    "group",
+    "leaves_of",
+    "reaches",
+    "reduced",
+    "reweighted",
+    "side_of",
+    "total",
+]
 
 States = dict[str, State]
 Row = tuple[Site, Estimator]
@@ -224,7 +235,7 @@ class Composer:
 
     def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Tensor:
         r"""Add $\sum_l a_l c_l$ with lagged coefficients, as $\langle g,\theta\rangle$ with g the whole gradient."""
-        leaves = _leaves(surrogate, self.particles)
+        leaves = leaves_of(surrogate, self.particles)
         found = torch.autograd.grad(surrogate, list(leaves.values()), retain_graph=True)
         grads = dict(zip(leaves, found, strict=True))
         base = {name: g.detach() for name, g in grads.items()}
@@ -255,7 +266,7 @@ def _learn(control: Control, old: State, key: str, rest: Tensor, part: Tensor) -
     return new, coefficient.clamp(control.low, control.high)
 
 
-def _leaves(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
+def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
     seen = {id(leaf) for run in particles.cuts for _, leaf in run}

@@ -33,7 +33,7 @@ LAYERS = (
     ),
     ("posterior",),
     ("estimators", "guides"),
-    ("loss", "probing", "surrogate", "engine", "checkpoint", "degeneracy", "driver", "history", "monitor"),
+    ("loss", "choosing", "probing", "surrogate", "engine", "checkpoint", "degeneracy", "driver", "history", "monitor"),
     ("evidence", "uncertainty"),
     ("svi", "steps", "acceleration", "growth", "looks", "restarts", "slices"),
     ("em",),

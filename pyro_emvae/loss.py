@@ -47,6 +47,7 @@ __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
 
 logger = logging.getLogger("pyro_emvae")
 
+KEPT = "the least E|g|^2 times cost of its trials"
 REVISITED = (2, 8, 64, 512, 4096, 32768)
 
 
@@ -101,7 +102,8 @@ class MonteCarloELBO(ELBO):
         vectorize_particles: One run under a particle plate (True; raises if particles then differ from single runs),
             a loop (False), or None: at first use two particles are run both ways; if they disagree, it loops and
             warns once.
-        estimator: ``"auto"`` (unbiased, the first that fits of `estimators.auto_table()`), ``"pyro"`` (exactly
+        estimator: ``"auto"`` (unbiased, the first that fits of `estimators.auto_table()`), ``"probe"`` (begins with
+            that, tries all that fit within 5 % of the evaluations, and keeps the best), ``"pyro"`` (exactly
             `Trace_ELBO`'s rule), a registered name, an instance, or a mapping from guide site to one of these (sites
             that it does not name get ``"auto"``). A mapping wins over ``infer={"estimator": ...}`` at the guide's
             site, and that over a loss-wide choice.
@@ -255,7 +257,7 @@ class MonteCarloELBO(ELBO):
             self._tried[at.name] = candidates(at)
             kept = best(self.state[PROBE], at.name, self._tried[at.name]) if PROBE in self.state else None
             if kept is not None:
-                return create("estimator", kept), "the least E|g|^2 times cost of its trials"
+                return create("estimator", kept), KEPT
         if spec is self._policy and isinstance(spec, Estimator) and is_point_mass(at.fn):
             return Pathwise(), "deterministic"
         return (spec, why) if isinstance(spec, Estimator) else spec(at)
@@ -365,11 +367,11 @@ class MonteCarloELBO(ELBO):
 
     @property
     def is_probing(self) -> bool:
-        """Whether estimators are chosen by trials, at a site or in the whole loss; annotations are not looked at."""
-        return POLICIES["probe"] in (self._policy, *self._by_site.values())
+        """Whether estimators are chosen by trials, at a site or in the whole loss."""
+        return bool(self._tried) or PROBE in self.state or POLICIES["probe"] in (self._policy, *self._by_site.values())
 
     def _probe(self, *pair: Any) -> None:
-        """Try the estimator whose turn it is, if the share of all evaluations allows, and keep the best of each site."""
+        """Try the estimator whose turn it is, if the share of evaluations allows, and keep the best of each site."""
         if pair[:2] not in self._plans:
             self.prepare(*pair)
         plan, sites = self._plans[pair[:2]], {name: tried for name, tried in self._tried.items() if len(tried) > 1}
@@ -402,16 +404,18 @@ class MonteCarloELBO(ELBO):
 
     def _keep(self, plan: Plan, site: str, name: str | None) -> None:
         """Let a site have the estimator that was found best, with the state of its trials."""
-        estimator = None if name is None else create("estimator", name)
-        if estimator is None or self._table[site].estimator == estimator:
+        estimator, row = None if name is None else create("estimator", name), self._table.get(site)
+        if row is not None and estimator is None and row.why == KEPT:  # an earlier state was loaded
+            del self._table[site]
+            plan.sites = ()
+        if row is None or estimator is None or row.estimator == estimator:
             return
-        why = "the least E|g|^2 times cost of its trials"
-        self._table[site] = replace(self._table[site], estimator=estimator, why=why)
+        self._table[site] = replace(row, estimator=estimator, why=KEPT, cost=self.num_particles)
         record = self.state[PROBE]
         own = {k.split("|state|")[1]: v for k, v in record.items() if k.startswith(f"{site}|{name}|state|")}
         self.state = {n: t for n, t in self.state.items() if n != site} | ({site: own} if own else {})
         plan.sites, plan.splits = (), False
-        logger.info("site %r: %s (%s)", site, estimator, why)
+        logger.info("site %r: %s (%s)", site, estimator, KEPT)
 
     def _draw(
         self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping, **dictated: Any

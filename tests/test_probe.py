@@ -7,7 +7,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_emvae import MonteCarloELBO
+from pyro_emvae import SVI, MonteCarloELBO
+from pyro_emvae._checks import EmvaeError
 from pyro_emvae.choosing import PROBE, SHARE, begin, best, due, learn
 
 DATA = torch.tensor([0.2, -1.0, 0.7], dtype=torch.float64)
@@ -105,3 +106,69 @@ def test_no_trial_before_the_share_allows_it():
     record = begin(sites) | {"used": torch.tensor(39.0, dtype=torch.float64)}
     assert due(record, sites, 2) is None
     assert due(record | {"used": torch.tensor(40.0, dtype=torch.float64)}, sites, 2) == ("z", "one")
+
+
+def test_an_annotation_asks_for_it_too():
+    def annotated(x: torch.Tensor) -> None:
+        logits = pyro.param("logits", lambda: torch.tensor([0.1, -0.5, 0.3], dtype=torch.float64))
+        pyro.sample("z", dist.Bernoulli(logits=logits).to_event(1), infer={"estimator": "probe"})
+
+    loss = MonteCarloELBO(2, 0, vectorize_particles=True)
+    for _ in range(60):
+        loss.loss_and_grads(model, annotated, DATA)
+    assert float(loss.state[PROBE]["spent"]) > 0
+
+
+def test_a_recorded_step_refuses_it():
+    svi = SVI(
+        model,
+        guide,
+        pyro.optim.SGD({"lr": 0.01}),
+        loss=MonteCarloELBO(2, 0, estimator="probe", vectorize_particles=True),
+        backend="graph",
+    )
+    with pytest.raises(EmvaeError, match='got estimator="probe"'):
+        for _ in range(3):  # the first steps are eager
+            svi.step(DATA)
+
+
+def test_a_checkpoint_resumes_the_trials(tmp_path):
+    """Bitwise, through a file."""
+
+    def made() -> tuple[SVI, MonteCarloELBO]:
+        loss = MonteCarloELBO(2, 0, estimator="probe", vectorize_particles=True)
+        return SVI(model, guide, pyro.optim.SGD({"lr": 0.001}), loss=loss), loss
+
+    pyro.set_rng_seed(1)
+    whole, loss = made()
+    for _ in range(160):
+        whole.step(DATA)
+    logits, spent = pyro.param("logits").detach().clone(), float(loss.state[PROBE]["spent"])
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    first, _ = made()
+    for _ in range(70):
+        first.step(DATA)
+    first.save(tmp_path / "run.pt")
+    pyro.clear_param_store()
+    pyro.set_rng_seed(5)
+    second, resumed = made()
+    second.load(tmp_path / "run.pt")
+    for _ in range(90):
+        second.step(DATA)
+    assert torch.equal(pyro.param("logits"), logits)
+    assert float(resumed.state[PROBE]["spent"]) == spent > 0
+
+
+def test_an_earlier_state_takes_the_choice_back(finished):
+    loss, _ = finished
+    late, early = loss.state_dict(), started()
+    run(early, 50)
+    early.load_state_dict(late)
+    run(early, 1)
+    assert early.resolved == loss.resolved
+    (row,) = early.table
+    early.state = {}
+    run(early, 1)
+    (again,) = early.table
+    assert row.why == "the least E|g|^2 times cost of its trials" and again.why.startswith("until the trials")

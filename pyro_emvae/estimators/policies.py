@@ -62,9 +62,10 @@ def auto(at: Situation) -> Choice:
 def probe(at: Situation) -> Choice:
     r"""Begin with `auto`'s choice; the loss then tries the `candidates` and keeps the best.
 
-    Within 5 % of all model evaluations (and one trial) it takes gradients with each of the others, and keeps for each
-    site the one with the least $E\lVert g\rVert^2$ times model evaluations: evaluations and no seconds, so that two runs
-    with one seed choose alike. All that it knows is in the loss's state, so that a run that is resumed goes on bitwise.
+    Within 5 % of all model evaluations (and one trial) it takes gradients with each of the candidates, and keeps for
+    each site the one with the least $E\lVert g\rVert^2$ times model evaluations: evaluations and no seconds, so that
+    two runs with one seed choose alike. All that it knows is in the loss's state, so that a run that is resumed goes on
+    bitwise.
 
     Source: Geffner and Domke 2020, "A rule for gradient estimator selection", eq. 4. Differs: evaluations for time.
     """

@@ -3,7 +3,7 @@ r"""Discrete sites summed out: enumerated by Pyro, contracted in the model, aver
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -40,15 +40,29 @@ class Enumerate(EnumMessenger):
 
     def __init__(self, wanted: Callable[[dict], bool], keep: int, go_on: bool = False) -> None:
         super().__init__(None if go_on else -1 - keep)
-        self.wanted, self.keep = wanted, keep
+        self.wanted, self.keep, self.go_on = wanted, keep, go_on
         self.found: list[str] = []
+
+    def __enter__(self) -> Enumerate:
+        super().__enter__()
+        self._markov_depths = defaultdict(lambda: -1)  # of sites that came before all enumeration
+        return self
+
+    @property
+    def _idle(self) -> bool:
+        """Whether there is no enumeration yet, so that no dims have to be followed."""
+        return not (self.found or self.go_on)
 
     def _pyro_sample(self, msg: dict) -> None:
         if msg["done"] or msg["is_observed"] or is_subsample(msg):
-            super()._pyro_sample(msg)
+            if not self._idle:
+                super()._pyro_sample(msg)
+            return
+        wanted = self.wanted(msg)
+        if self._idle and not wanted:
             return
         infer = dict(msg["infer"] or {})
-        if self.wanted(msg):
+        if wanted:
             _check_size(msg, self.keep)
             msg["infer"] = infer | {"enumerate": "parallel"}
             self.found.append(msg["name"])
@@ -58,6 +72,10 @@ class Enumerate(EnumMessenger):
         msg["infer"] = infer
         super()._pyro_sample(msg)
         msg["infer"].update(kept)
+
+    def _pyro_post_sample(self, msg: dict) -> None:
+        if not self._idle:
+            super()._pyro_post_sample(msg)
 
 
 def is_annotated(infer: Mapping[str, Any] | None) -> bool:

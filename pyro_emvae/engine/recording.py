@@ -97,7 +97,7 @@ def record(
             because="only MonteCarloELBO can be recorded (Pyro's losses call .item())",
             fix='Write loss=MonteCarloELBO(estimator="pyro"), or backend="eager".',
         )
-    if loss.is_probing:
+    if getattr(loss, "is_probing", False):
         fail(
             RecordingError,
             "SVI",

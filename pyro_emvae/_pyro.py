@@ -7,10 +7,12 @@ from typing import Any
 import pyro
 from pyro.distributions.util import scale_and_mask
 from pyro.infer import Trace_ELBO
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 __all__ = [
+    "EnumMessenger",
     "Messenger",
     "constraint_of",
     "draws_of",

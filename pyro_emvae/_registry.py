@@ -34,7 +34,8 @@ class Traits:
             ``"positive"``, ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"one_hot"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
-            with weights; ``"relaxed"``: values with a path, of another distribution.
+            with weights; ``"relaxed"``: values with a path, of another distribution; ``"enumerated"``: not at all,
+            but summed over.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there;
             ``"twice"``: and its derivative differentiated.
         noisy: Its surrogate draws random numbers of its own.

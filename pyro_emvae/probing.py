@@ -72,7 +72,7 @@ def _terms(pair, objective, plan, particles, site, values, estimator, beta) -> l
         plan.probes = vectorizable(*pair)[:2]
     vectorize, nesting = plan.probes or (plan.vectorize, particles.max_plate_nesting)
     kept = {n: s for n, s in particles.guide.items() if n != site.name and not depends.moves(site.name, "guide", n)}
-    kept = {n: s for n, s in kept.items() if not s.is_observed}
+    kept = {n: s for n, s in kept.items() if not s.is_observed and n not in particles.enumerated}
     run = _together if vectorize else _one_by_one
     probed = run(pair, particles, kept, site, values, nesting)
     if particles.weights:
@@ -161,7 +161,7 @@ def _together(pair: Pair, particles: Particles, kept: Mapping, site: Site, value
         rows = value.reshape(count, *batch, *event).expand(count, particles.num_particles, *batch[1:], *event)
         given[name] = (rows.reshape(-1, *batch[1:], *event) if rows.shape[:2] != (1, 1) else value[0], None)
     options = {"num_particles": count * particles.num_particles, "vectorize": True, "max_plate_nesting": nesting}
-    return draw(*pair, **options, values=given | _indices(particles))
+    return draw(*pair, **options, values=given | _indices(particles), enumerate_site=_again(particles))
 
 
 def _one_by_one(pair: Pair, particles: Particles, kept: Mapping, site: Site, values: Tensor, nesting: int) -> Particles:
@@ -171,8 +171,13 @@ def _one_by_one(pair: Pair, particles: Particles, kept: Mapping, site: Site, val
             given = {name: (other.runs[k].value if other.runs else other.value, None) for name, other in kept.items()}
             own = value[k].reshape(site.runs[k].value.shape) if site.runs else value
             given[site.name] = (own, None)
-            runs.append(draw(*pair, max_plate_nesting=nesting, values=given | _indices(particles)))
+            options = {"max_plate_nesting": nesting, "enumerate_site": _again(particles)}
+            runs.append(draw(*pair, values=given | _indices(particles), **options))
     return stack_runs(runs)
+
+
+def _again(particles: Particles) -> Callable[[dict], bool]:
+    return lambda msg: msg["name"] in particles.enumerated
 
 
 def _indices(particles: Particles) -> dict[str, tuple[Tensor, None]]:

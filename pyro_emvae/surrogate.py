@@ -16,7 +16,18 @@ from .estimators.score import Score, ScoreFunction
 from .objectives import Bound, Term
 from .particles import Dependence, Particles, Site, reduce_to
 
-__all__ = ["Composer", "States", "annealed", "group", "reaches", "reduced", "reweighted", "side_of", "total"]
+__all__ = [
+    "Composer",
+    "States",
+    "annealed",
+    "group",
+    "leaves_of",
+    "reaches",
+    "reduced",
+    "reweighted",
+    "side_of",
+    "total",
+]
 
 States = dict[str, State]
 Row = tuple[Site, Estimator]
@@ -97,7 +108,7 @@ class Composer:
         self.uniform = uniform
         self.raw = terms
         self.terms = terms if bound is None else bound.by_values()
-        self.probes = 0
+        self.probes: dict[str, int] = {}
         self._groups: dict[frozenset, dict[tuple, Tensor]] = {}
 
     def signal(self, site: Site, estimator: Estimator) -> Tensor:
@@ -208,7 +219,7 @@ class Composer:
         values = estimator.probes(view, self.particles.num_particles, old)
         if values is None:
             return view
-        self.probes += len(values)
+        self.probes[site.name] = len(values)
         probed = self.probe(site, values, estimator, signal)
         return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
 
@@ -251,7 +262,7 @@ class Composer:
 
     def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Tensor:
         r"""Add $\sum_l a_l c_l$ with lagged coefficients, as $\langle g,\theta\rangle$ with g the whole gradient."""
-        leaves = _leaves(surrogate, self.particles)
+        leaves = leaves_of(surrogate, self.particles)
         found = torch.autograd.grad(surrogate, list(leaves.values()), retain_graph=True)
         grads = dict(zip(leaves, found, strict=True))
         base = {name: g.detach() for name, g in grads.items()}
@@ -282,7 +293,7 @@ def _learn(control: Control, old: State, key: str, rest: Tensor, part: Tensor) -
     return new, coefficient.clamp(control.low, control.high)
 
 
-def _leaves(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
+def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
     cut = {id(leaf) for run in particles.cuts for _, leaf in run}

@@ -475,25 +475,26 @@ def mixture_guide(x):
         pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
 
 
-def test_what_is_enumerated_needs_no_guide():
-    loss = TraceEnum_ELBO(max_plate_nesting=1)
+@pytest.mark.parametrize("loss", [TraceEnum_ELBO(max_plate_nesting=1), MonteCarloELBO()])
+def test_what_is_enumerated_needs_no_guide(loss):
     assert explain(mixture, mixture_guide, X, loss=loss, seed=0).flags == ()
 
 
-@pytest.mark.parametrize("loss", [MonteCarloELBO(), Trace_ELBO()])
-def test_what_is_not_enumerated_is_said(loss):
+def test_what_is_not_enumerated_is_said():
+    loss = Trace_ELBO()
     (flag,) = explain(mixture, mixture_guide, X, loss=loss, seed=0).flags
     assert (flag.kind, flag.where) == ("unmatched_site", "k")
     assert f"{type(loss).__name__} does not sum out" in flag.message and "TraceEnum_ELBO()" in flag.fix
 
 
-def test_an_enumerated_guide_site_is_drawn():
+def test_an_enumerated_guide_site_is_summed_unless_its_estimator_draws():
     def guide(x):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x + param("shift"), 0.4))
             pyro.sample("k", dist.Bernoulli(0.5 + 0 * x), infer={"enumerate": "parallel"})
 
-    flags = explain(mixture, guide, X, seed=0).flags
+    assert not explain(mixture, guide, X, seed=0).flags
+    flags = explain(mixture, guide, X, loss=MonteCarloELBO(estimator={"k": "score"}), seed=0).flags
     assert [(flag.kind, flag.where) for flag in flags] == [("annotation", "k")]
 
 

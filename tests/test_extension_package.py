@@ -23,8 +23,10 @@ import emvae_half_baseline
 
 pyro.set_rng_seed(0)
 problem = emvae.problems.bernoulli()
-loss = emvae.MonteCarloELBO(1, problem.max_plate_nesting)
-loss.loss(problem.model, problem.guide, *problem.args)
+vector = emvae.problems.bernoulli_vector()
+loss = emvae.MonteCarloELBO(1, vector.max_plate_nesting)
+loss.loss(vector.model, vector.guide, *vector.args)
+pyro.clear_param_store()
 normal = emvae.problems.normal_normal()
 pyro.clear_param_store()
 other = emvae.MonteCarloELBO(1, normal.max_plate_nesting)

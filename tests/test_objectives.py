@@ -31,6 +31,7 @@ from pyro_emvae.problems._problem import ProblemTraits
 from pyro_emvae.testing import Replay, exact_mean
 
 DOUBLE = torch.float64
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 
 
 def tensor(x: Any) -> Tensor:

@@ -27,6 +27,7 @@ from pyro_emvae import EM, SVI, MonteCarloELBO, _pyro, problems
 pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 
 SIGNATURES = {
+    "EnumMessenger": (_pyro.EnumMessenger._pyro_sample, ["self", "msg"]),
     "Messenger": (_pyro.Messenger._process_message, ["self", "msg"]),
     "get_trace": (_pyro.get_trace, ["self", "model", "guide", "args", "kwargs"]),
     "scale_and_mask": (_pyro.scale_and_mask, ["tensor", "scale", "mask"]),

@@ -140,11 +140,14 @@ def unmatched_sites(case: Case) -> Iterator[Flag]:
             continue
         message = "a latent of the model that the guide does not draw"
         fix = f"Add pyro.sample({name!r}, ...) to the guide"
-        if "enumerate" not in case.particles.model[name].infer:
-            yield Flag("unmatched_site", name, message, f"{fix}, or obs= to the model.")
-        elif not isinstance(case.loss, TraceEnum_ELBO):
-            message += f', and {type(case.loss).__name__} does not sum out infer={{"enumerate": ...}}'
-            yield Flag("unmatched_site", name, message, f"Write loss=TraceEnum_ELBO(). Or: {fix}.")
+        yield Flag("unmatched_site", name, message, f"{fix}, or obs= to the model.")
+    summed = {name for site in model.values() for name in site.infer.get("summed_out", ())}
+    for name in () if isinstance(case.loss, TraceEnum_ELBO | MonteCarloELBO) else sorted(summed):
+        message = (
+            f'{type(case.loss).__name__} does not sum out infer={{"enumerate": ...}}, and the guide does not draw it'
+        )
+        fix = f"Write loss=MonteCarloELBO(), or TraceEnum_ELBO(). Or: Add pyro.sample({name!r}, ...) to the guide."
+        yield Flag("unmatched_site", name, message, fix)
 
 
 def non_finite(case: Case) -> Iterator[Flag]:
@@ -267,6 +270,10 @@ def vectorization(case: Case) -> Iterator[Flag]:
         yield Flag("vectorize", site.group(1) if site else "model or guide", message, fix)
 
 
+def _is_summed(loss: MonteCarloELBO, site: Site) -> bool:
+    return loss.resolve(site.name, site.fn, site.infer, None, site.frames).traits.draws == "enumerated"
+
+
 def annotations(case: Case) -> Iterator[Flag]:
     """Annotations that the loss does not read."""
     ours, kind = isinstance(case.loss, MonteCarloELBO), type(case.loss).__name__
@@ -279,8 +286,8 @@ def annotations(case: Case) -> Iterator[Flag]:
             else:
                 fix = f'Write loss=MonteCarloELBO(estimator={{"{name}": "decaying_average"}}), or TraceGraph_ELBO().'
             yield Flag("annotation", name, f'{kind} ignores infer={{"baseline": ...}} here', fix)
-        if ours and "enumerate" in site.infer:
-            fix = "Write loss=TraceEnum_ELBO(), or delete it: the site is drawn."
+        if ours and "enumerate" in site.infer and not _is_summed(case.loss, site):
+            fix = f'Write estimator={{"{name}": "enumerated"}}, or delete it: the site is drawn.'
             yield Flag("annotation", name, f'{kind} ignores infer={{"enumerate": ...}}', fix)
         if "estimator" in site.infer and not (ours and case.loss.annotations):
             fix = f'Write loss=MonteCarloELBO(estimator={{"{name}": ...}}).'

@@ -99,6 +99,15 @@ def record(
             because="only MonteCarloELBO can be recorded (Pyro's losses call .item())",
             fix='Write loss=MonteCarloELBO(estimator="pyro"), or backend="eager".',
         )
+    if getattr(loss, "is_probing", False):
+        fail(
+            RecordingError,
+            "SVI",
+            "record the gradient",
+            got='estimator="probe"',
+            because="a recorded step has one estimator per site, and trials change it",
+            fix='Write backend="eager", or give the estimators that a run has found: estimator=loss.resolved.',
+        )
     for row in loss.table:
         if not row.estimator.traits.recordable:
             fail(

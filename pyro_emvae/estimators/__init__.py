@@ -7,6 +7,7 @@ from .decaying_average import DecayingAverage
 from .double_control import DoubleControlVariate
 from .draws import Antithetic, Independent, Sobol
 from .dreg import DReG
+from .enumerated import Enumerated
 from .gumbel_rao import GumbelRao
 from .gumbel_softmax import GumbelSoftmax
 from .leave_one_out import LeaveOneOut
@@ -38,6 +39,7 @@ __all__ = [
     "Disarm",
     "DoubleControlVariate",
     "Draw",
+    "Enumerated",
     "Estimator",
     "Full",
     "GumbelRao",

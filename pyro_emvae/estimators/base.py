@@ -51,6 +51,9 @@ class Situation:
         upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
         prior: The model's distribution at the site; None if not known.
         multi_sample: Whether the objective is one of several particles, no sum of terms.
+        enumerable: Whether a sum over the site is asked for by its annotation, or was found to be right and cheap.
+        below: Whether its distribution depends on a site that is summed over.
+        together: Whether all particles are drawn in one run, as estimators need that draw them together.
     """
 
     name: str
@@ -61,6 +64,9 @@ class Situation:
     upstream: tuple[str, ...] | None = ()
     prior: Any = None
     multi_sample: bool = False
+    enumerable: bool = False
+    below: bool = False
+    together: bool = True
 
     @property
     def objectives(self) -> set[str]:

@@ -148,7 +148,7 @@ class Pathwise(Estimator):
         if self.draws != Independent():  # several particles of one noise have another objective than independent ones
             draws["objectives"] = ("elbo",)
         plain = self.entropy == Full() and self.draws == Independent()
-        return replace(TRAITS, auto=TRAITS.auto if plain else None, **draws, **self.entropy.traits)
+        return replace(TRAITS, auto=TRAITS.auto if plain else None, **(draws | self.entropy.traits))
 
     @property
     def integrates(self) -> bool:  # type: ignore[override]

@@ -75,6 +75,8 @@ class ELBO(Objective):
         result = {}
         for name in shared if wanted is None else [name for name in shared if name in wanted]:
             q, p = particles.guide[name], particles.model[name]
+            if "summed_out" in p.infer:  # its prior is a mixture
+                continue
             try:
                 kl = _kl(q, p)
             except NotImplementedError:
@@ -94,9 +96,10 @@ class ELBO(Objective):
 
 def _kl(q: Any, p: Any) -> Tensor:
     if not q.runs:
-        return kl_divergence(q.fn, p.fn)
-    priors = {id(one): two.fn for one, two in zip(q.runs, p.runs, strict=True)}
-    return q.each(lambda run: kl_divergence(run.fn, priors[id(run)]))
+        kl = kl_divergence(q.fn, p.fn)
+        return kl if q.average is None else q.average(kl)
+    priors = {id(one): two for one, two in zip(q.runs, p.runs, strict=True)}
+    return q.each(lambda run: _kl(run, priors[id(run)]))
 
 
 def _equal(one: Any, two: Any) -> bool:

@@ -2,6 +2,8 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .dependence import Dependence, dependence
+from .enumerable import BUDGET, summable
+from .enumeration import MAX_OUTCOMES, is_annotated, num_outcomes
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample, plates_of, with_own_mask
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
@@ -10,6 +12,8 @@ from .simulate import Place, Simulation, find_places, held, score, simulate
 from .sites import Particles, Site, reduce_to
 
 __all__ = [
+    "BUDGET",
+    "MAX_OUTCOMES",
     "Dependence",
     "ModuleWatch",
     "Particles",
@@ -27,9 +31,11 @@ __all__ = [
     "generators",
     "held",
     "hold_batch",
+    "is_annotated",
     "is_subsample",
     "keep_buffers",
     "listen",
+    "num_outcomes",
     "plates_of",
     "quiet",
     "reduce_to",
@@ -40,6 +46,7 @@ __all__ = [
     "simulate",
     "stack_runs",
     "subsample_values",
+    "summable",
     "vectorizable",
     "with_own_mask",
 ]

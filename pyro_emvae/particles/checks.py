@@ -179,7 +179,6 @@ def check_match(particles: Particles) -> None:
     """
     guide = {n: s for n, s in particles.guide.items() if not s.is_observed and not s.infer.get("is_auxiliary")}
     latents = particles.latents
-    enumerated = {n for n, s in latents.items() if s.infer.get("_enumerate_dim") is not None}
     for name in guide:
         if name not in latents:
             where = "observed in the model" if name in particles.model else "a site that the model lacks"
@@ -193,7 +192,7 @@ def check_match(particles: Particles) -> None:
                 "for a site from which a Delta site of a latent is computed.",
             )
     for name, site in latents.items():
-        if name not in particles.guide and name not in enumerated:
+        if name not in particles.guide:
             fail(
                 ModelError,
                 "guide",

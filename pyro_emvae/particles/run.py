@@ -2,6 +2,7 @@ r"""Run the guide and replay the model, once under a particle plate or once per 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .._checks import ModelError, NonFiniteError, fail
 from .._pyro import Messenger
+from .enumeration import Average, Enumerate, averaged, is_annotated, marginalized
 from .handlers import PARTICLE_PLATE, Recorder, is_subsample, plates_of
 from .sites import Particles, Site
 
@@ -32,6 +34,7 @@ def draw(
     values: Mapping[str, Any] | None = None,
     score: Callable[[str, Any, Tensor], Tensor | None] | None = None,
     sampler: Callable[[dict], Tensor | None] | None = None,
+    enumerate_site: Callable[[dict], bool] | None = None,
 ) -> Particles:
     r"""Run the guide and replay the model on its draws.
 
@@ -43,6 +46,9 @@ def draw(
         max_plate_nesting: Number of plate dims; needed to vectorize more than one particle.
         treat, sampler: See `Recorder`.
         values: Values (with annotations or None) of sites that are replayed and not drawn, the same in every run.
+        enumerate_site: Which sites of the guide are summed over and not drawn; they are drawn if `max_plate_nesting`
+            is None. Sites of the model with ``infer={"enumerate": "parallel"}`` and without a value are always summed
+            out: see `particles.enumeration.marginalized`.
         score: Returns the log density of a site, by its name, distribution and value, or None for the distribution's
             own ``log_prob``.
 
@@ -55,8 +61,10 @@ def draw(
     if num_particles == 1 or vectorize:
         wrap = plate_wrapper(num_particles, max_plate_nesting)
         pair = wrap(model), wrap(guide)
-        return run_pair(*pair, args, kwargs, num_particles, max_plate_nesting, treat, values, score, sampler)
-    one = (model, guide, args, kwargs, 1, max_plate_nesting, treat, values, score, sampler)
+        return run_pair(
+            *pair, args, kwargs, num_particles, max_plate_nesting, treat, values, score, sampler, enumerate_site
+        )
+    one = (model, guide, args, kwargs, 1, max_plate_nesting, treat, values, score, sampler, enumerate_site)
     return stack_runs([run_pair(*one) for _ in range(num_particles)])
 
 
@@ -90,40 +98,95 @@ def plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable
     return lambda fn: pyro.plate(PARTICLE_PLATE, num_particles, dim=-1 - nesting)(fn)
 
 
-def run_pair(model, guide, args, kwargs, num_particles, nesting, treat, values, score=None, sampler=None) -> Particles:
+def run_pair(
+    model,
+    guide,
+    args,
+    kwargs,
+    num_particles,
+    nesting,
+    treat,
+    values,
+    score=None,
+    sampler=None,
+    enumerate_site=None,
+) -> Particles:
     messenger = poutine.unwrap(guide)
-    guide_run = Recorder(values, treat, sampler)
+    keep = None if nesting is None else nesting + (num_particles > 1)
+    guide_run, summed = Recorder(values, treat, sampler), None
     if isinstance(messenger, Messenger):
         with guide_run:
             result = guide(*args, **kwargs)
         model_msgs, guide_msgs = split_messenger_guide(guide_run.messages)
         model_params, ignored, constraints = {}, [], guide_run.constraints
-        subsample = {n: guide_run.messages[n]["value"] for n in guide_run.subsampled}
+        subsample, latents = {n: guide_run.messages[n]["value"] for n in guide_run.subsampled}, []
     else:
-        with guide_run:
+        if enumerate_site is not None and nesting is not None:
+            fixed = values or {}
+            summed = Enumerate(lambda msg: enumerate_site(msg) and msg["name"] not in fixed, keep)
+        with guide_run, summed or contextlib.nullcontext():
             guide(*args, **kwargs)
         guide_msgs = guide_run.messages
         given = {n: (m["value"], m["infer"]) for n, m in guide_msgs.items() if not m["is_observed"]}
         _check_not_observed(given, guide_msgs)
-        with Recorder({**(values or {}), **given}) as model_run:
-            result = model(*args, **kwargs)
+        given = {**(values or {}), **given}
+        model_run, result, latents, nesting = _run_model(
+            model, args, kwargs, given, num_particles, nesting, guide_msgs, bool(summed and summed.found)
+        )
         model_msgs, model_params, ignored = model_run.messages, model_run.params, model_run.ignored
         constraints = guide_run.constraints | model_run.constraints
         subsample = {n: run.messages[n]["value"] for run in (model_run, guide_run) for n in run.subsampled}
     if nesting is None:
         nesting = _nesting([*guide_msgs.values(), *model_msgs.values()])
+    keep = nesting + (num_particles > 1)
+    guide_sites = {n: make_site(m, score) for n, m in guide_msgs.items() if not is_subsample(m)}
+    model_sites = {n: make_site(m, score) for n, m in model_msgs.items() if not is_subsample(m)}
+    if latents:
+        model_sites = marginalized(model_sites, latents, keep, nesting)
+    counted = {n: len(guide_sites[n].value) for n in (summed.found if summed else ())}
+    if counted:
+        places = {n: guide_sites[n].infer["_enumerate_dim"] for n in counted}
+        average = Average(
+            tuple((n, dim, guide_sites[n].log_prob, guide_sites[n].frames) for n, dim in places.items()), keep
+        )
+        guide_sites, model_sites = averaged(guide_sites, "guide", average), averaged(model_sites, "model", average)
     return Particles(
         num_particles,
         nesting,
-        {n: make_site(m, score) for n, m in guide_msgs.items() if not is_subsample(m)},
-        {n: make_site(m, score) for n, m in model_msgs.items() if not is_subsample(m)},
+        guide_sites,
+        model_sites,
         {"guide": guide_run.params, "model": model_params},
         result,
         (tuple(guide_run.cuts),),
         tuple(ignored),
         constraints,
         subsample,
+        enumerated=counted,
     )
+
+
+def _run_model(model, args, kwargs, given, num_particles, nesting, guide_msgs, go_on) -> tuple:
+    """Run the model on given values; latents without one that are annotated are enumerated.
+
+    Without a number of plate dims it is found by a run that draws those latents.
+
+    Returns:
+        The record, what the model returned, the latents that were enumerated, and the number of plate dims.
+    """
+
+    def wanted(msg: dict) -> bool:
+        return msg["name"] not in given and is_annotated(msg["infer"])
+
+    if nesting is None:
+        with Recorder(given) as run:
+            result = model(*args, **kwargs)
+        if not any(wanted(msg) and not msg["is_observed"] for msg in run.messages.values()):
+            return run, result, [], None
+        nesting = _nesting([*guide_msgs.values(), *run.messages.values()])
+        given = {**{n: (run.messages[n]["value"], None) for n in run.subsampled}, **given}
+    with Recorder(given) as run, Enumerate(wanted, nesting + (num_particles > 1), go_on) as enumeration:
+        result = model(*args, **kwargs)
+    return run, result, enumeration.found, nesting
 
 
 def split_messenger_guide(messages: dict[str, dict]) -> tuple[dict, dict]:
@@ -246,6 +309,8 @@ def _stack_site(sites: list[Site], nesting: int) -> Site:
         scale=scale,
         mask=mask,
         runs=tuple(sites),
+        outcomes=None,
+        average=None,
     )
 
 

@@ -30,6 +30,8 @@ class Site:
         infer: The site's annotations.
         is_observed: Whether the value was given (``obs=``, ``factor``, ``deterministic``).
         runs: The same site of each run, if it was stacked from a loop; `fn` is then that of the first run.
+        outcomes: log density by outcome of the guide's enumerated sites, whose expectation `log_prob` then is.
+        average: Takes the expectation of such a tensor; None where nothing is enumerated in the guide.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Site:
     is_observed: bool
     runs: tuple[Site, ...] = field(default=(), repr=False)
     loops: tuple = field(default=(), repr=False)
+    outcomes: Tensor | None = field(default=None, repr=False)
+    average: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def each(self, function: Callable[[Site], Tensor]) -> Tensor:
         """Apply a function of shape ``batch_shape`` to the site, run by run if it was stacked: as `log_prob`."""
@@ -79,6 +83,7 @@ class Particles:
         constraints: What the parameter statements declared, by name.
         subsample: Indices that plates drew at random, by plate.
         weights: Of guide sites whose particles are weighted, by name, K times the weights: ``(particles, *plates)``.
+        enumerated: Number of outcomes of the guide's sites that are summed over, by name.
         cuts: Per run, the pairs of a value as drawn and the leaf that stands for it downstream, in order.
     """
 
@@ -93,6 +98,14 @@ class Particles:
     constraints: dict[str, Any] = field(default_factory=dict, repr=False)
     subsample: dict[str, Tensor] = field(default_factory=dict, repr=False)
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    enumerated: dict[str, int] = field(default_factory=dict, repr=False)
+
+    @property
+    def num_outcomes(self) -> int:
+        """The most outcomes of enumerated sites of the guide at which one density was evaluated."""
+        rows = [site.runs or (site,) for side in (self.guide, self.model) for site in side.values()]
+        tables = [(s.outcomes.numel(), s.log_prob.numel()) for run in rows for s in run if s.outcomes is not None]
+        return max([1, *(table // max(1, mean) for table, mean in tables)])
 
     @property
     def latents(self) -> dict[str, Site]:

@@ -47,7 +47,7 @@ def exact_mean(replay: Replay) -> Mean | None:
         >>> abs(float(mean.gradients["slope"] - exact_gradients(problem)["slope"])) < 1e-12
         True
     """
-    outcomes, (dims, uniform) = replay.size(), replay.continuous()
+    (outcomes, dims), (_, uniform) = replay.size(), replay.continuous()
     if replay.own_draws or outcomes > MAX_OUTCOMES:
         return None
     if dims + uniform == 0:

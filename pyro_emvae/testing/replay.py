@@ -89,7 +89,8 @@ class Replay:
         self.dtype = first.objective.dtype
         self.sizes: dict[str, int] = {}
         self.together: dict[str, Callable[[int], Tensor]] = {}
-        random = {n: s for n, s in first.particles.guide.items() if not is_point_mass(s.fn)}
+        drawn = {n: s for n, s in first.particles.guide.items() if n not in first.particles.enumerated}
+        random = {n: s for n, s in drawn.items() if not is_point_mass(s.fn)}
         objective = self.loss.objective
         self.above = {
             n for n, s in random.items() if isinstance(objective, MultiSample) and objective.is_above(s.frames)
@@ -154,8 +155,8 @@ class Replay:
         """Return gradients along the rows of noise, and the probabilities of the finite sites' outcomes."""
         rows = [noise[name] for name in (*self.noise, *self.plates)]
         with quiet(seed=0, validate=False):
-            pieces = self._map(rows) or [
-                [t[None] for t in self.step(*(r[i] for r in rows))] for i in range(len(rows[0]))
+            pieces = (self._map(rows) if rows else None) or [
+                [t[None] for t in self.step(*(r[i] for r in rows))] for i in range(len(rows[0]) if rows else 1)
             ]
         probability, *grads = (torch.cat(parts).detach() for parts in zip(*pieces, strict=True))
         return dict(zip(self.leaves, grads, strict=True)), probability
@@ -255,11 +256,11 @@ class Replay:
             blocks[kind] = blocks[kind][:, width:]
         return noise, weights[last] / math.prod(map(len, subsets))
 
-    def size(self) -> float:
-        """Return the number of outcomes without continuous noise."""
+    def size(self) -> tuple[float, int]:
+        """Return the number of outcomes without continuous noise, and the number of normal coordinates."""
         logs = [math.log(math.comb(*plate)) for plate in self.plates.values()]
         logs += [math.log(self.sizes[n]) * math.prod(self.noise[n][1]) for n in self.sizes]
-        return math.exp(min(sum(logs), 100.0))
+        return math.exp(min(sum(logs), 100.0)), self.continuous()[0]
 
     def continuous(self) -> tuple[int, int]:
         """Return the numbers of normal and of uniform coordinates."""

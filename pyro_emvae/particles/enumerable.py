@@ -1,0 +1,117 @@
+r"""Which discrete sites of a guide can be summed over at little cost, and with the right numbers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import subsample_values
+from .dependence import Dependence
+from .quiet import quiet
+from .run import draw
+from .sites import Particles, Site
+
+__all__ = ["BUDGET", "summable"]
+
+BUDGET = 64  # outcomes that meet in one density, per element of its plates
+
+Pair = tuple[Callable, Callable, tuple, Mapping[str, Any]]
+
+
+def summable(pair: Pair, nesting: int, counts: Mapping[str, int], depends: Dependence, follow: Collection) -> list[str]:
+    r"""Return which of some discrete sites can be summed over in place of drawn.
+
+    A site stays if the outcomes that meet in one density are at most `BUDGET`, if all that depends on it lies in its
+    plates, if what the guide draws downstream is pathwise or summed over as well, and if guide and model say the same
+    at all outcomes at once as at each of them alone. Nothing is changed.
+
+    Args:
+        pair: Model, guide, args and kwargs.
+        nesting: Number of plate dims.
+        counts: The number of outcomes of each site asked about.
+        depends: Which draws reach which densities.
+        follow: The guide's sites that may be drawn once per outcome.
+    """
+    with quiet(train=False, validate=False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        indices = subsample_values(*pair)
+        one = draw(*pair, max_plate_nesting=nesting, values=indices)
+        names = _cheap(one, counts, depends, follow)
+        while names and not _same_alone(pair, one, names, indices):
+            names = names[:-1] if len(names) > 1 else []
+            names = _cheap(one, {name: counts[name] for name in names}, depends, follow)
+    return names
+
+
+def _cheap(one: Particles, counts: Mapping[str, int], depends: Dependence, follow: Collection) -> list[str]:
+    names = [name for name in counts if name in one.guide and not one.guide[name].is_observed]
+    places = [(side, site) for side in ("guide", "model") for site in getattr(one, side).values()]
+    while True:
+        out = set()
+        for side, site in places:
+            here = [name for name in names if depends.moves(name, side, site.name)]
+            drawn = side == "guide" and not site.is_observed and site.name not in (*names, *follow)
+            if drawn or math.prod(counts[name] for name in here) > BUDGET:
+                out |= set(here)
+            out |= {name for name in here if not set(one.guide[name].frames) <= set(site.frames)}
+        if not out:
+            return names
+        names = [name for name in names if name not in out]
+
+
+def _same_alone(pair: Pair, one: Particles, names: list[str], indices: Mapping[str, Any]) -> bool:
+    """Whether each outcome alone has the densities that it has among all."""
+    nesting = one.max_plate_nesting
+    values = {n: (s.value, None) for n, s in one.guide.items() if not s.is_observed and n not in names} | indices
+    how = {"max_plate_nesting": nesting}
+    try:
+        every = draw(*pair, **how, values=values, enumerate_site=lambda msg: msg["name"] in names)
+    except Exception:  # any failure of the user's code under further dims is the answer
+        return False
+    dims = {name: every.guide[name].infer["_enumerate_dim"] for name in every.enumerated}
+    if set(dims) != set(names):
+        return False
+    for name in names:
+        for outcome in range(every.enumerated[name]):
+            at = {n: outcome if n == name else 0 for n in names}
+            given = {n: (_value(every.guide[n], dims[n], i, one.guide[n]), None) for n, i in at.items()}
+            alone = draw(*pair, **how, values=values | given)
+            sides = (("guide", alone.guide), ("model", alone.model))
+            if not all(
+                _close(site.log_prob, getattr(every, side).get(n), {dims[m]: i for m, i in at.items()})
+                for side, sites in sides
+                for n, site in sites.items()
+            ):
+                return False
+    return True
+
+
+def _value(site: Site, dim: int, outcome: int, like: Site) -> Tensor:
+    """Return one outcome at all elements of the plates."""
+    value = site.value.select(dim - site.fn.event_dim, outcome)
+    event = site.value.shape[site.value.dim() - site.fn.event_dim :]
+    return value.reshape((1,) * (like.value.dim() - len(event)) + tuple(event)).expand(like.value.shape)
+
+
+def _close(alone: Tensor, site: Site | None, at: Mapping[int, int]) -> bool:
+    if site is None or site.outcomes is None:
+        return False
+    table = site.outcomes
+    for dim, outcome in at.items():
+        if table.dim() >= -dim:
+            table = table.narrow(dim, outcome if table.shape[dim] > 1 else 0, 1)
+    while table.dim() > alone.dim() and table.shape[0] == 1:
+        table = table.squeeze(0)
+    tolerance = 1e-4 if alone.dtype == torch.float32 else 1e-8
+    finite = alone[torch.isfinite(alone)]
+    scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+    try:
+        table, alone = torch.broadcast_tensors(table, alone)
+    except RuntimeError:
+        return False
+    return bool(torch.allclose(table, alone, rtol=tolerance, atol=tolerance * scale, equal_nan=True))

@@ -505,3 +505,26 @@ def test_further_values_are_annealed_as_the_draws_are():
         latent = (tensor(0.4 / 0.6)).log() - 0.2
         expected = q * (1 - q) * (0.5 * (0.3**2 - 0.7**2) + beta * latent)
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("estimator", [Rebar(), Relax(hidden=3), Relax(model=False)])
+def test_logits_may_depend_on_other_draws(estimator):
+    def guide() -> None:
+        b = pyro.sample("b", dist.Bernoulli(logits=pyro.param("phi", tensor(0.2))))
+        pyro.sample("c", dist.Bernoulli(logits=pyro.param("psi", tensor(0.7)) * (b - 0.3)))
+
+    problem = dataclasses.replace(
+        bernoulli_toy(0.45, 0.2),
+        model=two_level_model,
+        guide=guide,
+        sites=("b", "c"),
+        guide_params=("phi", "psi"),
+        params=MappingProxyType({"phi": tensor(0.2), "psi": tensor(0.7)}),
+        constraints=MappingProxyType(dict.fromkeys(("phi", "psi"), constraints.real)),
+        elbo=None,
+    )
+    found, right = (exact_mean(Replay(problem, {"b": "score", "c": e}, 1)) for e in (estimator, "score"))
+    assert (found.how, right.how) == ("quadrature", "enumeration")
+    for name, gradient in right.gradients.items():
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-10)
+        assert abs(float(gradient)) > 1e-3

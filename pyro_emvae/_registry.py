@@ -30,9 +30,11 @@ class Traits:
         needs_rsample: The site's distribution must have a reparameterised sampler.
         support: ``"any"``, ``"discrete"``, ``"binary"``, ``"categorical"`` or ``"continuous"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
-            before; ``"weighted"``: together, with weights; ``"relaxed"``: values with a path, of another distribution.
+            before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
+            with weights; ``"relaxed"``: values with a path, of another distribution.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there;
             ``"twice"``: and its derivative differentiated.
+        noisy: Its surrogate draws random numbers of its own.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly
             reparameterised gradients.
@@ -61,6 +63,7 @@ class Traits:
     support: str = "any"
     draws: str = "independent"
     probes: str = "no"
+    noisy: bool = False
     controls: bool = False
     doubly: bool = False
     min_particles: int = 1

@@ -368,12 +368,15 @@ class MonteCarloELBO(ELBO):
         kwargs: Mapping[str, Any],
         state: States | None = None,
         beta: Tensor | None = None,
+        order: int = 1,
     ) -> Evaluation:
         r"""Evaluate objective and surrogate as a pure function of the parameters, the data and the estimators' state.
 
         Args:
             beta: A factor of the latents' terms, log p and log q alike, in the surrogate: what is climbed is annealed,
                 and the objective is not.
+            order: With 2, second derivatives of the surrogate are right too, if all estimators have the trait
+                ``higher_order``; the state then stays.
 
         Returns:
             The objective (scalar, nats), the surrogate to be *maximised* (its value is of no meaning), the particles,
@@ -392,7 +395,10 @@ class MonteCarloELBO(ELBO):
             return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape, beta)
 
         composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform)
-        surrogate, following = composer.compose(rows, self.state if state is None else state)
+        state = self.state if state is None else state
+        if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
+            return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
+        surrogate, following = composer.compose(rows, state)
         self.evaluations = self.num_particles * (1 + composer.probes)
         return Evaluation(objective.detach(), surrogate, particles, following)
 
@@ -402,7 +408,9 @@ class MonteCarloELBO(ELBO):
         """Return the objective, its summands (annealed), and the objective of several particles, if it is one."""
         depends = plan.depends or Dependence()
         analytic = [site.name for site, estimator in rows if estimator.integrates]
-        terms = reweighted(self.objective.terms(particles, analytic), particles, depends)
+        terms = self.objective.terms(particles, analytic)
+        _check_integrated(analytic, terms, particles)
+        terms = reweighted(terms, particles, depends)
         bound = self.objective.bound(particles, terms, depends.moves)
         if bound is None:
             objective = total(terms) / self.num_particles
@@ -432,8 +440,11 @@ class MonteCarloELBO(ELBO):
         return self._finite(Evaluation(objective, objective, particles, {}))
 
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
-        """Return minus the objective as a tensor whose gradient is the estimate."""
-        evaluation = self.evaluate(model, guide, args, kwargs)
+        """Return minus the objective as a tensor whose gradient is the estimate.
+
+        If all estimators have the trait ``higher_order``, so are its second derivatives (``create_graph=True``).
+        """
+        evaluation = self.evaluate(model, guide, args, kwargs, order=2)
         self._finite(evaluation)
         if evaluation.surrogate is evaluation.objective:
             return -evaluation.objective
@@ -462,6 +473,22 @@ class MonteCarloELBO(ELBO):
         """Resolve estimators and make their state, leaving generators and buffers as they were."""
         with quiet(), torch.no_grad():
             self.particles(model, guide, args, kwargs)
+
+
+def _check_integrated(wanted: list[str], terms: list[Term], particles: Particles) -> None:
+    integrated = {term.site for term in terms if term.kind == "kl"}
+    for name in wanted:
+        if name not in integrated:
+            prior = particles.model[name].fn if name in particles.model else None
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"integrate the KL of site {name!r}",
+                got=f"{type(base(particles.guide[name].fn)).__name__} in the guide and "
+                f"{'no such site' if prior is None else type(base(prior)).__name__} in the model",
+                because="torch.distributions.kl_divergence knows no closed form of that pair",
+                fix=f'Use estimator={{"{name}": "pathwise"}}.',
+            )
 
 
 def remember(cache: dict, key: Any, value: Any, limit: int = 16) -> None:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ._checks import EstimatorError, fail
+from ._pyro import scale_and_mask
 from .estimators.base import Control, Estimator, SiteTerms, State
+from .estimators.score import Score, ScoreFunction
 from .objectives import Bound, Term
 from .particles import Dependence, Particles, Site, reduce_to
 
@@ -134,6 +136,32 @@ class Composer:
             surrogate = self._controlled(surrogate, controls, state, following)
         return surrogate, following
 
+    def dice(self, rows: list[Row], state: States) -> Tensor:
+        r"""Return the surrogate whose second derivatives are right too, for `ScoreFunction` and pathwise estimators.
+
+        Its first derivatives are those of `compose`. Every summand c is multiplied by $e^{\ell-\bar\ell}$ with $\ell$
+        the log q of all draws that reach it; what else an estimator weighs log q by, and the direct score, whose mean
+        is zero, come in as constants times $e^{\ell-\bar\ell}-1$.
+        """
+        scores = [(site, estimator) for site, estimator in rows if isinstance(estimator, ScoreFunction)]
+        sampled = {term.site for term in self.terms if term.kind == "entropy"}
+        surrogate: Tensor | float = 0.0
+        for term in self.terms:
+            reach = [site for site, _ in scores if self.depends.moves(site.name, side_of(term), term.site)]
+            exponent = sum(reduce_to(site.log_prob, site.frames, term.frames) for site in reach)
+            surrogate = surrogate + (term.value * _one(exponent) if reach else term.value).sum()
+        for site, estimator in scores:
+            signal = self.signal(site, estimator)
+            view = self._view(site, estimator, None, signal, state)
+            old = state.get(site.name) or estimator.init(view, signal)
+            advantage = estimator.advantage(view, signal, self.particles.num_particles, old)
+            beyond = advantage - self.signal(site, Score())
+            zero = _one(site.log_prob) - 1
+            surrogate = surrogate + (beyond * zero).sum()
+            if site.name in sampled:
+                surrogate = surrogate + scale_and_mask(zero, site.scale, site.mask).sum()
+        return surrogate / self.particles.num_particles
+
     def _view(self, site: Site, estimator: Estimator, entropy, signal, state: States) -> SiteTerms:
         prior = self.particles.model.get(site.name)
         fields = {
@@ -142,6 +170,7 @@ class Composer:
             "bound": self.bound,
             "weight": self.particles.weights.get(site.name),
             "prior": prior and prior.fn,
+            "particles": self.particles,
         }
         view = SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields)
         shape = estimator.noise(view)
@@ -218,6 +247,10 @@ def _leaves(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
             found[names.get(id(leaf), f"leaf_{len(found)}")] = leaf
         stack.extend(parent for parent, _ in node.next_functions)
     return found
+
+
+def _one(log_q: Tensor) -> Tensor:
+    return (log_q - log_q.detach()).exp()
 
 
 def side_of(term: Term) -> str:

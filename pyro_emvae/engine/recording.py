@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from .._checks import RecordingError, fail
 from ..loss import MonteCarloELBO, States
 from ..particles import quiet
+from ..particles.dependence import index_unread
 from .blame import line_of, refuse, shift_generators
 from .data import signature, tensors_of
 from .gradients import Gradient, differentiate, norm_of
@@ -191,12 +192,7 @@ class _Recordable(TorchFunctionMode):
         if func is torch._is_all_true:
             return True
         if func is Tensor.__getitem__:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            scalars = [isinstance(i, Tensor) and i.dim() == 0 and i.dtype == torch.long for i in index]
-            count = sum(scalars)
-            if count and all(scalars[:count]) and not any(isinstance(i, Tensor | list) for i in index[count:]):
-                lifted = tuple(i.unsqueeze(0) for i in index[:count]) + index[count:]
-                return func(args[0], lifted).squeeze(0)
+            return index_unread(*args)
         return func(*args, **(kwargs or {}))
 
 

@@ -5,17 +5,23 @@ from .arms import Arms, Disarm
 from .base import Control, Draw, Estimator, Probed, SiteTerms, Situation
 from .decaying_average import DecayingAverage
 from .double_control import DoubleControlVariate
+from .draws import Antithetic, Independent, Sobol
 from .leave_one_out import LeaveOneOut
+from .measure_valued import MeasureValued
+from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
-from .pathwise import Full, Pathwise, StickTheLanding
+from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
 from .policies import POLICIES, auto_table
 from .relax import Rebar, Relax
-from .score import Score
+from .score import Score, ScoreFunction
 from .top_k import RaoBlackwellTopK
 from .unordered_set import UnorderedSet
 
 __all__ = [
     "POLICIES",
+    "AdaptiveSticking",
+    "Analytic",
+    "Antithetic",
     "Arm",
     "Arms",
     "Control",
@@ -25,7 +31,10 @@ __all__ = [
     "Draw",
     "Estimator",
     "Full",
+    "Independent",
     "LeaveOneOut",
+    "MeasureValued",
+    "NeuralBaseline",
     "PartialPathwise",
     "Pathwise",
     "Probed",
@@ -33,8 +42,10 @@ __all__ = [
     "Rebar",
     "Relax",
     "Score",
+    "ScoreFunction",
     "SiteTerms",
     "Situation",
+    "Sobol",
     "StickTheLanding",
     "UnorderedSet",
     "auto_table",

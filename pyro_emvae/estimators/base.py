@@ -15,6 +15,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from .._checks import EstimatorError, fail
 from .._registry import Traits, entries, lookup
 from ..objectives import Bound
+from ..particles import Particles
 
 __all__ = [
     "Control",
@@ -46,6 +47,7 @@ class Situation:
         objective: The objective's name.
         infer: The site's annotations.
         upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
+        prior: The model's distribution at the site; None if not known.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Situation:
     objective: str = "elbo"
     infer: Mapping[str, Any] = field(default_factory=dict, repr=False)
     upstream: tuple[str, ...] | None = ()
+    prior: Any = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class SiteTerms:
         probed: What was found at the estimator's `probes`; `probes` are those values.
         prior: The model's distribution at the site, None for an auxiliary site.
         noise: Uniform numbers in (0, 1), where an estimator asked for them.
+        particles: All sites of guide and model.
     """
 
     name: str
@@ -138,6 +142,7 @@ class SiteTerms:
     probed: Probed | None = None
     prior: Any = None
     noise: Tensor | None = None
+    particles: Particles | None = field(default=None, repr=False)
 
 
 class Estimator(ABC):

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from .._checks import EstimatorError, fail
 from .._registry import Traits, register
-from .base import Estimator, SiteTerms, State
+from .base import SiteTerms, State
+from .score import ScoreFunction
 
 __all__ = ["DecayingAverage"]
 
 
 @dataclass(frozen=True)
-class DecayingAverage(Estimator):
+class DecayingAverage(ScoreFunction):
     r"""Score-function gradient with a decaying-average baseline.
 
     $$\hat g=\tfrac1K\sum_k (f_k-b_t)\,\nabla_\phi\log q_\phi(z_k),\qquad
@@ -38,7 +39,7 @@ class DecayingAverage(Estimator):
     """
 
     beta: float = 0.9
-    traits: ClassVar[Traits] = Traits(stateful=True, auto=30, objectives=("any",))
+    traits: ClassVar[Traits] = Traits(stateful=True, auto=30, objectives=("any",), higher_order=True)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta < 1.0:
@@ -54,10 +55,8 @@ class DecayingAverage(Estimator):
     def init(self, site: SiteTerms, signal: Tensor | None) -> State:
         return {"average": torch.zeros_like(signal.sum()), "weight": torch.zeros_like(signal.sum())}
 
-    def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
-        baseline = state["average"] / state["weight"].clamp(min=1.0 - self.beta)
-        term = (signal - baseline) * site.log_q
-        return {"value": term, "guide": term}
+    def advantage(self, site: SiteTerms, signal: Tensor, rows: int, state: State) -> Tensor:
+        return signal - state["average"] / state["weight"].clamp(min=1.0 - self.beta)
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
         return {

@@ -2,16 +2,20 @@ r"""The pathwise (reparameterised) gradient, and what to do with the entropy."""
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.distributions import kl_divergence
 
+from .._checks import EstimatorError, fail
 from .._registry import Traits, register
-from .base import Estimator, SiteTerms, State
+from .base import Control, Draw, Estimator, SiteTerms, Situation, State
+from .draws import Antithetic, Draws, Independent, Sobol
 
-__all__ = ["Full", "Pathwise", "StickTheLanding"]
+__all__ = ["AdaptiveSticking", "Analytic", "Full", "Pathwise", "StickTheLanding"]
 
 TRAITS = Traits(needs_rsample=True, higher_order=True, needs_signal=False, auto=10, objectives=("any",))
 
@@ -19,10 +23,11 @@ TRAITS = Traits(needs_rsample=True, higher_order=True, needs_signal=False, auto=
 class Entropy(ABC):
     """Which paths of the site's own -log q are followed."""
 
-    splits_paths: ClassVar[bool] = False
+    traits: ClassVar[dict[str, Any]] = {}
+    integrates: ClassVar[bool] = False
 
     @abstractmethod
-    def terms(self, entropy: Tensor | None) -> dict[str, Tensor | None]:
+    def terms(self, site: SiteTerms) -> dict[str, Any]:
         """Return the term under each path."""
 
 
@@ -30,8 +35,8 @@ class Entropy(ABC):
 class Full(Entropy):
     r"""Follow $-\log q_\phi(z_\phi)$ through the value and directly, as Pyro does."""
 
-    def terms(self, entropy: Tensor | None) -> dict[str, Tensor | None]:
-        return {"value": entropy, "guide": entropy}
+    def terms(self, site: SiteTerms) -> dict[str, Any]:
+        return {"value": site.entropy, "guide": site.entropy}
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,70 @@ class StickTheLanding(Entropy):
     not parameters, so the guide runs once and dropout in it stays the same.
     """
 
-    splits_paths: ClassVar[bool] = True
+    traits: ClassVar[dict[str, Any]] = {"splits_paths": True, "higher_order": False, "objectives": ("elbo",)}
 
-    def terms(self, entropy: Tensor | None) -> dict[str, Tensor | None]:
-        return {"value": entropy, "guide": None}
+    def terms(self, site: SiteTerms) -> dict[str, Any]:
+        return {"value": site.entropy, "guide": None}
+
+
+@dataclass(frozen=True)
+class AdaptiveSticking(Entropy):
+    r"""Leave out as much of the direct score as pays: between `Full` (a = 0) and `StickTheLanding` (a = 1), and beyond.
+
+    $$\hat g=\hat g_\mathrm{full}+a\,\nabla_\phi\log q_\phi(z),$$
+
+    with one $a\ge0$ per parameter tensor, by the lagged running covariance of the two, so that the gradient stays
+    unbiased: see `Control`. Where q is the posterior it ties `StickTheLanding`, whose variance is zero, and far from it
+    it is no worse than `Full` but for the noise of a.
+
+    Args:
+        decay: Of the running covariances.
+
+    Source: Geffner and Domke 2018, "Using large ensembles of control variates for variational inference", for the
+    coefficient; Roeder et al. 2017 for the control.
+    """
+
+    decay: float = 0.98
+    traits: ClassVar[dict[str, Any]] = {
+        "splits_paths": True,
+        "higher_order": False,
+        "objectives": ("elbo",),
+        "controls": True,
+        "stateful": True,
+    }
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.decay < 1.0:
+            fail(
+                EstimatorError,
+                "AdaptiveSticking",
+                "average covariances",
+                got=f"decay={self.decay}",
+                because="the decay lies in [0, 1)",
+                fix="Write decay=0.98.",
+            )
+
+    def terms(self, site: SiteTerms) -> dict[str, Any]:
+        paths = {"value": site.entropy, "guide": site.entropy}
+        return (
+            paths
+            if site.entropy is None
+            else paths | {"controls": {"score": Control(-site.entropy, 0.0, decay=self.decay)}}
+        )
+
+
+@dataclass(frozen=True)
+class Analytic(Entropy):
+    r"""Integrate $-\mathrm{KL}(q\|p)$ of the site, given upstream draws, in closed form; see `objectives.ELBO`.
+
+    Source: Kingma and Welling 2013, eq. 7 (SGVB B).
+    """
+
+    traits: ClassVar[dict[str, Any]] = {"objectives": ("elbo",)}
+    integrates: ClassVar[bool] = True
+
+    def terms(self, site: SiteTerms) -> dict[str, Any]:
+        return {}
 
 
 @dataclass(frozen=True)
@@ -62,7 +127,8 @@ class Pathwise(Estimator):
     guide runs, one backward.
 
     Args:
-        entropy: `Full` (default) or `StickTheLanding`.
+        entropy: `Full` (default), `StickTheLanding`, `AdaptiveSticking` or `Analytic`.
+        draws: `Independent` (default), `Antithetic` or `Sobol`.
 
     Source: Kingma and Welling 2013, eq. 6; Rezende, Mohamed and Wierstra 2014; implicit gradients of torch's samplers:
     Figurnov, Mohamed and Mnih 2018.
@@ -73,16 +139,36 @@ class Pathwise(Estimator):
     """
 
     entropy: Entropy = Full()
+    draws: Draws = field(default_factory=Independent)
+
+    @functools.cached_property
+    def traits(self) -> Traits:  # type: ignore[override]
+        draws = {"draws": self.draws.kind, "min_particles": self.draws.min_particles}
+        plain = self.entropy == Full() and self.draws == Independent()
+        return replace(TRAITS, auto=TRAITS.auto if plain else None, **draws, **self.entropy.traits)
 
     @property
-    def traits(self) -> Traits:  # type: ignore[override]
-        split = self.entropy.splits_paths
-        if not split:
-            return TRAITS
-        return replace(TRAITS, splits_paths=True, higher_order=False, auto=None, objectives=("elbo",))
+    def integrates(self) -> bool:  # type: ignore[override]
+        return self.entropy.integrates
 
-    def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
-        return self.entropy.terms(site.entropy)
+    def fits(self, at: Situation) -> str | None:
+        if self.integrates and at.prior is not None and not _has_kl(at.fn, at.prior):
+            return "torch.distributions.kl_divergence knows no closed form of guide and prior"
+        return self.draws.fits(at.fn)
+
+    def draw(self, fn: Any, num_particles: int) -> Draw | None:
+        return self.draws(fn, num_particles)
+
+    def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
+        return self.entropy.terms(site)
+
+
+def _has_kl(one: Any, two: Any) -> bool:
+    try:
+        kl_divergence(one, two)
+    except NotImplementedError:
+        return False
+    return True
 
 
 register(
@@ -102,4 +188,37 @@ register(
     aliases=("stl",),
     summary="reparameterised gradient without the direct score of log q",
     source="Roeder et al. 2017",
+)
+register(
+    "estimator",
+    "adaptive_sticking",
+    lambda: Pathwise(entropy=AdaptiveSticking()),
+    Pathwise(entropy=AdaptiveSticking()).traits,
+    summary="reparameterised gradient without as much of the direct score as pays",
+    source="Geffner & Domke 2018",
+)
+register(
+    "estimator",
+    "analytic_kl",
+    lambda: Pathwise(entropy=Analytic()),
+    Pathwise(entropy=Analytic()).traits,
+    summary="reparameterised gradient, the site's KL in closed form",
+    source="Kingma & Welling 2013, eq. 7",
+)
+register(
+    "estimator",
+    "antithetic",
+    lambda: Pathwise(draws=Antithetic()),
+    Pathwise(draws=Antithetic()).traits,
+    summary="reparameterised gradient with mirrored pairs of particles",
+    source="Wu et al. 2019",
+)
+register(
+    "estimator",
+    "quasi_monte_carlo",
+    lambda: Pathwise(draws=Sobol()),
+    Pathwise(draws=Sobol()).traits,
+    aliases=("qmc", "sobol"),
+    summary="reparameterised gradient with particles that fill the space evenly",
+    source="Buchholz et al. 2018",
 )

@@ -2,19 +2,39 @@ r"""The score-function gradient."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from .._registry import Traits, register
 from .base import Estimator, SiteTerms, State
 
-__all__ = ["Score"]
+__all__ = ["Score", "ScoreFunction"]
+
+
+class ScoreFunction(Estimator):
+    r"""$\hat g=\tfrac1K\sum_k A_k\,\nabla_\phi\log q_\phi(z_k)$, with an advantage A that is f less a baseline.
+
+    The baseline of a particle must not depend on its own draw. Higher derivatives are right as well, in
+    `MonteCarloELBO.differentiable_loss`: each summand c of f is multiplied by $e^{\ell-\bar\ell}$, with $\ell$ the
+    log q of the draws that reach it and $\bar\ell$ its value, held.
+
+    Source: Foerster et al. 2018, "DiCE: the infinitely differentiable Monte Carlo estimator", eq. 7.
+    """
+
+    @abstractmethod
+    def advantage(self, site: SiteTerms, signal: Tensor, rows: int, state: State) -> Tensor:
+        """Return A, detached, in the shape of the signal."""
+
+    def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
+        term = self.advantage(site, signal, rows, state) * site.log_q
+        return {"value": term, "guide": term}
 
 
 @dataclass(frozen=True)
-class Score(Estimator):
+class Score(ScoreFunction):
     r"""Score-function gradient (log-derivative trick, REINFORCE).
 
     $$\hat g=\tfrac1K\sum_k f_k\,\nabla_\phi\log q_\phi(z_k),\qquad f=\log p-\log q.$$
@@ -34,11 +54,10 @@ class Score(Estimator):
     """
 
     reach: str = "downstream"  # type: ignore[misc]
-    traits: ClassVar[Traits] = Traits(auto=40, objectives=("any",))
+    traits: ClassVar[Traits] = Traits(auto=40, objectives=("any",), higher_order=True)
 
-    def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
-        term = signal * site.log_q
-        return {"value": term, "guide": term}
+    def advantage(self, site: SiteTerms, signal: Tensor, rows: int, state: State) -> Tensor:
+        return signal
 
 
 register(

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .quiet import quiet
 from .run import run_pair
 
-__all__ = ["Dependence", "dependence"]
+__all__ = ["Dependence", "dependence", "index_unread"]
 
 
 class Dependence(dict):
@@ -49,10 +49,11 @@ def dependence(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[st
     drawn = [site for side, site in sites if side == "guide" and not site.is_observed]
     found = Dependence()
     for draw in drawn:
+        after = sites[next(i for i, (_, site) in enumerate(sites) if site is draw) :]  # nothing moves what came before
         every = draw.name in flow.read
         found[draw.name] = frozenset(
             (side, site.name)
-            for side, site in sites
+            for side, site in after
             if every or site is draw or draw.name in flow.of([site.log_prob, site.scale, site.mask])
         )
     return found
@@ -100,7 +101,19 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in self.READS:
             self.flow.read |= self.flow.of(args[:1])
+        if func is Tensor.__getitem__:
+            return index_unread(*args)
         return func(*args, **(kwargs or {}))
+
+
+def index_unread(x: Tensor, index: Any) -> Tensor:
+    """Return ``x[index]``, of which torch makes Python numbers if it has integer tensors without dims, without that."""
+    parts = index if isinstance(index, tuple) else (index,)
+    scalars = [isinstance(i, Tensor) and i.dim() == 0 and i.dtype == torch.long for i in parts]
+    count = sum(scalars)
+    if count and all(scalars[:count]) and not any(isinstance(i, Tensor | list) for i in parts[count:]):
+        return x[tuple(i.unsqueeze(0) for i in parts[:count]) + parts[count:]].squeeze(0)
+    return x[index]
 
 
 def _storage(x: Tensor) -> int:

@@ -47,7 +47,7 @@ def exact_mean(replay: Replay) -> Mean | None:
         >>> abs(float(mean.gradients["slope"] - exact_gradients(problem)["slope"])) < 1e-12
         True
     """
-    outcomes, (dims, uniform) = replay.size(), replay.continuous()
+    (outcomes, _), (dims, uniform) = replay.size(), replay.continuous()
     relaxed = any(row.estimator.traits.draws == "relaxed" for row in replay.loss.table)
     if replay.own_draws or relaxed or outcomes > MAX_OUTCOMES:
         return None

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.distributions import MultivariateNormal, Normal, TransformedDistribution
 
 from .. import particles
 from .._checks import EmvaeError, EstimatorError, fail
 from .._registry import create
 from ..engine import trace
 from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
+from ..estimators.draws import from_noise, is_normal
 from ..loss import Evaluation, MonteCarloELBO, States
 from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, Site, draw, hold_batch, quiet
@@ -33,8 +33,8 @@ class Replay:
     r"""The gradient of one problem by one estimator as a function of dictated noise.
 
     It is mapped over rows of noise, so thousands of outcomes cost milliseconds; an estimator that is not ``recordable``
-    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution
-    (``own_draws``). The param store is not touched.
+    is looped, and so is a problem whose guide draws from something else than a finite or a normal distribution, and an
+    estimator that is ``noisy`` (``own_draws``). The param store is not touched.
 
     Args:
         problem: A `Problem`.
@@ -87,9 +87,10 @@ class Replay:
                 self.noise[name] = ("finite", shape[: len(shape) - len(base(site.fn).event_shape)])
                 if self.loss.resolved[name].traits.draws in ("coupled", "weighted"):
                     self.together[name] = partial(_drawn_together, self.loss.resolved[name], site.fn, num_particles)
-            elif _is_normal(site.fn):
+            elif is_normal(site.fn):
                 self.noise[name] = ("normal", tuple(site.value.shape))
-        self.own_draws = len(self.noise) < len(random) or self._redraws()
+        noisy = any(row.estimator.traits.noisy for row in self.loss.table)
+        self.own_draws = noisy or len(self.noise) < len(random) or self._redraws()
         for name, shape in self.loss.asked.items():
             self.noise[_uniform(name)] = ("uniform", tuple(shape))
 
@@ -100,14 +101,18 @@ class Replay:
         return any(site in depends.upstream(other) for site in probing for other in depends)
 
     def evaluate(
-        self, noise: Mapping[str, Tensor], state: States | None = None, leaves: Mapping[str, Tensor] | None = None
+        self,
+        noise: Mapping[str, Tensor],
+        state: States | None = None,
+        leaves: Mapping[str, Tensor] | None = None,
+        order: int = 1,
     ) -> Evaluation:
-        """Evaluate at given noise; what it does not name is drawn."""
+        """Evaluate at given noise; what it does not name is drawn. For `order` see `MonteCarloELBO.evaluate`."""
         self.loss.noise = {name: noise[name] for name in self.noise if name in noise}
         problem, state = self.problem, self.state if state is None else state
         batch = hold_batch({name: noise[name] for name in self.plates if name in noise})
         with self._enter(self.leaves if leaves is None else leaves), batch:
-            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state)
+            return self.loss.evaluate(problem.model, problem.guide, problem.args, {}, state, order=order)
 
     def gradient(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Return the gradient of the maximised surrogate by parameter name."""
@@ -146,7 +151,9 @@ class Replay:
             return probability, *gradient.values()
 
         try:
-            inside = any(t.splits_paths or t.controls or t.probes in ("differentiable", "twice") for t in traits)
+            inside = any(
+                t.splits_paths or t.controls or t.stateful or t.probes in ("differentiable", "twice") for t in traits
+            )
             if self.problem.traits.modules or inside:
                 key = tuple(r.dtype for r in rows)
                 step = self._graphs[key] = self._graphs.get(key) or record(self.step, [r[0] for r in rows])
@@ -207,11 +214,11 @@ class Replay:
             blocks[kind] = blocks[kind][:, width:]
         return noise, weights[last] / math.prod(map(len, subsets))
 
-    def size(self) -> float:
-        """Return the number of outcomes without continuous noise."""
+    def size(self) -> tuple[float, int]:
+        """Return the number of outcomes without continuous noise, and the number of normal coordinates."""
         logs = [math.log(math.comb(*plate)) for plate in self.plates.values()]
         logs += [math.log(self.sizes[n]) * math.prod(self.noise[n][1]) for n in self.sizes]
-        return math.exp(min(sum(logs), 100.0))
+        return math.exp(min(sum(logs), 100.0)), self.continuous()[0]
 
     def continuous(self) -> tuple[int, int]:
         """Return the numbers of normal and of uniform coordinates."""
@@ -222,9 +229,13 @@ class Replay:
 
 def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int) -> list[str]:
     """Return the guide's sites that the estimator fits, without those that are functions of others."""
-    sites = [(n, s) for n, s in one_particle(problem).guide.items() if not is_point_mass(s.fn)]
-    depends = dependence(problem)
-    places = [Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n)) for n, s in sites]
+    run, depends = one_particle(problem), dependence(problem)
+    priors = {name: site.fn for name, site in run.model.items()}
+    places = [
+        Situation(n, s.fn, num_particles, "elbo", s.infer, depends.upstream(n), priors.get(n))
+        for n, s in run.guide.items()
+        if not is_point_mass(s.fn)
+    ]
     fitting = [at.name for at in places if misfit(estimator, at) is None]
     if estimator.traits.probes not in ("differentiable", "twice"):
         return fitting
@@ -280,7 +291,7 @@ class _Dictated(MonteCarloELBO):
 
         def treat(msg: dict) -> str:
             if msg["name"] in self.noise:
-                rule = _from_normal if _is_normal(msg["fn"]) else _from_index
+                rule = from_noise if is_normal(msg["fn"]) else _from_index
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
             return how(msg)
 
@@ -311,25 +322,6 @@ def _drawn_together(estimator: Estimator, fn: Any, num_particles: int, count: in
     detached = torch.func.vmap(lambda _: estimator.draw(fn, num_particles).value.detach(), randomness="different")
     value, inner = detached(torch.arange(count)), base(fn)
     return value.argmax(-1) if inner.event_dim else value.long()
-
-
-def _is_normal(fn: Any) -> bool:
-    inner = base(fn)
-    if isinstance(inner, TransformedDistribution):
-        return _is_normal(inner.base_dist)
-    return isinstance(inner, Normal | MultivariateNormal)
-
-
-def _from_normal(fn: Any, noise: Tensor) -> Tensor:
-    inner = base(fn)
-    if isinstance(inner, TransformedDistribution):
-        value = _from_normal(inner.base_dist, noise)
-        for transform in inner.transforms:
-            value = transform(value)
-        return value
-    if isinstance(inner, MultivariateNormal):
-        return inner.loc + (inner.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
-    return inner.loc + inner.scale * noise
 
 
 def _from_index(fn: Any, noise: Tensor) -> Tensor:

@@ -221,6 +221,10 @@ def decaying(**options: Any) -> MonteCarloELBO:
     return MonteCarloELBO(estimator=estimators.DecayingAverage(0.7), **options)
 
 
+def top_k() -> MonteCarloELBO:
+    return MonteCarloELBO(2, estimator="rao_blackwell_topk")
+
+
 def own_steps() -> EM:
     """Each half-step has its optimizer and loss, with a state of its own."""
     e_step = steps.Gradient(2, optim=adam(0.1), loss=decaying(num_particles=2))
@@ -301,6 +305,7 @@ JOBS = {
     "one_cycle": scheduled(pyro.optim.OneCycleLR, max_lr=0.2, total_steps=20),
     "plateau": scheduled(pyro.optim.ReduceLROnPlateau, patience=0, factor=0.5),
     "decaying_average": Job(lambda: SVI(mixture, mixture_guide, adam(), decaying())),
+    "weighted draws, learned coefficient": Job(lambda: SVI(mixture, mixture_guide, adam(), top_k())),
     "own_steps": Job(own_steps),
     "several": Job(several),
     "numpy_and_python": Job(lambda: SVI(noisy, chain_guide, adam())),

@@ -17,6 +17,7 @@ from pyro_emvae import MonteCarloELBO
 from pyro_emvae._checks import EstimatorError
 from pyro_emvae._registry import create
 from pyro_emvae.estimators import RaoBlackwellTopK
+from pyro_emvae.estimators.bernoulli import dirichlet, disagreement
 from pyro_emvae.problems import Problem, exact_gradients
 from pyro_emvae.problems._problem import ProblemTraits
 from pyro_emvae.testing import Replay, assert_mean, exact_mean
@@ -177,6 +178,21 @@ def test_each_particle_alone_is_distributed_as_the_site(estimator, num_particles
     joint = torch.stack([part.joint(fn, row[:, None].expand(num_particles, 4)).exp() for row in outcomes])
     for row in range(num_particles):
         torch.testing.assert_close((joint * outcomes[:, row, None]).sum(0), fn.mean[0], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [2, 3, 64, 1000])
+def test_saturated_logits_have_finite_weights(rows, dtype):
+    """The factor of the score lies in [1/2, 1], and goes to 1 where one outcome is all but sure."""
+    logits = torch.tensor([-300.0, -80.0, -5.0, -1e-6, 0.0, 1e-6, 5.0, 80.0, 300.0], dtype=dtype)
+    factor = disagreement(logits, rows)
+    assert bool(((factor >= 0.5 - 1e-6) & (factor <= 1 + 1e-5)).all()), factor
+    torch.testing.assert_close(factor, factor.flip(0), rtol=1e-5, atol=0)
+    assert float(factor[0]) == pytest.approx(1.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        drawn = dirichlet(logits.expand(rows, -1))
+    assert drawn.dtype == dtype and not drawn[:, :2].any() and drawn[:, -2:].all()
 
 
 VARIANCES = {

@@ -32,8 +32,8 @@ class Rebar(Estimator):
     gradients of the variance, $\nabla_\lambda|\hat g|^2$ by the logits, with the estimator's own rate and Adam.
 
     When to use: Bernoulli sites of a model that is smooth in their values, with one particle or more; logits may
-    depend on other draws. Unbiased. Cost: 3K model and guide runs, two backwards and one for the coefficient, and a
-    further one for the temperature.
+    depend on other draws. Unbiased. Cost: 3K model and guide runs, two backwards and one for the coefficient, and the
+    second derivative for the temperature: about half as much again.
 
     Args:
         temperature: $\lambda$ at first.
@@ -43,8 +43,8 @@ class Rebar(Estimator):
         EstimatorError: A model that cannot take values between 0 and 1 (it indexes by them, compares them, or raises);
             a guide site downstream without ``rsample``, through which no derivative passes.
 
-    Source: Tucker et al. 2017, "REBAR: low-variance, unbiased gradient estimates for discrete latent variable models",
-    eqs. 3 and 5. Differs: z is drawn given b, one coefficient per parameter tensor by lagged moments, the variance is
+    Source: Tucker et al. 2017, "REBAR: low-variance, unbiased gradient estimates for discrete latent variable models".
+    Differs: z is drawn given b, one coefficient per parameter tensor by lagged moments, the variance is
     that by the logits.
 
     Example:
@@ -106,7 +106,7 @@ class Relax(Estimator):
     Raises:
         EstimatorError: As `Rebar`, unless ``model=False``.
 
-    Source: Grathwohl et al. 2018, "Backpropagation through the void", eq. 8 and section 3.2. Differs: as `Rebar`; the
+    Source: Grathwohl et al. 2018, "Backpropagation through the void". Differs: as `Rebar`; the
     average; the network starts from fixed numbers, so that no generator moves.
 
     Example:

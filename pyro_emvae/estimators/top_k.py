@@ -38,7 +38,7 @@ class RaoBlackwellTopK(Estimator):
         EstimatorError: Fewer particles than m + 1; a site whose distribution depends on another draw; several weighted
             sites in one guide; a term outside the site's plates that its draw reaches; particles run one by one.
 
-    Source: Liu et al. 2019, "Rao-Blackwellized stochastic gradients for discrete distributions", eq. 7. Differs: the
+    Source: Liu et al. 2019, "Rao-Blackwellized stochastic gradients for discrete distributions". Differs: the
     baseline and its learned coefficient.
 
     Example:

@@ -39,7 +39,7 @@ class UnorderedSet(Estimator):
             `RaoBlackwellTopK`.
 
     Source: Kool, van Hoof and Welling 2020, "Estimating gradients for discrete random variables by sampling without
-    replacement", eqs. 10 and 16. Differs: A by a recursion over subsets in logarithms, for all s at once.
+    replacement". Differs: A by a recursion over subsets in logarithms, for all s at once.
 
     Example:
         >>> UnorderedSet().traits.min_particles
@@ -114,5 +114,5 @@ register(
     "unordered_set",
     UnorderedSet,
     summary="sampling without replacement, averaged over the order",
-    source="Kool et al. 2020, eq. 16",
+    source="Kool et al. 2020",
 )

@@ -33,6 +33,7 @@ OUTPUTS = {
     "monte_carlo_em": {"draws.png"},
     "vae_as_em": {"evidence.png", "evidence.csv"},
     "posterior_collapse": {"information.png"},
+    "gradient_estimators": {"elbo.png", "variance_ladder.png", "variance.csv"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 

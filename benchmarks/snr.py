@@ -65,10 +65,13 @@ def gaussian_toy(num_data: int = 4, dim: int = 20, perturbation: float = 0.01, s
 def available() -> list[tuple]:
     """Return the rows whose objective and estimator are registered and fit each other."""
     objectives, estimators = ({e.name: e for e in entries(kind)} for kind in ("objective", "estimator"))
+    kinds = {"elbo": {"elbo", "any"}}
     return [
         row
         for row in ROWS
-        if row[0] in objectives and row[1] in estimators and row[0] in estimators[row[1]].traits.objectives
+        if row[0] in objectives
+        and row[1] in estimators
+        and set(estimators[row[1]].traits.objectives) & kinds.get(row[0], {row[0], "multi_sample", "any"})
     ]
 
 

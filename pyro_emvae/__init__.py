@@ -5,20 +5,10 @@ $$\log p_\theta(x)=L(\phi,\theta)+\mathrm{KL}(q_\phi\|p_\theta(z|x)),\qquad L=E_
 
 __version__ = "0.1.0.dev0"
 
-from . import (
-    annealing,
-    convergence,
-    estimators,
-    families,
-    guides,
-    objectives,
-    optimizers,
-    plots,
-    posterior,
-    problems,
-    steps,
-    testing,
-)
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import annealing, convergence, estimators, objectives, optimizers, posterior, steps
 from ._checks import (
     BlockError,
     DataError,
@@ -31,8 +21,6 @@ from ._checks import (
     StepError,
 )
 from ._registry import Traits, register
-from .compare import GradientComparison, compare_gradients, sweep_gradients
-from .diagnostics import Explanation, explain, to_arviz
 from .driver import Fit
 from .em import EM
 from .evidence import ActiveUnits, Estimate, Gap, active_units, elbo, elbo_gap, log_evidence, mutual_information
@@ -40,7 +28,30 @@ from .information import Information
 from .loss import MonteCarloELBO
 from .particles import config_estimators
 from .svi import SVI
-from .uncertainty import MonteCarloErrors, StandardErrors, monte_carlo_error, standard_errors
+
+if TYPE_CHECKING:
+    from . import families, guides, plots, problems, testing
+    from .compare import GradientComparison, compare_gradients, sweep_gradients
+    from .diagnostics import Explanation, explain, to_arviz
+    from .uncertainty import MonteCarloErrors, StandardErrors, monte_carlo_error, standard_errors
+
+LATER = {
+    "families": "families",
+    "guides": "guides",
+    "plots": "plots",
+    "problems": "problems",
+    "testing": "testing",
+    "GradientComparison": "compare",
+    "compare_gradients": "compare",
+    "sweep_gradients": "compare",
+    "Explanation": "diagnostics",
+    "explain": "diagnostics",
+    "to_arviz": "diagnostics",
+    "MonteCarloErrors": "uncertainty",
+    "StandardErrors": "uncertainty",
+    "monte_carlo_error": "uncertainty",
+    "standard_errors": "uncertainty",
+}
 
 __all__ = [
     "EM",
@@ -92,3 +103,16 @@ __all__ = [
     "testing",
     "to_arviz",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what not every program needs when it is first asked for (PEP 562)."""
+    if name not in LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{LATER[name]}", __name__)
+    globals()[name] = value = module if name == LATER[name] else getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,6 +2,7 @@ r"""What parts there are: frozen records without behaviour, and one function to 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ NEEDS = {
     "problem": ("model", "guide", "args"),
 }
 KINDS = tuple(NEEDS)
+LATER = {"problem": "pyro_emvae.problems", "family": "pyro_emvae.families"}
 
 
 @dataclass(frozen=True)
@@ -28,18 +30,20 @@ class Traits:
     Args:
         unbiased: The expectation of the gradient (or value) is the exact one.
         needs_rsample: The site's distribution must have a reparameterised sampler.
-        support: ``"any"``, ``"discrete"``, ``"binary"`` or ``"continuous"``; for a family also ``"positive"``,
-            ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"categorical"``, ``"one_hot"``.
+        support: ``"any"``, ``"discrete"``, ``"binary"``, ``"categorical"`` or ``"continuous"``; for a family also
+            ``"positive"``, ``"unit_interval"``, ``"simplex"``, ``"circle"``, ``"one_hot"``.
         draws: How the particles of a site are drawn: ``"independent"``; ``"coupled"``: together, each distributed as
             before; ``"noise"``: their noise together, so that their distributions may differ; ``"weighted"``: together,
             with weights; ``"relaxed"``: values with a path, of another distribution.
-        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there.
+        probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there;
+            ``"twice"``: and its derivative differentiated.
         noisy: Its surrogate draws random numbers of its own.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly
             reparameterised gradients.
         min_particles: The least number of particles.
-        objectives: The objectives that it can differentiate; ``"any"``: all.
+        objectives: The objectives that it can differentiate; ``"multi_sample"``: all of several particles that are no
+            sum of terms, such as ``"iwae"``; ``"any"``: all.
         recordable: It has no ``.item()`` and no data-dependent branch.
         higher_order: Second derivatives of the surrogate are right too.
         splits_paths: Its terms differ between the path through the value and the direct one.
@@ -230,4 +234,6 @@ def _kind(kind: str) -> dict[str, str]:
             because="parts are sorted by kind",
             fix=nearest(kind, KINDS),
         )
+    if kind in LATER:  # those that come with the package are registered by its import
+        importlib.import_module(LATER[kind])
     return _NAMES[kind]

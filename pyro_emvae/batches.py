@@ -25,7 +25,7 @@ __all__ = [
 
 def length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
     if num_iterations is not None:
-        positive_int("run", "the number of iterations", num_iterations)
+        positive_int("run", "max_iter or num_steps", num_iterations)
     if data is None:
         if num_iterations is None or num_epochs is not None:
             refuse_data("no number of iterations", "Write run(1000, x), or run(data=loader, num_epochs=10).")

@@ -19,7 +19,7 @@ from .degeneracy import spike
 from .driver import Fit
 from .engine import State
 from .growth import check_growth, grown
-from .history import Record
+from .history import Record, kind_of
 from .looks import FullHistory, Look
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer
@@ -195,7 +195,9 @@ class EM(Inference):
         if self.schedule == "joint":
             checkpoint.restore_waiting(self.engine, args, kwargs)
             found = self.engine.step(None, args, kwargs)
-            return (Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])), None
+            if found is None:
+                return Record(math.nan, []), None
+            return Record(found.loss, [(None, found)], kind=kind_of(self.engine.loss)), None
         self._prepare(args, kwargs)
         state = self._initial(self.engine.state, args, kwargs)
         seen = [look.before(args, kwargs)] if look else []

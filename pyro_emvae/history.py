@@ -14,14 +14,24 @@ from .convergence import Verdict
 from .engine import Gradient
 from .monitor import Monitor
 
-__all__ = ["History", "Record"]
+__all__ = ["History", "Record", "kind_of"]
 
 PHASES = {"E": 0, "M": 1, None: 2}
 KINDS = {
     "elbo": "E_q[log p(x, z) - log q(z)], a lower bound of the log evidence, and equal to it for an exact q",
     "Q": "E_q[log p(x, z)], of draws whose density log q is not known; there is no ELBO",
     "approximation": "an approximation of the log evidence that is no bound, as Laplace's",
+    "iwae": "the importance-weighted bound of several draws, a lower bound of the log evidence",
+    "renyi": "Renyi's bound of several draws, a lower bound of the log evidence for an order of at least 0",
+    "chi2": "minus the chi-square bound of several draws, an upper bound of the log evidence in the limit only",
+    "other": "an objective of several draws that is not the ELBO",
 }
+
+
+def kind_of(loss: Any) -> str:
+    """Return what minus a loss is, a key of `KINDS`; someone else's loss is taken for minus an ELBO."""
+    name = getattr(getattr(loss, "objective", None), "name", "elbo")
+    return name if name in KINDS else "other"
 
 
 @dataclass
@@ -153,11 +163,11 @@ class History:
         return [list(KINDS)[int(row[2])] for row in self.iterations]
 
     def _per_step(self, steps: np.ndarray) -> dict[str, tuple]:
-        is_q = np.array([kind == "Q" for kind in self._kinds], dtype=bool)
+        other = np.array([kind not in ("elbo", "approximation") for kind in self._kinds], dtype=bool)
         iterations = steps[:, 0].astype(np.int64)
         values = steps[:, 2]
         return {
-            "elbo": ("step", np.where(is_q[iterations], np.nan, values) if len(values) else values),
+            "elbo": ("step", np.where(other[iterations], np.nan, values) if len(values) else values),
             "step_objective": ("step", values),
             "phase": ("step", steps[:, 1].astype(np.int8)),
             "step_iteration": ("step", iterations),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ._registry import create
 from .estimators.base import Estimator, Probed, Situation, base, is_point_mass, require_fit
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES, from_user
-from .objectives import Bound, Objective, Term
+from .objectives import Bound, MultiSample, Objective, Term
 from .particles import (
     Dependence,
     ModuleWatch,
@@ -31,9 +31,10 @@ from .particles import (
     dependence,
     draw,
     generators,
+    plates_of,
     quiet,
 )
-from .probing import probe
+from .probing import check_relaxed, differentiates, probe
 from .surrogate import Composer, States, annealed, reweighted, total
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
@@ -74,6 +75,7 @@ class Plan:
     depends: Dependence | None = None
     uses: int = 0
     probes: tuple[bool, int] | None = None
+    relaxed: set[str] = field(default_factory=set)
 
 
 class MonteCarloELBO(ELBO):
@@ -93,7 +95,8 @@ class MonteCarloELBO(ELBO):
             `Trace_ELBO`'s rule), a registered name, an instance, or a mapping from guide site to one of these (sites
             that it does not name get ``"auto"``). A mapping wins over ``infer={"estimator": ...}`` at the guide's
             site, and that over a loss-wide choice.
-        objective: A registered objective or an instance.
+        objective: A registered objective or an instance: ``"elbo"``, ``"iwae"``, ``objectives.Renyi(alpha)``,
+            ``"chi2"``, ...; of `objectives.MultiSample`, K particles make up one value per datum.
         annotations: Whether ``infer={"estimator": ...}`` is obeyed.
         max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, retain_graph,
             tail_adaptive_beta: As in `pyro.infer.ELBO`.
@@ -152,6 +155,7 @@ class MonteCarloELBO(ELBO):
         nesting = max_plate_nesting if max_iarange_nesting is None else max_iarange_nesting
         self._nesting = None if math.isinf(nesting) else int(nesting)
         self.objective: Objective = create("objective", objective)
+        self.objective.check(num_particles)
         self.estimator = estimator
         self.annotations = annotations
         mapping = estimator if isinstance(estimator, Mapping) else {}
@@ -180,19 +184,34 @@ class MonteCarloELBO(ELBO):
         """The resolved table: site, estimator, why."""
         return tuple(self._table.values())
 
-    def resolve(self, name: str, fn: Any, infer: Mapping[str, Any], depends: Dependence | None = None) -> Estimator:
+    def resolve(
+        self,
+        name: str,
+        fn: Any,
+        infer: Mapping[str, Any],
+        depends: Dependence | None = None,
+        frames: Collection | None = None,
+    ) -> Estimator:
         """Return the estimator of a guide site, choosing and checking it for each new kind of distribution there."""
         row, kind = self._table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
         if row is None or row.kind != kind:
             known = row is not None
             upstream = None if depends is None else depends.upstream(name)
-            at = Situation(name, fn, self.num_particles, self.objective.name, infer or {}, upstream)
+            named = {"objective": self.objective.name, "multi_sample": isinstance(self.objective, MultiSample)}
+            at = Situation(name, fn, self._compared(frames), infer=infer or {}, upstream=upstream, **named)
             row = Resolution(name, *self._choose(at), kind)
             require_fit(row.estimator, at)
             self._table[name] = row
             if known:  # another guide, whose site of this name is something else
                 self.state = {site: tensors for site, tensors in self.state.items() if site != name}
         return row.estimator
+
+    def _compared(self, frames: Collection | None) -> int:
+        """Return how many draws of a guide's site are compared: those of one group, or one of each group."""
+        size = getattr(self.objective, "num_local_particles", None)
+        if size is None or frames is None:
+            return self.num_particles
+        return self.num_particles // size if self.objective.is_above(frames) else size
 
     def _choose(self, at: Situation) -> tuple[Estimator, str]:
         if at.name in self._by_site:
@@ -209,7 +228,7 @@ class MonteCarloELBO(ELBO):
         keep = "cut" if plan.splits else "attach"
 
         def treat(msg: dict) -> str:
-            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends).traits
+            traits = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends, plates_of(msg)).traits
             return keep if traits.needs_rsample or traits.draws == "relaxed" else "detach"
 
         return treat
@@ -218,11 +237,14 @@ class MonteCarloELBO(ELBO):
         """Return what draws in place of a distribution, for estimators that do; it fills in the weights."""
 
         def sampler(msg: dict) -> Tensor | None:
-            estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends)
+            estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends, plates_of(msg))
+            above = isinstance(self.objective, MultiSample) and self.objective.is_above(plates_of(msg))
+            if above and self.num_particles > 1:
+                return self._draw_above(plan, msg, estimator)
             if estimator.traits.draws == "independent":
                 return None
             if self.num_particles > 1 and not plan.vectorize and estimator.traits.draws != "relaxed":
-                self._refuse_loop(msg["name"], estimator)
+                self._refuse_loop(msg["name"], f"{estimator} draws all of them at once")
             drawn = estimator.draw(msg["fn"], self.num_particles)
             if drawn is not None and drawn.weight is not None:
                 weights[msg["name"]] = self.num_particles * drawn.weight
@@ -230,13 +252,35 @@ class MonteCarloELBO(ELBO):
 
         return sampler
 
-    def _refuse_loop(self, name: str, estimator: Estimator) -> None:
+    def _uniform(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Draw the numbers in (0, 1) that an estimator of site `name` asks for."""
+        tiny = torch.finfo(like.dtype).eps / 2
+        return torch.rand(shape, dtype=like.dtype, device=like.device).clamp(tiny, 1 - tiny)
+
+    def _draw_above(self, plan: Plan, msg: dict, estimator: Estimator) -> Tensor:
+        """Draw a global latent once for each group of local particles."""
+        if not plan.vectorize:
+            self._refuse_loop(msg["name"], f"{self.objective} shares them among local particles")
+        if estimator.traits.draws != "independent":
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"draw site {msg['name']!r} once per group of local particles",
+                got=str(estimator),
+                because="it draws its particles in its own way",
+                fix=f'Use estimator={{"{msg["name"]}": "score"}}, or "pathwise" where it fits.',
+            )
+        value = msg["fn"](*msg["args"], **msg["kwargs"])
+        groups = value.reshape(-1, self.objective.num_local_particles, *value.shape[1:])
+        return groups[:, :1].expand_as(groups).reshape(value.shape)
+
+    def _refuse_loop(self, name: str, because: str) -> None:
         fail(
             EstimatorError,
             "MonteCarloELBO",
             f"draw the particles of site {name!r} together",
             got="particles that are run one by one",
-            because=f"{estimator} draws all of them at once",
+            because=because,
             fix='Let model and guide be vectorized (vectorize_particles=True says why not), or use "leave_one_out".',
         )
 
@@ -301,12 +345,18 @@ class MonteCarloELBO(ELBO):
         To look at what depends on what restores buffers, which the graph of the present draws may hold.
         """
         traits = [self._table[name].estimator.traits for name in particles.guide if name in self._table]
-        splits = any(t.splits_paths for t in traits) and not plan.splits
-        unknown = any(t.needs_signal for t in traits) and plan.depends is None
+        splits = (self.objective.splits_paths or any(t.splits_paths for t in traits)) and not plan.splits
+        several = isinstance(self.objective, MultiSample)
+        unknown = plan.depends is None and (several or any(t.needs_signal for t in traits))
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)
-        return splits or unknown
+        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        relaxed = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.relaxed]
+        for site, estimator in relaxed:
+            check_relaxed(pair, self.objective, plan, particles, site, estimator)
+            plan.relaxed.add(site.name)
+        return splits or unknown or bool(relaxed)
 
     def _first_draw(self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
         """Draw; if it turns out that paths have to be split or more has to be known, draw the same again."""
@@ -324,7 +374,7 @@ class MonteCarloELBO(ELBO):
         check_plates(particles)
         for name, site in particles.guide.items():
             if site.is_observed and not site.fn.has_rsample:  # a factor of draws that are no pyro.sample
-                self.resolve(name, site.fn, site.infer)
+                self.resolve(name, site.fn, site.infer, None, site.frames)
         for name in self._by_site:
             if name not in particles.guide and name not in particles.model:
                 fail(
@@ -375,17 +425,18 @@ class MonteCarloELBO(ELBO):
         plan = self._plans[(model, guide)]
         rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
         objective, terms, bound = self._objective(plan, particles, rows, beta)
-        if all(type(e) is Pathwise and not e.traits.splits_paths for _, e in rows):
+        plain = all(type(e) is Pathwise and not e.traits.splits_paths for _, e in rows)
+        if plain and not self.objective.splits_paths:
             climbed = objective if beta is None else total(terms) / self.num_particles
             return Evaluation(objective, climbed, particles, state or {})
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
             pair = (model, guide, args, kwargs)
-            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape)
+            return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape, beta)
 
-        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further)
+        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform)
         state = self.state if state is None else state
-        if order == 2 and bound is None and all(e.traits.higher_order for _, e in rows):
+        if order == 2 and not self.objective.splits_paths and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
         surrogate, following = composer.compose(rows, state)
         self.evaluations = self.num_particles * (1 + composer.probes)

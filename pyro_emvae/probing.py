@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
+from ._checks import EstimatorError, fail
 from .estimators.base import Estimator, Probed
-from .objectives import Objective
-from .particles import Dependence, Particles, Site, draw, stack_runs, vectorizable
-from .surrogate import group, reaches, reduced
+from .estimators.partial import has_score_parts
+from .objectives import Objective, Term
+from .particles import Dependence, Particles, Site, draw, quiet, stack_runs, vectorizable
+from .surrogate import annealed, group, reaches, reduced, reweighted, side_of, total
 
-__all__ = ["probe"]
+__all__ = ["check_relaxed", "differentiates", "probe"]
 
 Pair = tuple[Callable, Callable, tuple, Mapping[str, Any]]
+
+
+def differentiates(estimator: Estimator) -> bool:
+    """Whether the model is differentiated by the values that the estimator asks for."""
+    return estimator.traits.probes in ("differentiable", "twice")
 
 
 def probe(
@@ -29,11 +37,12 @@ def probe(
     values: Tensor,
     estimator: Estimator,
     shape: torch.Size,
+    beta: Tensor | None = None,
 ) -> Probed:
     r"""Run guide and model at further values of a site and return the learning signal there.
 
     Guide sites that the value reaches are drawn anew; all others keep the values that the particles have, so that
-    what is compared differs in nothing else. Subsampled plates keep their indices.
+    what is compared differs in nothing else. Subsampled plates keep their indices, weighted particles their weights.
 
     Args:
         pair: Model, guide, args, kwargs.
@@ -44,22 +53,101 @@ def probe(
         values: ``(probes, *value.shape)``.
         estimator: Whose trait ``probes`` says whether the signal is differentiated.
         shape: The shape of the signal at the particles.
+        beta: A factor of the latents' terms.
     """
+    differentiate, twice = differentiates(estimator), estimator.traits.probes == "twice"
+    leaf = values.detach().requires_grad_() if differentiate else values.detach()
+    with torch.set_grad_enabled(differentiate), _unvalidated(differentiate):
+        terms = _terms(pair, objective, plan, particles, site, leaf, estimator, beta)
+        signal = reduced(group(terms, detach=False), site.frames).reshape(len(values), *shape)
+        # a term outside the site's plates is in the signal of each element, and counts once in the derivative
+        gradient = torch.autograd.grad(total(terms), leaf, create_graph=twice)[0] if differentiate else None
+    return Probed(signal if twice else signal.detach(), gradient, leaf)
+
+
+def _terms(pair, objective, plan, particles, site, values, estimator, beta) -> list[Term]:
+    """Return the terms that belong to the site's signal, at its values."""
     depends: Dependence = plan.depends or Dependence()
     if particles.num_particles == 1 and plan.probes is None:
         plan.probes = vectorizable(*pair)[:2]
     vectorize, nesting = plan.probes or (plan.vectorize, particles.max_plate_nesting)
     kept = {n: s for n, s in particles.guide.items() if n != site.name and not depends.moves(site.name, "guide", n)}
     kept = {n: s for n, s in kept.items() if not s.is_observed}
-    differentiate = estimator.traits.probes == "differentiable"
-    leaf = values.detach().requires_grad_(differentiate)
-    with torch.set_grad_enabled(differentiate), _unvalidated(differentiate):
-        run = _together if vectorize else _one_by_one
-        probed = run(pair, particles, kept, site, leaf, nesting)
-        terms = [term for term in objective.terms(probed) if reaches(depends, site.name, estimator, term)]
-        signal = reduced(group(terms, detach=False), site.frames).reshape(len(values), *shape)
-        gradient = torch.autograd.grad(signal.sum(), leaf)[0] if differentiate else None
-    return Probed(signal.detach(), gradient)
+    run = _together if vectorize else _one_by_one
+    probed = run(pair, particles, kept, site, values, nesting)
+    if particles.weights:
+        weights = {n: w.repeat(len(values), *(1,) * (w.dim() - 1)) for n, w in particles.weights.items()}
+        probed = replace(probed, weights=weights)
+    terms = reweighted(objective.terms(probed), probed, depends)
+    terms = terms if beta is None else annealed(terms, probed, beta)
+    return [term for term in terms if reaches(depends, site.name, estimator, term)]
+
+
+def check_relaxed(
+    pair: Pair, objective: Objective, plan: Any, particles: Particles, site: Site, estimator: Estimator
+) -> None:
+    """Run guide and model halfway between the values of a binary site, and see that they can be differentiated there.
+
+    Raises:
+        EstimatorError: A guide site that the value reaches has no path; the model raises there, or is not finite, or a
+            term that the value reaches has no derivative, or another than it moves by: steps, or a density that is
+            differentiated by some of its arguments only (Pyro's Binomial, by its number of trials).
+    """
+    depends: Dependence = plan.depends or Dependence()
+    for name, other in particles.guide.items():
+        reached = name != site.name and not other.is_observed and depends.moves(site.name, "guide", name)
+        if reached and (not other.fn.has_rsample or has_score_parts(other.fn)):
+            _refuse(site, estimator, f"guide site {name!r} downstream", "has no reparameterised sampler")
+    half = torch.full_like(site.value, 0.5)
+    signs = 1 - 2 * (torch.arange(half.numel(), device=half.device) % 2).to(half).reshape(half.shape)
+    leaf, step = half[None].requires_grad_(), 0.02
+
+    def at(values: Tensor) -> list[Term]:
+        with quiet(seed=0, validate=False), torch.enable_grad():
+            terms = _terms(pair, objective, plan, particles, site, values, estimator, None)
+        return [term for term in terms if depends.moves(site.name, side_of(term), term.site)]
+
+    try:
+        terms, above, below = at(leaf), at((half + step * signs)[None]), at((half - step * signs)[None])
+    except Exception as error:  # any failure of the user's code at such a value is the answer
+        _refuse(site, estimator, f"{type(error).__name__} ({str(error)[:200]})", "is an error", error)
+    for term, high, low in zip(terms, above, below, strict=True):
+        where, value = f"the term of {term.site!r} at the value 0.5", term.value.detach()
+        if not bool(torch.isfinite(value).all()):
+            _refuse(site, estimator, where, "is not finite")
+        if not _computed_from(term.value, leaf):
+            _refuse(site, estimator, where, "has no derivative (the value is compared, indexes, or is made integer)")
+        ones = torch.ones_like(value)
+        slope = float((torch.autograd.grad(term.value, leaf, ones, retain_graph=True)[0] * signs).sum())
+        moved = float((high.value - low.value).detach().double().sum()) / (2 * step)
+        rounding = 20 * torch.finfo(value.dtype).eps * float(value.abs().sum()) / step
+        if abs(slope - moved) > 0.05 * (abs(slope) + abs(moved)) + rounding:
+            _refuse(site, estimator, where, f"moves by {moved:.3g} and has the derivative {slope:.3g}")
+
+
+def _refuse(site: Site, estimator: Estimator, got: str, what: str, cause: BaseException | None = None) -> None:
+    fail(
+        EstimatorError,
+        type(estimator).__name__,
+        f"differentiate the model by site {site.name!r}",
+        got=f"{got}, which {what}",
+        because="its control variate needs the model at relaxed values between 0 and 1, and the derivative there",
+        fix='Use estimator="leave_one_out" or "disarm".',
+        cause=cause,
+    )
+
+
+def _computed_from(value: Tensor, leaf: Tensor) -> bool:
+    """Return whether a tensor was computed from a leaf by operations with derivatives."""
+    stack, seen = [value.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if getattr(node, "variable", None) is leaf:
+            return True
+        if node is not None and node not in seen:
+            seen.add(node)
+            stack.extend(parent for parent, _ in node.next_functions)
+    return False
 
 
 def _together(pair: Pair, particles: Particles, kept: Mapping, site: Site, values: Tensor, nesting: int) -> Particles:

@@ -3,6 +3,7 @@ r"""The scalar whose gradient is the estimate: terms, weights, signals, paths an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class Composer:
         bound: The objective of several particles that they make up, or None.
         depends: Which draws reach which summands.
         probe: Runs the model at further values of a site; see `Estimator.probes`.
+        uniform: Draws uniform numbers for a site, by its name, of a shape and like a tensor.
     """
 
     def __init__(
@@ -89,22 +91,32 @@ class Composer:
         bound: Bound | None,
         depends: Dependence,
         probe: Callable[..., Any],
+        uniform: Callable[[str, tuple[int, ...], Tensor], Tensor],
     ) -> None:
         self.particles, self.bound, self.depends, self.probe = particles, bound, depends, probe
+        self.uniform = uniform
         self.raw = terms
-        self.terms = terms if bound is None else bound.weighted(bound.slopes)
+        self.terms = terms if bound is None else bound.by_values()
         self.probes = 0
         self._groups: dict[frozenset, dict[tuple, Tensor]] = {}
 
     def signal(self, site: Site, estimator: Estimator) -> Tensor:
         """Return the learning signal of a site: what its draw reaches, in its plates, detached."""
         if self.bound is not None:
-            bound = self.bound
-            return (bound.scale * bound.value.detach()).expand_as(bound.slopes) * len(bound.slopes)
+            return self._signal_of_bound(self.bound, site, estimator)
         reached = self._reached(site.name, estimator)
         if reached not in self._groups:
             self._groups[reached] = group([t for i, t in enumerate(self.raw) if i in reached])
         return reduced(self._groups[reached], site.frames)
+
+    def _signal_of_bound(self, bound: Bound, site: Site, estimator: Estimator) -> Tensor:
+        """Return L h, what a local draw's score is weighed by; for one above, all that it reaches, per group."""
+        if site.name not in bound.above:
+            return bound.size * bound.signal
+        reached = [term for term in bound.rest if reaches(self.depends, site.name, estimator, term)]
+        costs = group(reached)
+        costs[bound.frames] = costs[bound.frames] + bound.signal if bound.frames in costs else bound.signal
+        return reduced(costs, site.frames)
 
     def _reached(self, name: str, estimator: Estimator) -> frozenset[int]:
         return frozenset(i for i, t in enumerate(self.raw) if reaches(self.depends, name, estimator, t))
@@ -114,8 +126,7 @@ class Composer:
         entropies = {term.site: term.value for term in self.terms if term.kind == "entropy"}
         through, direct, controls, following = [], [], {}, {}
         for site, estimator in rows:
-            keeps = self.bound is not None and estimator.traits.needs_signal  # its direct term has no mean zero
-            entropy = entropies.get(site.name) if keeps else entropies.pop(site.name, None)
+            entropy = None if self._keeps(site, estimator) else entropies.pop(site.name, None)
             signal = self.signal(site, estimator) if estimator.traits.needs_signal else None
             view = self._view(site, estimator, entropy, signal, state)
             old = state.get(site.name) or estimator.init(view, signal)
@@ -126,8 +137,7 @@ class Composer:
             new = estimator.update(view, signal, old)
             if new:
                 following[site.name] = {k: v.detach() for k, v in new.items()}
-        rest = [t.value for t in self.terms if t.kind != "entropy"] + list(entropies.values())
-        surrogate = self._paths(_sum(rest), through, direct, rows) / self.particles.num_particles
+        surrogate = self._paths(list(entropies.values()), through, direct, rows) / self.particles.num_particles
         if any(controls.values()):
             surrogate = self._controlled(surrogate, controls, state, following)
         return surrogate, following
@@ -140,6 +150,8 @@ class Composer:
         is zero, come in as constants times $e^{\ell-\bar\ell}-1$.
         """
         scores = [(site, estimator) for site, estimator in rows if isinstance(estimator, ScoreFunction)]
+        if self.bound is not None:
+            return self._dice_of_bound(self.bound, scores, state)
         sampled = {term.site for term in self.terms if term.kind == "entropy"}
         surrogate: Tensor | float = 0.0
         for term in self.terms:
@@ -147,16 +159,34 @@ class Composer:
             exponent = sum(reduce_to(site.log_prob, site.frames, term.frames) for site in reach)
             surrogate = surrogate + (term.value * _one(exponent) if reach else term.value).sum()
         for site, estimator in scores:
-            signal = self.signal(site, estimator)
-            view = self._view(site, estimator, None, signal, state)
-            old = state.get(site.name) or estimator.init(view, signal)
-            advantage = estimator.advantage(view, signal, self.particles.num_particles, old)
-            beyond = advantage - self.signal(site, Score())
-            zero = _one(site.log_prob) - 1
-            surrogate = surrogate + (beyond * zero).sum()
-            if site.name in sampled:
-                surrogate = surrogate + scale_and_mask(zero, site.scale, site.mask).sum()
+            surrogate = surrogate + self._beyond(site, estimator, state, site.name in sampled)
         return surrogate / self.particles.num_particles
+
+    def _beyond(self, site: Site, estimator: Estimator, state: States, sampled: bool) -> Tensor:
+        """Return what an estimator adds to the plain score function, and what takes the direct score off."""
+        signal = self.signal(site, estimator)
+        view = self._view(site, estimator, None, signal, state)
+        old = state.get(site.name) or estimator.init(view, signal)
+        advantage = estimator.advantage(view, signal, self.particles.num_particles, old)
+        zero = _one(site.log_prob) - 1
+        added = ((advantage - self.signal(site, Score())) * zero).sum()
+        return added + scale_and_mask(zero, site.scale, site.mask).sum() if sampled else added
+
+    def _dice_of_bound(self, bound: Bound, scores: list[Row], state: States) -> Tensor:
+        """Return `dice` of an objective of several particles: h of a datum is multiplied by all draws of its group."""
+        count, groups = len(bound.log_weight), len(bound.value)
+        exponent: Tensor | float = 0.0
+        for site, _ in scores:
+            rows = reduce_to(self.particles.rows(site.log_prob), site.frames, bound.frames)
+            folded = bound.fold(rows.expand(count, *rows.shape[1:])).sum(0)
+            exponent = exponent + (folded / bound.size if site.name in bound.above else folded)
+        surrogate = bound.scale * (_one(exponent) * bound.value if scores else bound.value).sum() / groups
+        for term in bound.rest:
+            reach = [s for s, _ in scores if self.depends.moves(s.name, side_of(term), term.site)]
+            exponent = sum(reduce_to(s.log_prob, s.frames, term.frames) for s in reach)
+            surrogate = surrogate + (term.value * _one(exponent) if reach else term.value).sum() / count
+        parts = [self._beyond(s, e, state, s.name in bound.above) for s, e in scores]
+        return surrogate + _sum(parts) / count
 
     def _view(self, site: Site, estimator: Estimator, entropy, signal, state: States) -> SiteTerms:
         prior = self.particles.model.get(site.name)
@@ -169,6 +199,9 @@ class Composer:
             "particles": self.particles,
         }
         view = SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields)
+        shape = estimator.noise(view)
+        if shape is not None:
+            view = replace(view, noise=self.uniform(site.name, shape, site.log_prob))
         if estimator.traits.probes == "no":
             return view
         old = state.get(site.name) or estimator.init(view, signal)
@@ -177,18 +210,44 @@ class Composer:
             return view
         self.probes += len(values)
         probed = self.probe(site, values, estimator, signal)
-        return SiteTerms(site.name, site.fn, site.value, site.log_prob, **fields, probes=values, probed=probed)
+        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
 
-    def _paths(self, common: Tensor | float, through: list, direct: list, rows: list[Row]) -> Tensor:
-        along = common + _sum([t for t in direct if t is not None])
+    def _keeps(self, site: Site, estimator: Estimator) -> bool:
+        """Whether a site's log q stays beside its estimator: in a weight of several particles its mean is not zero."""
+        bound = self.bound
+        several = bound is not None and bound.size > 1 and site.name not in bound.above
+        return several and estimator.traits.needs_signal
+
+    def _paths(self, left: list[Tensor], through: list, direct: list, rows: list[Row]) -> Tensor:
+        """Return what is differentiated directly and, where values are cut, through them."""
+        common = _sum([t.value for t in self.terms if t.kind != "entropy"] + left)
+        splits = self.bound is not None and self.bound.objective.splits_paths
+        climbed = _sum([t.value for t in self.bound.by_model() if t.kind != "entropy"] + left) if splits else common
+        along = climbed + _sum([t for t in direct if t is not None])
         if not any(self.particles.cuts):
             return along
-        if any(estimator.traits.doubly for _, estimator in rows):
-            count = self.particles.num_particles
-            factors = count * self.bound.objective.doubly(self.bound.slopes / count)
-            return along + through_values(total(self.bound.weighted(factors)), self.particles.cuts)
+        doubly = self._doubly(rows)
         value = common + _sum([t for t in through if t is not None])
-        return along + through_values(value, self.particles.cuts)
+        along = along + through_values(value, self.particles.cuts, lambda leaf: id(leaf) not in doubly)
+        if not doubly:
+            return along
+        value = total(self.bound.by_values(doubly=True))
+        return along + through_values(value, self.particles.cuts, lambda leaf: id(leaf) in doubly)
+
+    def _doubly(self, rows: list[Row]) -> set[int]:
+        """Return the cut values that are differentiated doubly: those above have one weight, and none is left out."""
+        sites = [site for site, e in rows if e.traits.doubly and self.bound and site.name not in self.bound.above]
+        scored = [site.name for site, e in rows if e.traits.needs_signal]
+        for name, other in ((s.name, o) for s in sites for o in scored if self.depends.moves(s.name, "guide", o)):
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"reparameterise site {name!r} doubly",
+                got=f"site {other!r}, differentiated by its score, whose distribution depends on it",
+                because="the score of such a site has to be upstream of what is doubly reparameterised",
+                fix=f'Use estimator={{"{name}": "pathwise"}}.',
+            )
+        return {id(one.value) for site in sites for one in site.runs or (site,)}
 
     def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Tensor:
         r"""Add $\sum_l a_l c_l$ with lagged coefficients, as $\langle g,\theta\rangle$ with g the whole gradient."""
@@ -226,15 +285,16 @@ def _learn(control: Control, old: State, key: str, rest: Tensor, part: Tensor) -
 def _leaves(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
-    seen = {id(leaf) for run in particles.cuts for _, leaf in run}
+    cut = {id(leaf) for run in particles.cuts for _, leaf in run}
+    seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
     found: dict[str, Tensor] = {}
     stack = [surrogate.grad_fn]
     while stack:
         node = stack.pop()
         leaf = getattr(node, "variable", None)
-        if node is None or id(node) in seen or id(leaf) in seen:
+        if node is None or node in seen or id(leaf) in cut:
             continue
-        seen.add(id(node))
+        seen.add(node)
         if leaf is not None:
             found[names.get(id(leaf), f"leaf_{len(found)}")] = leaf
         stack.extend(parent for parent, _ in node.next_functions)
@@ -282,25 +342,28 @@ def reduced(costs: Mapping[tuple, Tensor], frames: tuple) -> Tensor:
     return torch.as_tensor(sum(reduce_to(cost, own, frames) for own, cost in costs.items()))
 
 
-def through_values(value: Tensor, cuts: tuple) -> Tensor | float:
+def through_values(value: Tensor, cuts: tuple, keep: Callable[[Tensor], bool] = lambda leaf: True) -> Tensor | float:
     r"""Return $\sum_s\langle a_s, z_s\rangle$ with $a_s$ the total derivative of `value` by the s-th cut value.
 
     A drawn value depends on the parameters and on earlier cut values; going backwards, each passes its cotangent on.
+    The sum is over the values that are kept.
     """
     total: Tensor | float = 0.0
     for run in cuts:
         leaves = [leaf for _, leaf in run]
-        if not leaves:
+        kept = [i for i, leaf in enumerate(leaves) if keep(leaf)]
+        if not kept:
             continue
         cotangents = list(torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True))
         for i in range(len(run) - 1, -1, -1):
             drawn, cotangent = run[i][0], cotangents[i]
             if cotangent is None:
                 continue
-            if i:
+            if i > kept[0]:
                 back = torch.autograd.grad(drawn, leaves[:i], cotangent, retain_graph=True, allow_unused=True)
                 for j, part in enumerate(back):
                     if part is not None:
                         cotangents[j] = part if cotangents[j] is None else cotangents[j] + part
-            total = total + (cotangent.detach() * drawn).sum()
+            if i in kept:
+                total = total + (cotangent.detach() * drawn).sum()
     return total

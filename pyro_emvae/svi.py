@@ -16,6 +16,7 @@ from . import checkpoint, driver, restarts
 from ._checks import EmvaeError, OptimizerError, choose, fail, positive_int
 from .driver import Fit, Record
 from .engine import BACKENDS, POLICIES, Engine
+from .history import kind_of
 from .loss import MonteCarloELBO
 from .optimizers import BlockOptimizer, OptimView
 from .parameters import GUIDE, MODEL, Parameters
@@ -168,7 +169,9 @@ class SVI(Inference):
     def _iterate(self, args: tuple, kwargs: Mapping[str, Any]) -> Record:
         checkpoint.restore_waiting(self.engine, args, kwargs)
         found = self.engine.step(None, args, kwargs)
-        return Record(math.nan, []) if found is None else Record(found.loss, [(None, found)])
+        if found is None:
+            return Record(math.nan, [])
+        return Record(found.loss, [(None, found)], kind=kind_of(self.engine.loss))
 
     def run(
         self,

@@ -227,6 +227,11 @@ def own_steps() -> EM:
     return EM(mixture, mixture_guide, e_step=e_step, m_step=steps.Gradient(2, optim=torch.optim.NAdam, loss=decaying()))
 
 
+def several() -> EM:
+    """An objective of several particles, whose estimator chooses by what it saw before."""
+    return EM(mixture, mixture_guide, adam(), MonteCarloELBO(4, objective="iwae"))
+
+
 def growing() -> steps.MonteCarlo:
     """Draws whose number rises while the run is watched."""
     return steps.MonteCarlo("prior", 5, growth=convergence.Ascent(tol=1e-4))
@@ -297,6 +302,7 @@ JOBS = {
     "plateau": scheduled(pyro.optim.ReduceLROnPlateau, patience=0, factor=0.5),
     "decaying_average": Job(lambda: SVI(mixture, mixture_guide, adam(), decaying())),
     "own_steps": Job(own_steps),
+    "several": Job(several),
     "numpy_and_python": Job(lambda: SVI(noisy, chain_guide, adam())),
     "batch_norm": Job(lambda: autoencoder(SVI), lambda: X),
     "batch_norm_em": Job(lambda: autoencoder(EM), lambda: X),
@@ -723,6 +729,10 @@ OTHERS = {
     ),
     "scheduler": (JOBS["exponential"].make, r"Adam in the file, Adam with ExponentialLR here"),
     "loss": (lambda: SVI(chain, chain_guide, adam(), pyro.infer.Trace_ELBO()), r"loss: MonteCarloELBO in the file"),
+    "objective": (
+        lambda: SVI(chain, chain_guide, adam(), MonteCarloELBO(objective="iwae")),
+        r"loss: MonteCarloELBO in the file, MonteCarloELBO, objective=IWAE\(",
+    ),
     "half-step": (JOBS["em"].make, r"E-step: none in the file, Gradient here"),
     "float64": (
         lambda: SVI(lambda x: chain(x), doubled(chain_guide), adam()),

@@ -18,7 +18,17 @@ from torch import Tensor
 
 from pyro_emvae import steps
 from pyro_emvae._registry import Traits
-from pyro_emvae.estimators import DecayingAverage, Estimator, LeaveOneOut, Pathwise, Score
+from pyro_emvae.estimators import (
+    Arms,
+    DecayingAverage,
+    DoubleControlVariate,
+    Estimator,
+    LeaveOneOut,
+    Pathwise,
+    RaoBlackwellTopK,
+    Score,
+    UnorderedSet,
+)
 from pyro_emvae.estimators.base import base
 from pyro_emvae.posterior import GuidePosterior
 from pyro_emvae.problems import normal_normal, two_level
@@ -159,6 +169,67 @@ class HalfPrecision(Score):
         return {"value": term, "guide": term}
 
 
+@dataclass(frozen=True)
+class CouplingIgnored(Arms):
+    """Repelling draws with the weights of independent ones."""
+
+    def surrogate(self, site, signal, rows, state):
+        return LeaveOneOut().surrogate(site, signal, rows, state)
+
+
+@dataclass(frozen=True)
+class BaselineOfTheDraw(RaoBlackwellTopK):
+    """The baseline holds the row that was drawn."""
+
+    traits: ClassVar[Traits] = replace(RaoBlackwellTopK.traits, controls=False, stateful=False)
+
+    def surrogate(self, site, signal, rows, state):
+        term = (signal - site.weight * signal.mean(0)) * site.log_q
+        return {"value": term, "guide": term}
+
+
+@dataclass(frozen=True)
+class RestUnweighted(RaoBlackwellTopK):
+    """The row that was drawn from the rest has its own probability as its weight."""
+
+    def weigh(self, fn, value):
+        weight = fn.log_prob(value).detach().exp()
+        return weight / weight.sum(0)
+
+
+@dataclass(frozen=True)
+class OrderIgnored(UnorderedSet):
+    """Draws without replacement, weighted by their probabilities alone."""
+
+    def weigh(self, fn, value):
+        weight = fn.log_prob(value).detach().exp()
+        return weight / weight.sum(0)
+
+
+@dataclass(frozen=True)
+class BaselineOfAllRows(UnorderedSet):
+    """Each row's baseline is the weighted mean of all rows."""
+
+    def surrogate(self, site, signal, rows, state):
+        term = (signal - site.weight * signal.mean(0)) * site.log_q
+        return {"value": term, "guide": term}
+
+
+@dataclass(frozen=True)
+class SlopeOfItself(DoubleControlVariate):
+    """A particle's control variate uses the derivative at the particle itself."""
+
+    traits: ClassVar[Traits] = replace(DoubleControlVariate.traits, controls=False, stateful=False)
+
+    def surrogate(self, site, signal, rows, state):
+        own = site.probed.gradient[0]
+        mixed = own.sum(0, keepdim=True) - (rows - 1) * own
+        probed = replace(site.probed, gradient=mixed[None])
+        parts = super().surrogate(replace(site, probed=probed), signal, rows, state)
+        term = parts["guide"] - parts.pop("controls")["slope"].term
+        return {"value": term, "guide": term, "controls": {}}
+
+
 MEAN = "the mean gradient of .* over all .* outcomes: observed .*, expected"
 PLANTED = [
     (WrongSign(), "bernoulli", MEAN),
@@ -173,6 +244,13 @@ PLANTED = [
     (Leaking(), "bernoulli", MEAN),
     (Leaking(), "subsampled", MEAN),
     (Undeclared(), "bernoulli", MEAN),
+    (CouplingIgnored(), "bernoulli", MEAN),
+    (CouplingIgnored(), "mixed_two_level", MEAN),
+    (BaselineOfTheDraw(), "categorical", MEAN),
+    (RestUnweighted(), "categorical", MEAN),
+    (OrderIgnored(), "categorical", MEAN),
+    (BaselineOfAllRows(), "categorical", MEAN),
+    (SlopeOfItself(), "bernoulli_vector", MEAN),
     (HiddenState(), "bernoulli", "two evaluations with the same state and seed"),
     (OverwritesState(), "bernoulli", "changed the given state"),
     (GrowingState(), "bernoulli", "the state of site 'z_0' changes from"),

@@ -13,6 +13,8 @@ from pyro_emvae.estimators import AdaptiveSticking, Analytic, Antithetic, Pathwi
 from pyro_emvae.estimators.draws import from_noise
 from pyro_emvae.particles import quiet
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
+
 
 def some_normals() -> list:
     loc, scale = torch.tensor([[0.3], [1.0]], dtype=torch.float64), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)

@@ -191,7 +191,7 @@ def test_a_loader_that_changes_shape_is_named_and_changes_nothing(e_step):
 def test_a_loader_that_is_exhausted_is_named():
     problem = problems.linear_gaussian()
     em = EM(problem.model, problem.guide, pyro.optim.Adam({"lr": 0.1}))
-    with pytest.raises(DataError, match="exhausted after 1 epochs"):
+    with pytest.raises(DataError, match="type generator for 2 epochs, which can be gone through once"):
         em.run(data=(batch for batch in [problem.args]), num_epochs=2)
 
 

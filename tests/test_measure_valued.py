@@ -10,6 +10,7 @@ import torch
 from pyro_emvae import EstimatorError, MonteCarloELBO, compare_gradients
 from pyro_emvae.testing import assert_mean
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 ONE = torch.tensor(1.0, dtype=torch.float64)
 
 

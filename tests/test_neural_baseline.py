@@ -11,6 +11,7 @@ from torch import nn
 from pyro_emvae import EstimatorError, MonteCarloELBO, compare_gradients
 from pyro_emvae.estimators import NeuralBaseline
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 X = torch.linspace(-3.0, 3.0, 20).unsqueeze(-1).repeat(1, 2)
 
 

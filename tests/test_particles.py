@@ -633,6 +633,23 @@ def test_what_mixes_particles_is_found(key):
     assert not agrees and what in found
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_values_that_are_tried_lie_in_the_support(seed):
+    """A second category beside 2 is 0 and not 3, inside an event too."""
+
+    def model():
+        c = pyro.sample("c", dist.Categorical(torch.ones(2, 3)).to_event(1))
+        h = pyro.sample("h", dist.OneHotCategorical(torch.ones(3)))
+        pyro.factor("f", torch.tensor([0.3, 1.0, -1.0])[c].sum(-1) + h @ torch.tensor([0.3, 1.0, -1.0]))
+
+    def guide():
+        pyro.sample("c", dist.Categorical(torch.ones(2, 3)).to_event(1))
+        pyro.sample("h", dist.OneHotCategorical(torch.ones(3)))
+
+    pyro.set_rng_seed(seed)
+    assert vectorizable(model, guide, (), {})[0]
+
+
 def test_a_guide_that_mixes_particles_is_found():
     def guide():
         mu = normal("mu", 0.2 * ONE)

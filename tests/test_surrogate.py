@@ -18,6 +18,7 @@ from pyro_emvae.estimators.base import base
 from pyro_emvae.particles import dependence
 from pyro_emvae.testing import check_estimator
 
+pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
 NAMES = ("a", "b", "c", "d", "e", "f")
 
 

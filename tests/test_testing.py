@@ -175,7 +175,7 @@ def test_a_replay_leaves_store_and_generator_alone():
 class Branching(LeaveOneOut):
     """Leave-one-out that looks at a number: right, but not recordable."""
 
-    traits = dataclasses.replace(LeaveOneOut.traits, recordable=False, auto=None)
+    traits = dataclasses.replace(LeaveOneOut().traits, recordable=False, auto=None)
 
     def surrogate(self, site, signal, rows, state):
         assert float(signal.sum()) < 1e9

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..engine import Engine
 from ..loss import MonteCarloELBO
+from ..objectives import ELBO
 from ..optimizers import BlockOptimizer
 from ..parameters import Parameters
 from .file import FORMAT, read, writable, write
@@ -90,7 +91,8 @@ def fingerprint(engine: Engine) -> dict[str, str]:
         found[f"site {re.sub('[0-9]+', '#', name)!r}"] = kind
     for name, tensor in _constants(engine.parameters).items():
         found[name] = f"shape {list(tensor.shape)}, {tensor.dtype}"
-    found["loss"] = type(engine.loss).__name__
+    objective = getattr(engine.loss, "objective", ELBO())
+    found["loss"] = type(engine.loss).__name__ + (f", objective={objective}" if objective != ELBO() else "")
     return found | {f"{slot}-step": _kind(step) for slot, step in engine.half_steps.items()}
 
 

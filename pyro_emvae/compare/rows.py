@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import objectives
 from .._checks import EmvaeError, EstimatorError, fail
 from .._registry import entries
-from ..estimators.base import Estimator, is_point_mass, misfit
+from ..estimators.base import Estimator, Situation, is_point_mass, misfit
 from ..loss import MonteCarloELBO
 from ..particles import draw
 
@@ -55,23 +55,22 @@ def specifications(model, guide, args, kwargs, estimators, num_particles, object
     if estimators is None:
         with torch.no_grad():
             sites = draw(model, guide, args, kwargs).guide.values()
-        fns = [site.fn for site in sites if not site.is_observed]
+        sites = [site for site in sites if not site.is_observed]
         if not isinstance(objective, objectives.ELBO):
-            return labelled(_fitting(fns, num_particles, objective))
+            return labelled(_fitting(sites, num_particles, objective))
+        fns = [site.fn for site in sites]
         pathwise = ["pathwise"] if all(fn.has_rsample for fn in fns) else []
         several = ["leave_one_out"] if num_particles > 1 else []
         estimators = ["score", *several, *pathwise, Trace_ELBO(num_particles=num_particles)]
     return labelled(estimators)
 
 
-def _fitting(fns: list[Any], num_particles: int, objective: Any) -> list[str]:
+def _fitting(sites: list[Any], num_particles: int, objective: Any) -> list[str]:
     """Return the registered unbiased estimators that differentiate the objective and fit all sites."""
-    fitting = [e for e in entries("estimator") if e.traits.unbiased and objective.name in e.traits.objectives]
-    return [
-        e.name
-        for e in fitting
-        if not e.traits.arguments and all(misfit(e.factory(), fn, num_particles) is None for fn in fns)
-    ]
+    several = isinstance(objective, objectives.MultiSample)
+    places = [Situation(s.name, s.fn, num_particles, objective.name, multi_sample=several) for s in sites]
+    parts = [(e.name, e.factory()) for e in entries("estimator") if e.traits.unbiased and not e.traits.arguments]
+    return [name for name, part in parts if all(misfit(part, at) is None for at in places)]
 
 
 def labelled(estimators: Iterable[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -190,7 +190,7 @@ def _scratch(loss: Any) -> Any:
 
 def _choose(loss: Any, site: Site) -> tuple[Any, str]:
     if isinstance(loss, MonteCarloELBO):
-        estimator = loss.resolve(site.name, site.fn, site.infer)
+        estimator = loss.resolve(site.name, site.fn, site.infer, None, site.frames)
         return estimator, next(row.why for row in loss.table if row.site == site.name)
     estimator, why = POLICIES["pyro"](Situation(site.name, site.fn, getattr(loss, "num_particles", 1)))
     return estimator, f"{type(loss).__name__}: {why}"

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from .._checks import EstimatorError, fail
 from .._registry import Traits, entries, lookup
@@ -24,6 +26,7 @@ __all__ = [
     "Situation",
     "State",
     "base",
+    "exponential",
     "is_discrete",
     "is_point_mass",
     "misfit",
@@ -40,11 +43,13 @@ class Situation:
     Args:
         name: The guide's site.
         fn: Its distribution, expanded by the plates; with several particles its batch shape starts with them.
-        num_particles: K.
+        num_particles: How many draws of the site there are that can be compared: K, or fewer for an objective with
+            ``num_local_particles``.
         objective: The objective's name.
         infer: The site's annotations.
         upstream: The guide's other sites whose draws may move this site's distribution; None if not known.
         prior: The model's distribution at the site; None if not known.
+        multi_sample: Whether the objective is one of several particles, no sum of terms.
     """
 
     name: str
@@ -54,6 +59,12 @@ class Situation:
     infer: Mapping[str, Any] = field(default_factory=dict, repr=False)
     upstream: tuple[str, ...] | None = ()
     prior: Any = None
+    multi_sample: bool = False
+
+    @property
+    def objectives(self) -> set[str]:
+        """The names by which the trait ``objectives`` may allow this objective."""
+        return {self.objective, "any"} | ({"multi_sample"} if self.multi_sample else set())
 
 
 @dataclass(frozen=True)
@@ -76,11 +87,14 @@ class Probed:
 
     Args:
         signal: The learning signal there, detached: ``(probes, particles?, *plates)``, nats.
-        gradient: With the trait ``probes="differentiable"``, the derivative of the signal's sum by the probed values.
+        gradient: With the trait ``probes="differentiable"``, the derivative by the probed values of all terms of the
+            signals, each counted once. With ``"twice"``, signal and gradient are not detached from `values`.
+        values: The probed values, as the leaf that these derivatives are by.
     """
 
     signal: Tensor
     gradient: Tensor | None = None
+    values: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +135,7 @@ class SiteTerms:
         probed: What was found at the estimator's `probes`; `probes` are those values.
         prior: The model's distribution at the site, None for an auxiliary site.
         particles: All sites of guide and model.
+        noise: Uniform numbers in (0, 1), where an estimator asked for them.
     """
 
     name: str
@@ -135,6 +150,7 @@ class SiteTerms:
     probed: Probed | None = None
     prior: Any = None
     particles: Particles | None = field(default=None, repr=False)
+    noise: Tensor | None = None
 
 
 class Estimator(ABC):
@@ -159,6 +175,21 @@ class Estimator(ABC):
 
     def draw(self, fn: Any, num_particles: int) -> Draw | None:
         """Draw all particles of the site together, where the trait ``draws`` is not ``"independent"``."""
+        return None
+
+    def weigh(self, fn: Any, value: Tensor) -> Tensor | None:
+        """Return the weights that `draw` gives to these values, ``(particles, *plates)``; None if it gives none."""
+        return None
+
+    def joint(self, fn: Any, value: Tensor) -> Tensor | None:
+        """Return the log probability that `draw` gives these rows of a finite site, by plate element, for proofs.
+
+        None stands for independent rows.
+        """
+        return None
+
+    def noise(self, site: SiteTerms) -> tuple[int, ...] | None:
+        """Return the shape of the uniform numbers that `probes` and `surrogate` find in ``site.noise``, or None."""
         return None
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
@@ -199,11 +230,13 @@ def misfit(estimator: Estimator, at: Situation) -> str | None:
         return "it needs a discrete site"
     if traits.support == "continuous" and is_discrete(fn):
         return "it needs a continuous site"
-    if traits.support == "binary" and "Bernoulli" not in type(base(fn)).__name__:
+    if traits.support == "binary" and not isinstance(base(fn), Bernoulli):
         return "it needs a Bernoulli site"
+    if traits.support == "categorical" and not isinstance(base(fn), Categorical | OneHotCategorical):
+        return "it needs a Categorical or OneHotCategorical site"
     if at.num_particles < traits.min_particles:
         return f"it compares particles and needs at least {traits.min_particles}"
-    if at.objective not in traits.objectives and "any" not in traits.objectives:
+    if not at.objectives & set(traits.objectives):
         return f"it is made for the objective {' or '.join(map(repr, traits.objectives))}"
     if traits.draws in ("coupled", "weighted") and at.upstream:
         return f"particles drawn together need one distribution, and this one depends on the draw of {at.upstream[0]!r}"
@@ -222,7 +255,7 @@ def require_fit(estimator: Estimator, at: Situation) -> None:
     elif is_point_mass(fn):
         fix = f"Leave {at.name!r} out: name the auxiliary site that it is computed from."
     else:
-        if at.objective not in traits.objectives and "any" not in traits.objectives:
+        if not at.objectives & set(traits.objectives):
             got = f"objective={at.objective!r}"
         fix = _alternatives(at)
     fail(EstimatorError, type(estimator).__name__, f"differentiate site {at.name!r}", got=got, because=reason, fix=fix)
@@ -235,7 +268,7 @@ def _alternatives(at: Situation) -> str:
     return f"Use estimator={' or '.join(map(repr, sorted(good, key=_PREFERRED.index)[:2]))}.".replace("'", '"')
 
 
-_PREFERRED = ("pathwise", "dreg", "vimco", "leave_one_out", "disarm", "score")
+_PREFERRED = ("pathwise", "multi_sample_score", "vimco", "leave_one_out", "disarm", "score")
 
 
 def _make(name: str) -> Estimator:
@@ -247,6 +280,11 @@ def base(fn: Any) -> Any:
     while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
         fn = fn.base_dist
     return fn
+
+
+def exponential(like: Tensor) -> Tensor:
+    """Draw standard exponential numbers of the shape of a tensor, none of them zero."""
+    return -torch.log1p(-torch.rand_like(like)).clamp(max=-torch.finfo(like.dtype).tiny)
 
 
 def is_point_mass(fn: Any) -> bool:

@@ -38,7 +38,7 @@ class PartialPathwise(Estimator):
     """
 
     reach: str = "downstream"  # type: ignore[misc]
-    traits: ClassVar[Traits] = Traits(needs_rsample=True)
+    traits: ClassVar[Traits] = Traits(needs_rsample=True, objectives=("any",))
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
         parts = [base(run.fn).score_parts(run.value).score_function for run in site.runs or (site,)]

@@ -143,7 +143,9 @@ class Pathwise(Estimator):
 
     @functools.cached_property
     def traits(self) -> Traits:  # type: ignore[override]
-        draws = {"draws": self.draws.kind, "min_particles": self.draws.min_particles}
+        draws: dict[str, Any] = {"draws": self.draws.kind, "min_particles": self.draws.min_particles}
+        if self.draws != Independent():  # several particles of one noise have another objective than independent ones
+            draws["objectives"] = ("elbo",)
         plain = self.entropy == Full() and self.draws == Independent()
         return replace(TRAITS, auto=TRAITS.auto if plain else None, **draws, **self.entropy.traits)
 

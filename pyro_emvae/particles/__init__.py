@@ -2,7 +2,7 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .dependence import Dependence, dependence
-from .handlers import Recorder, config_estimators, hold_batch, is_subsample, with_own_mask
+from .handlers import Recorder, config_estimators, hold_batch, is_subsample, plates_of, with_own_mask
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
 from .run import draw, refuse_non_finite, replay, stack_runs
@@ -30,6 +30,7 @@ __all__ = [
     "is_subsample",
     "keep_buffers",
     "listen",
+    "plates_of",
     "quiet",
     "reduce_to",
     "refuse_non_finite",

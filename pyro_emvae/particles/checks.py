@@ -86,9 +86,14 @@ def _inner(fn: Any) -> Any:
 
 
 def _other(fn: Any, value: Tensor) -> Tensor:
-    """Return a value of the support that differs from `value` everywhere."""
-    if fn.has_enumerate_support and fn.event_dim == 0:
-        outcomes = fn.enumerate_support(expand=False).flatten()
+    """Return a value of the support that differs from `value` everywhere, or for one-hot vectors in two places."""
+    inner = fn
+    while hasattr(inner, "base_dist") and not hasattr(inner, "transforms"):  # Independent, masked, expanded
+        inner = inner.base_dist
+    if inner.has_enumerate_support and inner.event_dim:
+        return value.roll(1, -1)
+    if inner.has_enumerate_support:
+        outcomes = inner.enumerate_support(expand=False).flatten()
         return outcomes[((value.unsqueeze(-1) == outcomes).long().argmax(-1) + 1) % len(outcomes)].to(value)
     if fn.has_enumerate_support:
         return value.roll(1, -1)  # another one-hot vector

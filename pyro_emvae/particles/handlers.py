@@ -17,7 +17,15 @@ from torch import Tensor
 from .._checks import EstimatorError, ModelError, fail
 from .._pyro import Messenger
 
-__all__ = ["PARTICLE_PLATE", "Recorder", "config_estimators", "hold_batch", "is_subsample", "with_own_mask"]
+__all__ = [
+    "PARTICLE_PLATE",
+    "Recorder",
+    "config_estimators",
+    "hold_batch",
+    "is_subsample",
+    "plates_of",
+    "with_own_mask",
+]
 
 PARTICLE_PLATE = "num_particles_vectorized"
 
@@ -123,6 +131,11 @@ def _unexpanded(mask: Any) -> Any:
 def is_subsample(msg: Mapping[str, Any]) -> bool:
     """Whether a message is a plate's draw of indices."""
     return type(msg["fn"]).__name__ == "_Subsample"
+
+
+def plates_of(msg: Mapping[str, Any]) -> tuple:
+    """Return the vectorized plates of a message, without that of the particles."""
+    return tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE)
 
 
 class _Hold(Messenger):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import ModelError, NonFiniteError, fail
 from .._pyro import Messenger
-from .handlers import PARTICLE_PLATE, Recorder, is_subsample
+from .handlers import PARTICLE_PLATE, Recorder, is_subsample, plates_of
 from .sites import Particles, Site
 
 __all__ = ["draw", "replay", "run_pair", "stack_runs"]
@@ -175,9 +175,11 @@ def make_site(msg: dict, score: Callable[[Any, Tensor], Tensor | None] | None = 
             fix="Let the data fit the plates, the event shape and the support of the site.",
             cause=cause,
         )
-    frames = tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE)
+    frames = plates_of(msg)
     infer = msg["infer"] or {}
-    return Site(msg["name"], fn, value, log_prob, msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
+    loops = tuple(f for f in msg["cond_indep_stack"] if not f.vectorized and f.full_size not in (None, f.size))
+    own = (msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
+    return Site(msg["name"], fn, value, log_prob, *own, loops=loops)
 
 
 def refuse_non_finite(obj: str, site: str, value: Any, cause: BaseException | None = None) -> None:

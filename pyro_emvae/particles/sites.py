@@ -26,6 +26,7 @@ class Site:
             at ``-1 - max_plate_nesting``.
         scale, mask: What the program's handlers multiply by and keep.
         frames: The vectorized plates, without the particle plate.
+        loops: The plates that are looped over and subsample; their scale is in `scale`, too.
         infer: The site's annotations.
         is_observed: Whether the value was given (``obs=``, ``factor``, ``deterministic``).
         runs: The same site of each run, if it was stacked from a loop; `fn` is then that of the first run.
@@ -41,6 +42,7 @@ class Site:
     infer: Mapping[str, Any] = field(repr=False)
     is_observed: bool
     runs: tuple[Site, ...] = field(default=(), repr=False)
+    loops: tuple = field(default=(), repr=False)
 
     def each(self, function: Callable[[Site], Tensor]) -> Tensor:
         """Apply a function of shape ``batch_shape`` to the site, run by run if it was stacked: as `log_prob`."""

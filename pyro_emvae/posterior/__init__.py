@@ -6,7 +6,7 @@ from ._factored import FactoredJoint
 from ._kept import gather_factors, is_local, scatter_factors
 from ._mean_field import Ascent, Update
 from ._newton import find_mode, solve_quadratic
-from ._plates import plate_nesting
+from ._plates import in_plates, plate_nesting
 from .amortized import GuidePosterior
 from .base import Outer, Posterior, Support
 from .complete import CompleteData, complete_data, second_order_support
@@ -43,6 +43,7 @@ __all__ = [
     "find_mode",
     "first_ascent",
     "gather_factors",
+    "in_plates",
     "is_local",
     "lay_out",
     "plate_nesting",

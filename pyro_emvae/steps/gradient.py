@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from .._checks import StepError, fail, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
+from ..history import kind_of
 from ..parameters import GUIDE, MODEL
 from ..posterior import GuidePosterior, Posterior
 from .base import HalfStep, Info
@@ -102,7 +103,11 @@ class Gradient(HalfStep):
 
     def _climb(self, problem: Engine, block: str, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Info:
         steps = [problem.step(block, args, kwargs, loss=loss) for _ in range(self.num_steps)]
-        return Info(tuple(step for step in steps if step is not None))
+        return self._info(steps, problem, loss)
+
+    def _info(self, steps: list, problem: Engine, loss: Any) -> Info:
+        kind = kind_of(problem.loss if loss is None else loss)
+        return Info(tuple(step for step in steps if step is not None), kind=kind)
 
     def _climb_until(self, problem: Engine, args: tuple, kwargs: Mapping[str, Any]) -> Info:
         """Update the guide until a window of updates is no better than the one before."""
@@ -112,7 +117,7 @@ class Gradient(HalfStep):
             losses = [math.nan if step is None else step.loss for step in steps]
             if not improves(losses, self.until.window):
                 break
-        return Info(tuple(step for step in steps if step is not None))
+        return self._info(steps, problem, self.loss)
 
 
 class _Expected:

@@ -316,4 +316,5 @@ def summarised(phases: tuple[Phase, ...], infos: list[Info], seen: list[float]) 
     gradients = [(phase.key, g) for phase, info in zip(phases, infos, strict=True) for g in info.gradients]
     said = infos[first - 1]
     keys = tuple(phase.key for phase in phases)
-    return Record(losses[first], gradients, tuple(losses), keys, kind=said.kind, facts=said.facts)
+    kind = infos[first].kind if math.isnan(said.loss) and infos[first].gradients else said.kind
+    return Record(losses[first], gradients, tuple(losses), keys, kind=kind, facts=said.facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,6 +17,7 @@ from .replay import Replay
 __all__ = ["Mean", "exact_mean"]
 
 MAX_OUTCOMES = 200_000
+STEPS = 150  # nodes per uniform coordinate
 PRODUCT = (24, 22, 20, 16)  # nodes per coordinate of the product rule, by number of coordinates
 
 
@@ -31,7 +33,8 @@ class Mean:
 def exact_mean(replay: Replay) -> Mean | None:
     r"""Return the exact mean gradient over every outcome; None if that is out of reach.
 
-    Normal noise is integrated by rules of degree 3, of degree 5, and a product of Gauss-Hermite rules, in turn. Each is
+    Normal noise is integrated by rules of degree 3, of degree 5, and a product of Gauss-Hermite rules, in turn; uniform
+    noise by opposite pairs, and a product of trapezoidal rules in its logit. Each is
     taken twice with different nodes: two turned rules of degree d agree to rounding on polynomials of that degree, and
     on hardly anything else, so one that does not agree is not used.
 
@@ -44,16 +47,17 @@ def exact_mean(replay: Replay) -> Mean | None:
         >>> abs(float(mean.gradients["slope"] - exact_gradients(problem)["slope"])) < 1e-12
         True
     """
-    outcomes, dims = replay.size()
-    kinds = {row.estimator.traits.draws for row in replay.loss.table}  # shared noise: only each particle's own matters
-    if replay.own_draws or not kinds <= {"independent", "noise"} or outcomes > MAX_OUTCOMES:
+    outcomes, (dims, uniform) = replay.size(), replay.continuous()
+    relaxed = any(row.estimator.traits.draws == "relaxed" for row in replay.loss.table)
+    if replay.own_draws or relaxed or outcomes > MAX_OUTCOMES:
         return None
-    if dims == 0:
+    if dims + uniform == 0:
         noise, weights = replay.outcomes(torch.zeros(1, 0), torch.ones(1, dtype=torch.float64))
         return Mean(replay.mean(noise, weights), "enumeration", len(weights))
     cubature = [(2 * dims, partial(_cubature, dims, 3)), (2 * dims**2 + 1, partial(_cubature, dims, 5))]
-    product = [(PRODUCT[dims - 1] ** dims, partial(_product, dims))] if dims <= len(PRODUCT) else []
-    for size, rule in product if dims <= 2 else cubature + product:
+    product = [(PRODUCT[dims - 1] ** dims, partial(_product, dims))] if 0 < dims <= len(PRODUCT) else []
+    rules = (product if dims <= 2 else cubature + product) if dims else []
+    for size, rule in _with_uniform(rules, uniform) if uniform else rules:
         if outcomes * size > MAX_OUTCOMES:
             continue
         one, two = (replay.mean(*replay.outcomes(*rule(turn))) for turn in (0, 1))
@@ -61,6 +65,35 @@ def exact_mean(replay: Replay) -> Mean | None:
         if all((one[n] - two[n]).abs().max() <= 1e-10 * scale for n in one):
             return Mean(one, "quadrature", round(outcomes * size))
     return None
+
+
+def _with_uniform(rules: list, dims: int) -> list[tuple[int, Callable]]:
+    """Return the rules for uniform noise: alone, or the simplest of them under each rule for the normal noise."""
+    if not rules:
+        smooth = [(STEPS**dims, partial(_logistic, dims))] if dims <= 2 else []
+        return [(2, partial(_opposite, dims)), *smooth]
+    return [(2 * size, partial(_under, rule, partial(_opposite, dims))) for size, rule in rules]
+
+
+def _under(one: Callable, two: Callable, turn: int) -> tuple[Tensor, Tensor]:
+    (x, v), (y, w) = one(turn), two(turn)
+    nodes = torch.cat([x.repeat_interleave(len(y), 0), y.repeat(len(x), 1)], 1)
+    return nodes, (v[:, None] * w).flatten()
+
+
+def _opposite(dims: int, turn: int) -> tuple[Tensor, Tensor]:
+    """Return two opposite nodes in the unit cube, exact for linear functions; another pair on another turn."""
+    half = torch.rand(1, dims, generator=torch.Generator().manual_seed(turn), dtype=torch.float64)
+    return torch.cat([half, 1 - half]), torch.full((2,), 0.5, dtype=torch.float64)
+
+
+def _logistic(dims: int, turn: int) -> tuple[Tensor, Tensor]:
+    """Return the trapezoidal rule in the logit of each coordinate, spectrally exact for smooth functions of it."""
+    count = STEPS - 7 * turn
+    t = torch.linspace(-30, 30, count, dtype=torch.float64)
+    weights = t.sigmoid() * (-t).sigmoid() * (60 / (count - 1))
+    grid = [torch.cartesian_prod(*[x] * dims).reshape(-1, dims) for x in (t.sigmoid(), weights)]
+    return grid[0], grid[1].prod(-1)
 
 
 def _cubature(dims: int, degree: int, turn: int) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,12 @@ from .._checks import EmvaeError, fail
 from .._registry import create, entries, lookup
 from ..estimators.base import Estimator
 from ..loss import States
+from ..objectives import MultiSample
 from ..particles import quiet
 from ..problems import Problem, exact_gradients
 from .cubature import Mean, exact_mean
 from .mean import Underpowered, assert_mean, coordinate, needed
-from .replay import Replay, branches, fitting_sites, record
+from .replay import Expectation, Replay, branches, fitting_sites, record
 
 __all__ = ["Checked", "check_estimator"]
 
@@ -39,6 +40,7 @@ def check_estimator(
     *,
     problems: Iterable[str | Problem] | None = None,
     num_particles: Iterable[int] | None = None,
+    objective: Any = None,
     dtypes: tuple[torch.dtype, ...] = (torch.float64, torch.float32),
     max_samples: int = 64_000,
     strict: bool | None = None,
@@ -63,6 +65,10 @@ def check_estimator(
         estimator: A registered name or an instance.
         problems: Names or instances; by default all registered ones.
         num_particles: The numbers of particles.
+        objective: A registered objective or an instance; by default the ELBO, or IWAE if the estimator is not made for
+            that. For one of several particles, the exact gradient is that of its mean over all outcomes; where it is
+            out of reach, the estimator has to have the mean of the pathwise and score-function gradients on the same
+            draws. Problems with a latent outside of a plate that subsamples are left out then.
         dtypes: The mean is judged in the first, the others against it; problems given as instances keep theirs.
         max_samples: The most draws of a statistical test.
         strict: Whether it is an error if these do not suffice (else the row says ``"underpowered"``), or if a problem
@@ -81,32 +87,40 @@ def check_estimator(
         (Checked(problem='bernoulli', num_particles=2, how='enumeration', outcomes=64),)
     """
     part: Estimator = create("estimator", estimator)
-    least = part.traits.min_particles
+    least, objective = part.traits.min_particles, objective_for(part) if objective is None else objective
+    several = isinstance(create("objective", objective), MultiSample)
     counts = sorted({least, max(4, least)}) if num_particles is None else list(num_particles)
     given = [e.name for e in entries("problem")] if problems is None else list(problems)
     strict = problems is not None if strict is None else strict
     rows = []
     for name in given:
         problem = _build(name, dtypes[0], strict)
-        if problem is None or not fitting_sites(problem, part, max(counts)):
-            continue
-        for count in counts:
-            replay = Replay(problem, part, count)
+        fitting = [] if problem is None else [c for c in counts if fitting_sites(problem, part, c, objective)]
+        if several and problem is not None and problem.traits.subsampled and not problem.traits.local:
+            continue  # one weight for all data is no bound
+        for count in fitting:
+            replay = Replay(problem, part, count, objective=objective)
             where = f"{part} on problem {problem.name!r} with {count} particles"
             _check_state(replay, part, where)
             others = dtypes[1:] if isinstance(name, str) else ()
-            _check_draws(replay, [Replay(_build(name, d, strict=True), part, count) for d in others], where)
+            same = [Replay(_build(name, d, strict=True), part, count, objective=objective) for d in others]
+            _check_draws(replay, same, where)
             if not rows and part.traits.recordable:
-                _check_recording(Replay(problem, part, max(2, count)), where)
+                _check_recording(Replay(problem, part, max(2, count), objective=objective), where)
             if not part.traits.unbiased:
                 rows.append(Checked(problem.name, count, "biased", 0))
             else:
                 rows.append(_check_mean(replay, part, where, max_samples, seed, strict))
-                if part.traits.stateful and count == counts[0]:
-                    later = Replay(problem, part, count, _later_state(replay))
+                if part.traits.stateful and count == fitting[0]:
+                    later = Replay(problem, part, count, _later_state(replay), objective)
                     _check_mean(later, part, f"{where} and the state of three steps", max_samples, seed, strict=False)
     assert rows, f"{part} fits no site of the problems {[str(p) for p in given]}: its traits are {part.traits}"
     return tuple(rows)
+
+
+def objective_for(part: Estimator) -> str:
+    """Return the objective that an estimator is judged with."""
+    return "elbo" if {"elbo", "any"} & set(part.traits.objectives) else "iwae"
 
 
 def _build(problem: str | Problem, dtype: torch.dtype, strict: bool) -> Problem | None:
@@ -123,7 +137,14 @@ def _build(problem: str | Problem, dtype: torch.dtype, strict: bool) -> Problem 
 
 
 def _check_mean(replay: Replay, part: Estimator, where: str, max_samples: int, seed: int, strict: bool) -> Checked:
-    problem, expected = replay.problem, exact_gradients(replay.problem)
+    problem, objective = replay.problem, replay.loss.objective
+    if isinstance(objective, MultiSample):
+        exact = exact_mean(Expectation(problem, replay.num_particles, objective))
+        if exact is None:
+            return _check_pairs(replay, where, max_samples, seed, strict)
+        expected = exact.gradients
+    else:
+        expected = exact_gradients(problem)
     found = exact_mean(replay)
     if found is None:
         return _check_samples(replay, part, expected, where, max_samples, seed, strict)
@@ -161,20 +182,52 @@ def _check_samples(
     least = 256 if replay.own_draws else pilot  # of 64, the skewness that a normal mean is judged by is too noisy
     count = max(least, int(1.3 * max(needed(x, detect) for x in samples.values())))
     if count > most:
-        if strict:
-            fail(
-                Underpowered,
-                "check_estimator",
-                f"judge the mean gradient of {where}",
-                got=f"{count} draws needed, and max_samples={max_samples}",
-                because="a deviation of a tenth of the largest gradient has to be found",
-                fix="Give a smaller problem, or a larger max_samples.",
-            )
-        return Checked(replay.problem.name, replay.num_particles, "underpowered", pilot)
+        return _underpowered(replay, where, count, pilot, max_samples, strict)
     for name, x in _samples(replay, count, seed + 1).items():
         alpha = 1e-6 / len(expected)
         assert_mean(x, expected[name], detect=1.5 * detect, alpha=alpha, what=f"{where}: gradient of {name!r}")
     return Checked(replay.problem.name, replay.num_particles, "statistics", count)
+
+
+def _check_pairs(replay: Replay, where: str, max_samples: int, seed: int, strict: bool) -> Checked:
+    """Test the mean difference to the pathwise and score-function gradients on the same draws."""
+    problem, objective = replay.problem, replay.loss.objective
+    plain = Replay(problem, dict.fromkeys(problem.sites, "pyro"), replay.num_particles, objective=objective)
+
+    def differences(count: int, seed: int) -> tuple[dict[str, Tensor], float]:
+        right, found = (_samples(r, count, seed) for r in (plain, replay))
+        largest = max(float(x.mean(0).abs().max()) for x in right.values())
+        rows = {n: x - right[n] for n, x in found.items()}
+        return {n: x for n, x in rows.items() if float(x.abs().max()) > 1e-9 * largest}, largest
+
+    pilot, most = (64, max_samples // MANY * 8) if replay.own_draws else (2000, max_samples)
+    rows, largest = differences(pilot, seed)
+    count = max(pilot, int(2 * max([needed(x, 0.15 * largest) for x in rows.values()] or [0])))
+    if count > most:
+        return _underpowered(replay, where, count, pilot, max_samples, strict)
+    rows, largest = differences(count, seed + 1)
+    for name, x in rows.items():
+        what = f"{where}: gradient of {name!r} less the plain one"
+        try:
+            assert_mean(x, torch.zeros_like(x[0]), detect=0.25 * largest, alpha=1e-6 / len(rows), what=what)
+        except Underpowered:  # skew that the pilot did not show
+            if strict:
+                raise
+            return Checked(problem.name, replay.num_particles, "underpowered", count)
+    return Checked(problem.name, replay.num_particles, "statistics", count)
+
+
+def _underpowered(replay: Replay, where: str, count: int, pilot: int, max_samples: int, strict: bool) -> Checked:
+    if strict:
+        fail(
+            Underpowered,
+            "check_estimator",
+            f"judge the mean gradient of {where}",
+            got=f"{count} draws needed, and max_samples={max_samples}",
+            because="a deviation of a tenth of the largest gradient has to be found",
+            fix="Give a smaller problem, or a larger max_samples.",
+        )
+    return Checked(replay.problem.name, replay.num_particles, "underpowered", pilot)
 
 
 def _samples(replay: Replay, count: int, seed: int) -> dict[str, Tensor]:

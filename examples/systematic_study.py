@@ -5,9 +5,9 @@ Question: on a fixed budget of model evaluations, which estimator, how many part
 E-steps per M-step?
 
 Answer: the path, 2 particles, rate 0.03 and 4 E-steps end 0.086 nats below the largest ELBO. The estimator could be
-told beforehand: the path has the least variance times evaluations, and no tuning makes up for another choice: leave-one-out
-ends 0.139 nats below at best, the score function 0.319. Of the rest the rate matters most (median gaps of 1.64, 0.25
-and 0.46 nats); with what else is best, 8 particles or a single E-step end at 0.109.
+told beforehand: the path has the least variance times evaluations, and no tuning makes up for another choice, for
+leave-one-out ends 0.139 nats below at best, the score function 0.319. Of the rest the rate matters most (median gaps of
+1.64, 0.25 and 0.46 nats); with what else is best, 8 particles or a single E-step end at 0.109.
 
 Running time: a minute on one core.
 """

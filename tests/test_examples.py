@@ -33,6 +33,9 @@ OUTPUTS = {
     "monte_carlo_em": {"draws.png"},
     "vae_as_em": {"evidence.png", "evidence.csv"},
     "posterior_collapse": {"information.png"},
+    "gradient_estimators": {"elbo.png", "variance_ladder.png", "variance.csv"},
+    "discrete_latents": {"bounds.png", "variance_ladder.png", "bounds.csv"},
+    "systematic_study": {"answers.png", "noise.png", "study.csv", "study.json", "noise.json"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from . import compare, discrete_vae, em, estimators, svi
+from . import compare, discrete_vae, em, estimators, guides, svi
 from .timing import Case, machine, measure, table
 
-CASES: dict[str, Case] = {case.name: case for module in (svi, em, compare) for case in module.CASES}
+CASES: dict[str, Case] = {case.name: case for module in (svi, em, compare, guides) for case in module.CASES}
 PAGES = {"estimators": estimators.main, "discrete_vae": discrete_vae.main}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks

@@ -121,7 +121,7 @@ class Gap:
 
     Args:
         total: log evidence - ELBO, in nats, summed over the data.
-        standard_error: Paired: both come from the same draws.
+        standard_error: Paired: both come from the same draws. With `amortization`, that of both taken as independent.
         elbo, log_evidence: The two estimates.
         per_datum: The gap per datum, where every latent site lies in a plate.
         approximation: The gap of the best member of the guide's family per datum; None unless the guide can refine
@@ -142,6 +142,8 @@ class Gap:
 
     def __repr__(self) -> str:
         first = format_estimate(self.total, self.standard_error)
+        if self.amortization is not None:
+            first += f" nats: approximation {self.approximation:.5g}, amortization {self.amortization:.5g}"
         return f"Gap({first} nats, elbo={self.elbo!r}, log_evidence={self.log_evidence!r})"
 
 

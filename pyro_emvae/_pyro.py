@@ -10,7 +10,16 @@ from pyro.infer import Trace_ELBO
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["Messenger", "constraint_of", "get_trace", "leaf_of", "scale_and_mask", "waiting_state"]
+__all__ = [
+    "Messenger",
+    "constraint_of",
+    "draws_of",
+    "get_trace",
+    "leaf_of",
+    "mask_of",
+    "scale_and_mask",
+    "waiting_state",
+]
 
 get_trace = Trace_ELBO._get_trace
 
@@ -23,6 +32,16 @@ def constraint_of(name: str) -> Any:
 def leaf_of(name: str) -> Tensor | None:
     """Return the unconstrained leaf of `name` in the parameter store, or None (``ParamStoreDict._params``)."""
     return pyro.get_param_store()._params.get(name)
+
+
+def mask_of(fn: Any) -> Any:
+    """Return the mask of a `MaskedDistribution`, a boolean or a tensor (``_mask``)."""
+    return fn._mask
+
+
+def draws_of(mcmc: Any) -> dict[str, Tensor] | None:
+    """Return the draws of an `MCMC` by site, chains first, or None before its run (``_samples``)."""
+    return mcmc._samples
 
 
 def waiting_state(optim: Any) -> dict[str, Any]:

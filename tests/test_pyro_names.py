@@ -32,6 +32,8 @@ SIGNATURES = {
     "scale_and_mask": (_pyro.scale_and_mask, ["tensor", "scale", "mask"]),
     "constraint_of": (_pyro.constraint_of, ["name"]),
     "leaf_of": (_pyro.leaf_of, ["name"]),
+    "mask_of": (_pyro.mask_of, ["fn"]),
+    "draws_of": (_pyro.draws_of, ["mcmc"]),
     "waiting_state": (_pyro.waiting_state, ["optim"]),
 }
 
@@ -161,6 +163,22 @@ def test_the_store_keeps_unconstrained_leaves_and_constraints_by_name():
     assert msg["kwargs"]["constraint"] is constraints.positive
     assert _pyro.leaf_of("q") is None and _pyro.constraint_of("q") is None
     assert set(pyro.get_param_store().get_state()) == {"params", "constraints"}
+
+
+def test_an_mcmc_keeps_its_draws():
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    mcmc = infer.MCMC(infer.NUTS(model), 3, 1, disable_progbar=True)
+    assert _pyro.draws_of(mcmc) is None
+    mcmc.run()
+    assert _pyro.draws_of(mcmc)["z"].shape == (1, 3)
+
+
+def test_a_masked_distribution_keeps_its_mask():
+    mask = torch.tensor([True, False])
+    fn = dist.Normal(torch.zeros(2), 1.0).mask(mask)
+    assert torch.equal(_pyro.mask_of(fn), mask) and _pyro.mask_of(fn.base_dist.mask(False)) is False
 
 
 @pytest.mark.parametrize("local", [False, True])

@@ -2,6 +2,7 @@ r"""`to_arviz`: draws of the guide, the model's and the guide's density at them,
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,13 +45,14 @@ def to_arviz(
     sites), ``sample_stats`` (``lp`` $=\log p(x,z)$, ``log_q`` $=\log q(z)$, ``log_weight`` $=$ lp $-$ log_q, all with
     scale and mask, so the mean of ``log_weight`` estimates the ELBO), ``observed_data`` (NaN where a mask says that
     nothing was observed), and with `fit` ``fit_stats`` (``elbo``, ``phase`` 0 = E, 1 = M, 2 = joint, ...). Dims are
-    ``(chain=1, draw, *plates, *event)``; the draws are independent, so that ``r_hat`` and ``ess`` say nothing about q.
+    ``(chain=1, draw, *plates, *event)``; draws of a guide are independent, and ``r_hat`` and ``ess`` say nothing of q.
 
     Args:
         model, guide: Pyro callables.
         args, kwargs: The data.
         fit: Anything with ``.history``, such as what ``run`` returned.
-        num_samples: Number of draws, vectorized where particles can be.
+        num_samples: Number of draws, vectorized where particles can be. Of `guides.AutoMCMC` all draws are written,
+            in their chains and order.
         seed: Seed of the draws; None goes on from the generators' present state, and leaves them there.
         coords: Labels by dim, or by plate. A subsampled plate takes labels of all its data or of the batch.
         dims: Names by site: of its event dims, or of all its dims.
@@ -81,12 +83,13 @@ def to_arviz(
     require_data("to_arviz", args, kwargs)
     draws = _sample(model, guide, args, kwargs, num_samples, seed)
     arrays = {"posterior": draws.values, "sample_stats": draws.stats, "observed_data": _observed(draws.single)}
-    named, renamed = name_dims(arrays, dims or {})
+    num_chains = guide.num_chains if hasattr(guide, "in_order") else 1
+    named, renamed = name_dims(arrays, dims or {}, num_chains)
     labels = _labels(named, renamed, draws, coords or {})
     plates = ", ".join(f"{name}: {f.size} of {f.full_size}" for name, f in _subsampled(draws.single).items())
     common = {"model": _name_of(model), "guide": _name_of(guide), "seed": seed, "subsampled": plates or None}
     groups = {
-        group: dataset(variables, labels, attributes(num_samples=num_samples, **common)) if variables else None
+        group: dataset(variables, labels, attributes(num_samples=draws.count, **common)) if variables else None
         for group, variables in named.items()
     }
     for name, text in STATS.items():
@@ -107,6 +110,7 @@ class Draws:
     values: dict[str, Array] = field(repr=False)
     stats: dict[str, Array] = field(repr=False)
     indices: dict[str, Any] = field(repr=False)
+    count: int = 0
 
 
 def _sample(model: Callable, guide: Callable, args: tuple, kwargs: Mapping, num_samples: int, seed: int | None):
@@ -118,15 +122,17 @@ def _sample(model: Callable, guide: Callable, args: tuple, kwargs: Mapping, num_
         check_match(single)
         _check(single)
         chunk = _chunk(model, guide, args, kwargs, single, indices, num_samples)
-        runs = []
-        for start in range(0, num_samples, chunk):
-            run = _vectorized(model, guide, args, kwargs, min(chunk, num_samples - start), single, indices)
-            density = {"lp": run.log_p, "log_q": run.log_q}
-            runs.append((_rows(run, single), density))
+        runs, in_order = [], getattr(guide, "in_order", contextlib.nullcontext)
+        with in_order() as count:
+            num_samples = num_samples if count is None else count
+            for start in range(0, num_samples, chunk):
+                run = _vectorized(model, guide, args, kwargs, min(chunk, num_samples - start), single, indices)
+                density = {"lp": run.log_p, "log_q": run.log_q}
+                runs.append((_rows(run, single), density))
     values = {n: Array(_join([v[n] for v, _ in runs]), _layout(single.model[n])[0]) for n in runs[0][0]}
     stats = {n: Array(_join([s[n] for _, s in runs]), ()) for n in ("lp", "log_q")}
     stats["log_weight"] = Array(stats["lp"].values - stats["log_q"].values, ())
-    return Draws(single, values, stats, {n: _numpy(v) for n, (v, _) in indices.items()})
+    return Draws(single, values, stats, {n: _numpy(v) for n, (v, _) in indices.items()}, num_samples)
 
 
 def _vectorized(model, guide, args, kwargs, size: int, single: Particles, indices: dict) -> Particles:

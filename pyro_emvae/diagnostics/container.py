@@ -88,7 +88,7 @@ def rename_dims(dims: Iterable[str], variables: Iterable[str]) -> dict[str, str]
 
 
 def name_dims(
-    arrays: Mapping[str, Mapping[str, Array]], dims: Mapping[str, Sequence[str]]
+    arrays: Mapping[str, Mapping[str, Array]], dims: Mapping[str, Sequence[str]], num_chains: int = 1
 ) -> tuple[dict[str, dict[str, Variable]], dict[str, str]]:
     """Return the groups' variables with a name for each dim, and the new name of each dim."""
     sites = {site for group in arrays.values() for site in group}
@@ -103,7 +103,8 @@ def name_dims(
         sample = () if group == "observed_data" else ("chain", "draw")
         result[group] = {}
         for site, array in members.items():
-            values = array.values[None] if sample else array.values
+            values = array.values
+            values = values.reshape(num_chains, -1, *values.shape[1:]) if sample else values
             result[group][variable_name(site)] = Variable(values, (*sample, *(names[d] for d in given[site])))
     return result, names
 

@@ -41,6 +41,7 @@ def gradient(
     only: Mapping[str, Tensor] | None = None,
     loss_and_grads: Callable | None = None,
     beta: Tensor | None = None,
+    rows: bool = False,
 ) -> Gradient:
     r"""Take the gradient of a loss eagerly; change nothing but buffers.
 
@@ -49,6 +50,7 @@ def gradient(
         only: The leaves to differentiate (a block); all that were met by default.
         loss_and_grads: Called in place of ``loss.loss_and_grads``.
         beta: A factor of the latents' terms; see `MonteCarloELBO.evaluate`.
+        rows: Leave sparse gradients as they are, for an update of the rows that they have.
 
     Raises:
         NonFiniteError: Loss or gradient is NaN or infinite; names the first site or parameter.
@@ -56,7 +58,7 @@ def gradient(
     if not isinstance(loss, MonteCarloELBO):
         _refuse_annealing(loss, beta)
     if not hasattr(loss, "evaluate"):
-        return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only)
+        return _foreign(model, guide, loss, loss_and_grads or loss.loss_and_grads, args, kwargs, only, rows)
     if hasattr(loss, "revisit"):
         loss.revisit(model, guide, args, kwargs)
     evaluation = loss.evaluate(model, guide, args, kwargs, loss.state, *(() if beta is None else (beta,)))
@@ -65,7 +67,7 @@ def gradient(
         raise_non_finite(type(loss).__name__, value, evaluation.particles)
     met = _met(evaluation.particles.params, model, guide)
     leaves = met if only is None else only
-    found = differentiate(-evaluation.surrogate, leaves)
+    found = differentiate(-evaluation.surrogate, leaves, rows)
     return Gradient(value, found, leaves, norm_of(found), evaluation.state, tuple(met.values()))
 
 
@@ -79,22 +81,28 @@ def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Cal
     return leaves
 
 
-def differentiate(loss: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def differentiate(loss: Tensor, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:
+    """Return the derivatives by the leaves that the loss depends on, dense unless `rows`."""
     if not leaves or not loss.requires_grad:
         return {}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    return {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+    found = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
+    return found if rows else _dense(found)
+
+
+def _dense(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: g.to_dense() if g.is_sparse else g for name, g in grads.items()}
 
 
 def norm_of(grads: Mapping[str, Tensor]) -> float:
     """Return the Euclidean norm of all gradients, or raise naming the first parameter whose gradient is not finite."""
     if not grads:
         return 0.0
-    parts = torch._foreach_norm(list(grads.values()))
+    parts = torch._foreach_norm([g.coalesce().values() if g.is_sparse else g for g in grads.values()])
     norm = float(torch.linalg.vector_norm(torch.stack(parts))) if len(parts) > 1 else float(parts[0])
     if not math.isfinite(norm):
         for name, g in grads.items():
-            if not bool(torch.isfinite(g).all()):
+            if not bool(torch.isfinite(g.coalesce().values() if g.is_sparse else g).all()):
                 fail(
                     NonFiniteError,
                     "gradient",
@@ -119,13 +127,14 @@ def _refuse_annealing(loss: Any, beta: Tensor | None) -> None:
         )
 
 
-def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only) -> Gradient:
+def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only, rows) -> Gradient:
     """Run someone else's ``loss_and_grads``, take the gradients it leaves, and put back what was there."""
     extra = module_leaves(guide, model)
     value, met, found = capture(lambda: loss_and_grads(model, guide, *args, **kwargs), extra | dict(only or {}))
     leaves = distinct(met) if only is None else dict(only)
     names = {id(p): n for n, p in leaves.items()}
     grads = {names[id(met[n])]: g for n, g in found.items() if id(met[n]) in names}
+    grads = grads if rows else _dense(grads)
     value = value[0] if isinstance(value, tuple) else value
     value = float(value.detach() if isinstance(value, Tensor) else value)
     if not math.isfinite(value) and not isinstance(loss, TraceTailAdaptive_ELBO):  # which never computes its value

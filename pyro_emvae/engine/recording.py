@@ -78,11 +78,13 @@ def record(
     args: tuple,
     kwargs: Mapping[str, Any],
     beta: Tensor | None = None,
+    rows: bool = False,
 ) -> Recording:
     r"""Record the gradient of `loss` by `leaves` as a graph, twice, and refuse if the two differ.
 
     Generator, buffers, parameters and the loss's state are as before. Validation is off while recording. A factor
-    `beta` is one of the buffers: an input of the graph, which is read from its tensor each time.
+    `beta` is one of the buffers: an input of the graph, which is read from its tensor each time. Gradients are dense
+    unless `rows`.
 
     Raises:
         RecordingError: The loss cannot be recorded (a data-dependent branch or ``.item()``), or two recordings differ
@@ -116,7 +118,7 @@ def record(
         state = pytree.tree_unflatten(rest[: len(flat_state)], state_spec)
         with _Recordable():
             evaluation = loss.evaluate(model, guide, args, kwargs, state, *(() if beta is None else (beta,)))
-        grads = differentiate(-evaluation.surrogate, leaves)
+        grads = differentiate(-evaluation.surrogate, leaves, rows)
         reached[:] = list(grads)
         return (-evaluation.objective.detach(), *grads.values(), *pytree.tree_leaves(evaluation.state))
 

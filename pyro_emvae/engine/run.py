@@ -182,7 +182,8 @@ class Engine:
     def _eager(self, loss: Any, args: tuple, kwargs: Mapping[str, Any], only: Any, own: Callable | None) -> Gradient:
         try:
             pair = (self.model, self.guide)
-            return gradient(*pair, loss, args, kwargs, only=only, loss_and_grads=own, beta=self.beta)
+            how = {"loss_and_grads": own, "beta": self.beta, "rows": True}
+            return gradient(*pair, loss, args, kwargs, only=only, **how)
         except ValueError as cause:
             if isinstance(loss, MonteCarloELBO) and not isinstance(cause, EmvaeError):
                 self._blame_non_finite(loss, args, kwargs, cause)
@@ -206,7 +207,7 @@ class Engine:
     def _record(self, block: str | None, args: tuple, kwargs: Mapping[str, Any], loss: Any) -> Recording:
         leaves = self.parameters.leaves(*(() if block is None else (block,)))
         try:
-            return record(self.model, self.guide, loss, leaves, self._inputs(), args, kwargs, self.beta)
+            return record(self.model, self.guide, loss, leaves, self._inputs(), args, kwargs, self.beta, True)
         except RecordingError:
             raise
         except Exception:  # the model does not run: say so as the eager backend does, with validation

@@ -109,9 +109,9 @@ def own_masks(fn: Any) -> list[Any]:
 
 
 def _auxiliaries(particles: Particles) -> dict[str, Site]:
-    """Return the guide's own sites: drawn, auxiliary, and unknown to the model."""
+    """Return the guide's own sites: drawn, auxiliary, of a density in log q, and unknown to the model."""
     drawn = {n: s for n, s in particles.guide.items() if not s.is_observed and n not in particles.model}
-    return {n: s for n, s in drawn.items() if s.infer.get("is_auxiliary")}
+    return {n: s for n, s in drawn.items() if s.infer.get("is_auxiliary") and not s.infer.get("is_density_free")}
 
 
 def unpaired_auxiliaries(model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Unsound]:

@@ -6,7 +6,20 @@ A `Rule` updates lists of tensors; a `BlockOptimizer` runs what the user gave as
 
 from .block import BlockOptimizer
 from .entry import Group
+from .rows import RowAdam
 from .rules import SGD, Adagrad, Adam, AdamW, ClippedAdam, RMSprop, Rule
 from .view import OptimView
 
-__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "BlockOptimizer", "ClippedAdam", "Group", "OptimView", "RMSprop", "Rule"]
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "BlockOptimizer",
+    "ClippedAdam",
+    "Group",
+    "OptimView",
+    "RMSprop",
+    "RowAdam",
+    "Rule",
+]

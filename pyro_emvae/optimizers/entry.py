@@ -244,6 +244,20 @@ class Group:
         clipped = clip([grads[i] for i in self.indices], self.clip_norm, self.clip_value)
         self.rule.update([params[i] for i in self.indices], clipped, mine, scalars)
 
+    @torch.no_grad()
+    def update_rows(self, param: Tensor, grad: Tensor, slots: dict[str, Tensor]) -> None:
+        """Update the rows that a sparse gradient has, by the rule; other rows of parameter and slots stay as they are.
+
+        The number of updates that the rule counts is that of the parameter, the same for all rows.
+        """
+        grad = grad.coalesce()
+        rows = grad.indices()[0]
+        mine = {name: slots[name].index_select(0, rows) for name in self.rule.names}
+        part = param.detach().index_select(0, rows)
+        replace(self, indices=(0,)).update([part], [grad.values()], [mine], self.scalars())
+        for whole, new in ((param.detach(), part), *((slots[name], mine[name]) for name in mine)):
+            whole.index_copy_(0, rows, new)
+
 
 def make_groups(entries: Sequence[Entry], active: Iterable[int]) -> list[Group]:
     """Partition the entries at the places `active`, less those that step themselves, and fill their slots."""
@@ -263,9 +277,13 @@ def update(entries: Sequence[Entry], grads: Sequence[Tensor | None]) -> None:
     """Update the parameters of `entries` from `grads`. Where one is None, parameter, slots and count stay."""
     groups = make_groups(entries, [i for i, g in enumerate(grads) if g is not None])
     params, slots = [e.param for e in entries], [e.slots for e in entries]
-    dense = [g if g is None or g.layout is torch.strided else g.to_dense() for g in grads]
     for group in groups:
-        group.update(params, dense, slots, group.scalars())
+        sparse = [i for i in group.indices if grads[i].is_sparse]
+        for i in sparse:
+            replace(group, indices=(i,)).update_rows(params[i], grads[i], slots[i])
+        if len(sparse) < len(group.indices):
+            dense = replace(group, indices=tuple(i for i in group.indices if i not in sparse)) if sparse else group
+            dense.update(params, grads, slots, group.scalars())
     _step_carriers([(e, g) for e, g in zip(entries, grads, strict=True) if e.rule_class is None and g is not None])
     advance(entries, groups)
 

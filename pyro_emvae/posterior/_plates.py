@@ -19,12 +19,20 @@ __all__ = ["Batch", "in_plates", "plate_nesting"]
 
 
 @contextlib.contextmanager
-def in_plates(frames: Iterable, batch: Mapping[str, Tensor], made: dict[str, Any]) -> Iterator[None]:
+def in_plates(
+    frames: Iterable, batch: Mapping[str, Tensor], made: dict[str, Any], scale: Any = None, mask: Any = None
+) -> Iterator[None]:
     """Open the plates of a site's frames, with the batch that the model's run had, by plate.
 
     ``made`` holds the plates of one run by name, for a plate is stated once and opened around each of its sites.
+    ``scale`` and ``mask`` are the model's at the site: what of the scale is not the plates', and the mask, are set too.
     """
     with contextlib.ExitStack() as stack:
+        rest = 1.0 if scale is None else scale / math.prod((f.full_size or f.size) / f.size for f in frames)
+        if isinstance(rest, Tensor) or abs(rest - 1.0) > 1e-12:
+            stack.enter_context(poutine.scale(scale=rest))
+        if isinstance(mask, Tensor) or mask is False:
+            stack.enter_context(poutine.mask(mask=mask))
         for frame in sorted(frames, key=lambda frame: frame.dim):
             if frame.name not in made:
                 size = frame.full_size or frame.size

@@ -81,7 +81,7 @@ class GuidePosterior(Posterior):
         weights = first.log_prob.new_full((num_particles, *(1,) * nesting), -math.log(num_particles))
         return Support(values, weights, nesting, first.scale, first.mask, sampled=True)
 
-    def sample(self) -> dict[str, Tensor]:
+    def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         self.guide(*self.args, **self.kwargs)
         return {}
 

@@ -208,8 +208,12 @@ class Posterior(ABC):
         """Return the distribution of one site."""
 
     @abstractmethod
-    def sample(self) -> Values:
-        """Draw all latents with `pyro.sample`, inside their plates: the body of a guide."""
+    def sample(self, plates: Mapping[str, Any] | None = None) -> Values:
+        """Draw all latents with `pyro.sample`, inside their plates: the body of a guide.
+
+        Args:
+            plates: Plates by name that are already stated, to be opened around the sites; others are stated.
+        """
 
     @abstractmethod
     def expected_log_joint(self, num_particles: int) -> Tensor:

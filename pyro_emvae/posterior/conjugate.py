@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -162,12 +162,13 @@ class ConjugatePosterior(Posterior):
     def particles(self, num_particles: int) -> Particles:
         return draws(self, num_particles, self.nesting)
 
-    def sample(self) -> dict[str, Tensor]:
+    def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        plates: dict[str, Any] = {}
+        plates = dict(plates or {})
         for factor in self.factors:
             for name in factor.names:
-                with in_plates(self.latents[name].frames, self.batch, plates):
+                site = self.latents[name]
+                with in_plates(site.frames, self.batch, plates, site.scale, site.mask):
                     values[name] = pyro.sample(name, factor.conditional(name, values))
         return values
 

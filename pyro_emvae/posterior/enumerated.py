@@ -392,16 +392,17 @@ class EnumeratedPosterior(Posterior):
         mask = mask if isinstance(mask, Tensor) else None
         return Support(values, table, self.nesting, self._scale, mask, self.drawn)
 
-    def sample(self) -> dict[str, Tensor]:
+    def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        plates: dict[str, Any] = {}
+        plates = dict(plates or {})
         for name, site in self.latents.items():
             earlier = [n for n in self._blankets[name] if self._ordinals[n] <= self._ordinals[name]]
             logits = self._table([*earlier, name])
-            for other in earlier:
-                logits = _gather(logits, _index(self.latents[other], values[other]), self.nesting)
+            for place, other in enumerate(earlier):
+                index = _index(self.latents[other], values[other])
+                logits = _gather(logits, index, len(earlier) - place + 1)
             fn = _distribution(site["fn"], _squeeze(logits, self.nesting))
-            with in_plates(_frames(site), self.batch.indices, plates):
+            with in_plates(_frames(site), self.batch.indices, plates, site["scale"], site["mask"]):
                 values[name] = pyro.sample(name, fn)
         return values
 
@@ -538,14 +539,13 @@ def _index(site: Mapping[str, Any], value: Tensor) -> Tensor:
     return (same.flatten(-event).all(-1) if event else same).long().argmax(-1)
 
 
-def _gather(logits: Tensor, index: Tensor, nesting: int) -> Tensor:
-    """Condition a table ``(*plates, first, ...)`` on the first latent's outcome."""
-    index = index.reshape((1,) * (nesting - index.dim()) + index.shape)
-    plates = torch.broadcast_shapes(index.shape, logits.shape[:nesting])
-    logits = logits.expand(*plates, *logits.shape[nesting:])
-    rest = logits.shape[nesting + 1 :]
+def _gather(logits: Tensor, index: Tensor, outcomes: int) -> Tensor:
+    """Condition a table ``(*plates, first, ...)`` on the first latent's outcome; `outcomes` dims are not plates."""
+    plates = torch.broadcast_shapes(index.shape, logits.shape[:-outcomes])
+    logits, dim = logits.expand(*plates, *logits.shape[-outcomes:]), len(plates)
+    rest = logits.shape[dim + 1 :]
     index = index.expand(plates).reshape(*plates, 1, *(1,) * len(rest)).expand(*plates, 1, *rest)
-    return logits.gather(nesting, index).squeeze(nesting)
+    return logits.gather(dim, index).squeeze(dim)
 
 
 def _squeeze(logits: Tensor, nesting: int) -> Tensor:
@@ -557,6 +557,8 @@ def _squeeze(logits: Tensor, nesting: int) -> Tensor:
 
 def _distribution(fn: Any, logits: Tensor) -> Any:
     """Return a distribution over the outcomes, of the same kind as the model's where that has logits."""
+    if hasattr(fn, "at_outcomes"):
+        return fn.at_outcomes(logits)
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     if isinstance(fn, dist.Bernoulli):

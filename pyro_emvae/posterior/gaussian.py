@@ -3,7 +3,7 @@ r"""Gaussian posteriors: exact where the log joint is quadratic, Laplace's appro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -151,10 +151,10 @@ class GaussianPosterior(Posterior):
     def particles(self, num_particles: int) -> Particles:
         return draws(self, num_particles, self.joint.nesting)
 
-    def sample(self) -> dict[str, Tensor]:
+    def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         mean, factor = self.mean, self.factor
-        self._plates: dict[str, Any] = {}
+        self._plates: dict[str, Any] = dict(plates or {})
         noise = self._draw_each(self.joint.commons, mean.common, factor.common, values)
         shift = factor.color(Point(torch.zeros_like(mean.local), noise)).local
         self._draw_each(self.joint.locals, mean.local + shift, factor.local, values)
@@ -178,7 +178,7 @@ class GaussianPosterior(Posterior):
             fn = _distribution(latent, loc, tril)
         else:
             fn = self._draw_together(latent, loc, tril)
-        with in_plates(latent.frames, self.batch, self._plates):
+        with in_plates(latent.frames, self.batch, self._plates, latent.scale, latent.mask):
             values[latent.name] = value = pyro.sample(latent.name, fn)
         return latent.rows(value if latent.transform is None else latent.transform.inv(value))
 
@@ -187,7 +187,8 @@ class GaussianPosterior(Posterior):
         lead = loc.shape[:-2]
         spread = loc.reshape(*lead, *(1,) * (latent.nesting if lead else 0), *loc.shape[-2:])
         fn = dist.MultivariateNormal(spread, scale_tril=tril).to_event(1)
-        drawn = pyro.sample(f"_{latent.name}_together", fn, infer={"is_auxiliary": True})
+        with in_plates((), {}, {}, latent.scale):
+            drawn = pyro.sample(f"_{latent.name}_together", fn, infer={"is_auxiliary": True})
         rows = drawn.reshape(*drawn.shape[:1], *loc.shape[-2:]) if drawn.dim() > 2 else drawn
         coordinates = latent.unrows(rows)
         batch = latent.nesting + 1 if rows.dim() > 2 else len(latent.batch)

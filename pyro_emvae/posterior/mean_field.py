@@ -119,8 +119,8 @@ class MeanFieldPosterior(Posterior):
             )
         return self._product.marginal(site)
 
-    def sample(self) -> dict[str, Tensor]:
-        return self._product.sample()
+    def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        return self._product.sample(plates)
 
     def particles(self, num_particles: int) -> Particles:
         self._product.known.setdefault(self.model, self.vectorize)

@@ -127,8 +127,8 @@ class SamplesPosterior(Posterior):
         value, skip = value.movedim(0, nesting), _outside(self.sites[site].frames, nesting)
         return dist.Empirical(value.reshape(value.shape[skip:]), weights.reshape(weights.shape[skip:]))
 
-    def sample(self) -> dict[str, Tensor]:
-        nesting, plates = self.draws.num_plates, {}
+    def sample(self, plates: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+        nesting, plates = self.draws.num_plates, dict(plates or {})
         weights = self.draws.log_weights.movedim(0, -1)
         weights = weights.reshape(weights.shape[_outside(self.units, nesting) :])
         with in_plates(self.units, self.batch, plates):

@@ -28,6 +28,7 @@ def check_guide(
     *,
     num_samples: int = 20_000,
     seed: int = 0,
+    trains: bool = True,
 ) -> None:
     r"""Prove a guide against a model with few latent dimensions.
 
@@ -46,6 +47,7 @@ def check_guide(
         args, kwargs: Its data.
         num_samples: For the importance identity.
         seed: Of all draws.
+        trains: Whether the guide has parameters; one that computes its posterior from the model may have none.
 
     The guide's parameters are in the param store afterwards, as after any run.
 
@@ -77,7 +79,8 @@ def check_guide(
     with quiet(seed=seed, validate=False), torch.no_grad():
         many = draw(model, guide, args, kwargs, num_particles=num_samples, vectorize=True, max_plate_nesting=nesting)
     assert_mean(_importance_weights(many), 1.0, detect=0.1, what="E_q[h(z) / q(z)], which compares samples and log q,")
-    _check_reach(model, guide, args, kwargs, seed)
+    if trains:
+        _check_reach(model, guide, args, kwargs, seed)
 
 
 def _check_returned(returned: Any, particles: Particles) -> None:
@@ -110,7 +113,8 @@ def _importance_weights(particles: Particles) -> Tensor:
     for name, site in particles.latents.items():
         value = particles.values(name)
         if base(site.fn).has_enumerate_support:
-            log_h = log_h - math.log(len(base(site.fn).enumerate_support(expand=False))) * value[0].numel()
+            outcomes, per_draw = base(site.fn).enumerate_support(expand=False), base(site.fn).event_shape.numel()
+            log_h = log_h - math.log(len(outcomes)) * value[0].numel() / per_draw
             continue
         transform = biject_to(site.fn.support)
         u = transform.inv(value)
@@ -132,4 +136,5 @@ def _check_reach(model, guide, args: tuple, kwargs: Mapping, seed: int) -> None:
     grads = torch.autograd.grad(evaluation.surrogate, list(leaves.values()), allow_unused=True)
     for name, g in zip(leaves, grads, strict=True):
         assert g is not None, f"the guide's parameter {name!r} gets no gradient"
+        g = g.to_dense() if g.is_sparse else g
         assert bool(torch.isfinite(g).all()), f"the guide's parameter {name!r} gets the gradient {g}"

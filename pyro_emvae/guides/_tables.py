@@ -1,0 +1,167 @@
+r"""Parameters of local sites as tables with a row per datum, of which a minibatch reads its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from .._checks import ModelError, fail
+from .._pyro import Messenger
+from ..particles import is_subsample, quiet
+from ._plate import signature
+
+__all__ = ["Table", "TableReader", "table_of"]
+
+MAX_LOOKS = 256
+
+
+@dataclass(frozen=True)
+class Table:
+    r"""How the contexts of a site are kept: the plate that comes in minibatches first, then the other plates.
+
+    Args:
+        shape: The batch shape of the site with the full size of every plate.
+        first: The dim (from the right) of the plate whose rows are the table's; None if no plate is subsampled.
+        others: Dims of further plates that are subsampled.
+        names: The plate of each dim.
+        drawn: How many rows the model had in use at set-up.
+    """
+
+    shape: tuple[int, ...]
+    first: int | None
+    others: tuple[int, ...]
+    names: Mapping[int, str] = field(repr=False)
+    drawn: Mapping[int, int] = field(repr=False)
+
+    def laid_out(self, context: Tensor) -> Tensor:
+        """Return contexts ``(*batch, F)`` of the data in use as a table of all data: further rows repeat the first."""
+        for dim, size in self.drawn.items():
+            place = len(self.shape) + dim
+            index = torch.arange(self.shape[place], device=context.device) % size
+            context = context.index_select(place, index)
+        return context if self.first is None else context.movedim(len(self.shape) + self.first, 0).flatten(1)
+
+    def _unflatten(self, rows: Tensor) -> Tensor:
+        """Return rows of the table as contexts ``(*batch, F)``; the table is flat, for sparse gradients need that."""
+        place = len(self.shape) + self.first
+        rest = [size for i, size in enumerate(self.shape) if i != place]
+        return rows.reshape(len(rows), *rest, -1).movedim(0, place)
+
+    def whole(self, table: Tensor) -> Tensor:
+        """Return the contexts of all data, ``(*batch, F)``."""
+        return table if self.first is None else self._unflatten(table)
+
+    def read(self, table: Tensor, plates: Mapping[str, Any], rows: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Return the contexts of the data that the plates have in use, ``(*batch, F)``."""
+        if self.first is None:
+            for dim, name in self.names.items():
+                self._require(plates[name], self.shape[dim])
+            return table
+        plate = plates[self.names[self.first]]
+        self._require(plate, len(table))
+        if plate.subsample_size < len(table):
+            table = rows(table, plate.indices.to(table.device))
+        context = self._unflatten(table)
+        for dim in self.others:
+            plate = plates[self.names[dim]]
+            if plate.subsample_size < self.shape[dim]:
+                context = context.index_select(len(self.shape) + dim, plate.indices.to(table.device))
+        return context
+
+    def _require(self, plate: Any, rows: int) -> None:
+        if plate.size != rows:
+            fail(
+                ModelError,
+                "AutoMeanField",
+                f"draw the sites in plate {plate.name!r}",
+                got=f"{plate.size} data",
+                because=f"there are parameters for {rows}, one row each",
+                fix="Make a new guide for other data, or use guides.AutoAmortized, which has none per datum.",
+            )
+
+    def check_support(self, name: str, support: Any) -> None:
+        """Refuse bounds that differ between data of which only some are in use."""
+        for bound in (getattr(support, key, None) for key in ("lower_bound", "upper_bound")):
+            if self.first is not None and isinstance(bound, Tensor) and bool((bound != bound.flatten()[0]).any()):
+                fail(
+                    ModelError,
+                    "AutoMeanField",
+                    f"serve site {name!r}",
+                    got=f"support {support}, which differs between data",
+                    because="bounds of the data that are not in the minibatch are not known",
+                    fix="Let the latent lie in the unit interval, and scale it in the model.",
+                )
+
+
+def table_of(batch: torch.Size, frames: Iterable[Any]) -> Table:
+    """Return the table of a site with a batch shape and plates of the prototype trace."""
+    frames = sorted(frames, key=lambda frame: frame.dim)
+    shape = list(batch)
+    for frame in frames:
+        shape[frame.dim] = frame.full_size or frame.size
+    subsampled = [frame for frame in frames if (frame.full_size or frame.size) != frame.size]
+    dims = [frame.dim for frame in subsampled]
+    drawn = {frame.dim: frame.size for frame in subsampled}
+    first = dims[0] if dims else None
+    return Table(tuple(shape), first, tuple(dims[1:]), {f.dim: f.name for f in frames}, drawn)
+
+
+class _Seen(Exception):
+    """Ends a look at the last latent."""
+
+
+class TableReader(Messenger):
+    """Wraps a model and notes how it opens its plates: how, their sizes, and the indices or number of data in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: str | None = None
+        self.opened: dict[str, tuple[str, int, Any]] = {}
+        self.known: dict[Any, dict[str, tuple[str, int, Any]]] = {}
+
+    def _pyro_sample(self, msg: dict) -> None:
+        if is_subsample(msg):
+            wanted, size = msg["fn"].subsample_size, msg["fn"].size
+            given = msg["value"] is not None
+            source = "given" if given else "whole" if wanted is None or wanted >= size else "drawn"
+            self.opened[msg["name"]] = (source, size, msg["value"] if given else min(wanted or size, size))
+        elif msg["name"] == self.last and not msg["is_observed"]:
+            raise _Seen
+
+    def _look(self, model: Callable, last: str, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the model up to its last latent and return how it opens its plates."""
+        self.opened, self.last = {}, last
+        try:
+            with quiet(train=False), torch.no_grad(), poutine.block():
+                model(*args, **kwargs)
+        except _Seen:
+            pass
+        finally:
+            self.last = None
+        return dict(self.opened)
+
+    def plates(
+        self, model: Callable | None, frames: Mapping[str, Any], last: str, args: tuple, kwargs: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return the plates of a call; those whose indices the model gives are opened with these, unseen by it."""
+        key = signature((args, kwargs))
+        opened = self.known.get(key)
+        if model is not None and (opened is None or any(source == "given" for source, _, _ in opened.values())):
+            if len(self.known) >= MAX_LOOKS:
+                self.known.clear()
+            self.known[key] = opened = self._look(model, last, args, kwargs)
+        plates = {}
+        for name, frame in sorted(frames.items()):
+            source, size, batch = (opened or {}).get(name, ("", frame.full_size or frame.size, frame.size))
+            if source == "given":
+                with poutine.block():
+                    plates[name] = pyro.plate(name, size, subsample=batch, dim=frame.dim)
+            else:
+                plates[name] = pyro.plate(name, size, subsample_size=batch, dim=frame.dim)
+        return plates

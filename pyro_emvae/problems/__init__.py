@@ -12,7 +12,7 @@ Example:
 
 from .._registry import register
 from ._problem import Problem, ProblemTraits, exact_gradients
-from .counts import Counts, batch_effects, count_model, simulate_counts
+from .counts import CountEncoder, Counts, batch_effects, count_model, simulate_counts
 from .digits import Digits, digits_vae, load_digits_binary
 from .discrete import bernoulli, bernoulli_vector, categorical, discrete_two_level
 from .gaussian import masked, normal_normal, subsampled
@@ -25,6 +25,7 @@ from .skewed import skewed, skewed_gamma
 
 __all__ = [
     "BackedCounts",
+    "CountEncoder",
     "Counts",
     "Digits",
     "Problem",

@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 import pyro
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from .._checks import EmvaeError, fail, positive_int
 from ._problem import Maker
 
-__all__ = ["Counts", "batch_effects", "count_model", "simulate_counts"]
+__all__ = ["CountEncoder", "Counts", "batch_effects", "count_model", "simulate_counts"]
 
-SIZE, SIZE_SCALE, SIZE_SHIFT = 1500.0, 0.4, 0.3
+SIZE, SIZE_SCALE, SIZE_SHIFT = 300.0, 0.4, 0.3
+CONCENTRATION = 8.0
 PROFILE_SCALE, BATCH_SCALE, LOADING_SCALE = 0.8, 0.5, 0.5
 
 
@@ -56,6 +57,7 @@ def simulate_counts(
     num_latents: int = 4,
     *,
     mean_size: float = SIZE,
+    concentration: float = CONCENTRATION,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
@@ -71,6 +73,7 @@ def simulate_counts(
         num_batches: Batches.
         num_latents: Dimension of z.
         mean_size: Median library size over the batches.
+        concentration: Median over the genes.
         seed: Of all draws.
         dtype: Of what is returned.
         device: Of what is returned.
@@ -81,7 +84,7 @@ def simulate_counts(
     Example:
         >>> from pyro_emvae.problems import simulate_counts
         >>> simulate_counts()
-        Counts(2000 cells, 200 genes, 3 batches, 24% zeros)
+        Counts(2000 cells, 200 genes, 3 batches, 52% zeros)
     """
     sizes = {"cells": num_cells, "genes": num_genes, "batches": num_batches, "latents": num_latents}
     for name, value in sizes.items():
@@ -94,10 +97,10 @@ def simulate_counts(
     profile = PROFILE_SCALE * make.noise(num_genes)
     intercept = profile + BATCH_SCALE * make.noise(num_batches, num_genes)
     loadings = LOADING_SCALE * make.noise(num_latents, num_genes)
-    concentration = torch.exp(1.0 + 0.5 * make.noise(num_genes))
+    concentrations = concentration * torch.exp(0.5 * make.noise(num_genes))
     mean = size.unsqueeze(-1) * (intercept[batch] + z @ loadings).softmax(-1)
-    x = _negative_binomial(mean, concentration, int(torch.randint(2**31, (), generator=make.generator)))
-    made = {"z": z, "size": size, "intercept": intercept, "loadings": loadings, "concentration": concentration}
+    x = _negative_binomial(mean, concentrations, int(torch.randint(2**31, (), generator=make.generator)))
+    made = {"z": z, "size": size, "intercept": intercept, "loadings": loadings, "concentration": concentrations}
     return Counts(make(x), batch.to(device), **{name: make(value) for name, value in made.items()})
 
 
@@ -192,6 +195,56 @@ def _of_rows(intercept: Tensor, batch: Tensor) -> Tensor:
     """Return each cell's intercepts; the plate's dim takes the place that a particle plate has left free for it."""
     rows = intercept[..., batch, :]
     return rows if rows.dim() == 2 else rows.squeeze(-3)
+
+
+class CountEncoder(nn.Module):
+    r"""Counts and batch to the contexts of z and of the library size: linear, plus a layer of SiLU units.
+
+    It reads log1p of the counts at a common library size, each gene standardised by the first data, the logarithm of
+    the cell's total, and the batch. At the start the location of ``size`` is the total's logarithm, and all else 0.
+
+    When to use: as ``encoder=`` of `AutoAmortized`, with ``encoder_input=lambda x, batch, index=None: (x, batch)``.
+
+    Args:
+        x: Some of the data, ``(cells, genes)``.
+        num_batches: Batches.
+        columns: Columns of z's context; the two of ``size`` follow them.
+        width: Of the hidden layer.
+
+    Shape: ``(cells, genes)``, ``(cells,)`` -> ``(cells, columns + 2)``.
+
+    Example:
+        >>> encoder = CountEncoder(torch.poisson(torch.full((50, 7), 2.0)), num_batches=3, columns=8)
+        >>> encoder(torch.full((2, 7), 3.0), torch.tensor([0, 2]))[:, 8].exp().round().tolist()
+        [22.0, 22.0]
+    """
+
+    def __init__(self, x: Tensor, num_batches: int, columns: int, width: int = 128) -> None:
+        super().__init__()
+        options = {"dtype": x.dtype, "device": x.device}
+        inputs = x.shape[-1] + 1 + num_batches
+        totals = (1 + x.sum(-1)).log()
+        self.register_buffer("centre", totals.mean())
+        shares = self._shares(x)
+        self.register_buffer("loc", shares.mean(0))
+        self.register_buffer("scale", shares.std(0).clamp(min=0.1))
+        self.register_buffer("batches", torch.eye(num_batches, **options))
+        self.linear = nn.Linear(inputs, columns + 2, **options)
+        layers = [nn.Linear(inputs, width, **options), nn.SiLU(), nn.Linear(width, columns + 2, **options)]
+        self.layers = nn.Sequential(*layers)
+        with torch.no_grad():
+            for parameter in (*self.linear.parameters(), *layers[-1].parameters()):
+                parameter.zero_()
+            self.linear.weight[columns, x.shape[-1]] = 0.5
+            self.linear.bias[columns] = self.centre
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        total = 2 * ((1 + x.sum(-1, keepdim=True)).log() - self.centre)
+        read = torch.cat([(self._shares(x) - self.loc) / self.scale, total, self.batches[batch]], -1)
+        return self.linear(read) + self.layers(read)
+
+    def _shares(self, x: Tensor) -> Tensor:
+        return torch.log1p(x * (self.centre.exp() / (1 + x.sum(-1, keepdim=True))))
 
 
 def batch_effects(intercept: Tensor, loadings: Tensor, z: Tensor, batch: Tensor) -> Tensor:

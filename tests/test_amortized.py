@@ -20,6 +20,7 @@ from torch import nn
 
 import pyro_emvae as emvae
 from pyro_emvae._checks import EmvaeError, ModelError
+from pyro_emvae._registry import entries
 from pyro_emvae.guides import AutoAmortized
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import draw, vectorizable
@@ -107,6 +108,43 @@ def test_every_kind_of_site_trains(loss, dependence):
     assert kinds["k"] == "Categorical" and kinds["b"] == "Bernoulli" and kinds["w_unconstrained"] == "Independent"
     assert set(guide(DATA, COUNTS)) == {"mu", "shape", "k", "b", "z", "rate", "w"}
     assert guide.num_features == {"k": 3, "b": 1, "z": 4, "rate": 2, "w": 4}
+
+
+PRIORS = {
+    "continuous": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    "any": dist.Normal(torch.zeros(2), 1.0).to_event(1),
+    "positive": dist.Gamma(2.0, 1.0),
+    "unit_interval": dist.Beta(2.0, 2.0),
+    "simplex": dist.Dirichlet(torch.ones(3)),
+    "circle": dist.VonMises(0.0, 1.0),
+    "binary": dist.Bernoulli(0.3),
+    "categorical": dist.Categorical(torch.ones(3)),
+    "one_hot": dist.OneHotCategorical(torch.ones(3)),
+}
+FAMILIES = [e for e in entries("family") if not e.traits.arguments and e.traits.support in PRIORS]
+
+
+def one_site(prior):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", prior).float()
+            mean = z.reshape(*z.shape[: z.dim() - prior.event_dim], -1).mean(-1, keepdim=True)
+            pyro.sample("x", dist.Normal(mean + torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    return model
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=lambda entry: entry.name)
+def test_every_family(entry):
+    """Samples and densities agree, every parameter learns, and the guide can be copied."""
+    model = one_site(PRIORS[entry.traits.support])
+    guide = AutoAmortized(model, family=entry.name)
+    assert steps(model, guide, DATA) == []
+    assert vectorizable(model, guide, (DATA,), {}) == (True, 1, "")
+    assert pickle.loads(pickle.dumps(guide))(DATA[:2])["z"].shape[0] == 2
+    pyro.clear_param_store()
+    if entry.name != "point_mass":
+        check_guide(lambda model: AutoAmortized(model, family=entry.name), model, (DATA[:1],), num_samples=40_000)
 
 
 def test_first_call_creates_every_parameter_and_validation_data_of_another_size():
@@ -324,7 +362,7 @@ def test_values_among_the_arguments_are_read_without_a_run_of_the_model():
     assert len(calls) == 2, "once per shape"
     for _ in range(3):
         guide(DATA, None, None, True)
-    assert len(calls) == 2 + 3, "in every call"
+    assert len(calls) == 2 + 1 + 3, "once, and in every call"
 
 
 @pytest.mark.parametrize("kwargs", [{"subsample_size": 2}, {"index": torch.tensor([4, 1])}], ids=["drawn", "given"])
@@ -340,6 +378,30 @@ def test_default_encoder_of_a_subsampled_plate(kwargs):
     assert len(calls) == 2
     assert len(guide.median(DATA, **kwargs)["z"]) == (5 if "subsample_size" in kwargs else 2)
     assert steps(factor, guide, DATA, **kwargs) == []
+
+
+def test_changed_values_are_those_of_the_minibatch_in_use():
+    """Two drawn plates, nested, and data that the model computes: a run for them has the guide's own indices."""
+
+    def model(x, size=None):
+        with pyro.plate("data", 5, subsample_size=size, dim=-2) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with pyro.plate("inner", 3, subsample_size=size, dim=-1) as columns:
+                w = pyro.sample("w", dist.Normal(z, 1.0))
+                pyro.sample("x", dist.Normal(w, 1.0), obs=(x + 0.0)[rows][:, columns])
+
+    guide = AutoAmortized(model)
+    guide(DATA)
+    seen = []
+    guide.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]["x"][0]))
+    for _ in range(5):
+        tr = trace(guide, DATA, 2)
+        rows, inner = (tr.nodes[name]["value"] for name in ("data", "inner"))
+        assert torch.equal(seen[-1], DATA[rows][:, inner])
+    assert len(seen) == 5 and guide.median(DATA)["w"].shape == (5, 3)
+    with pytest.raises(ModelError, match=r"medians and quantiles: got a random minibatch of plate 'data'"):
+        guide.median(DATA, 2)
+    assert steps(model, guide, DATA, 2) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -363,6 +425,32 @@ def test_integers_and_categories():
     (read,) = columns(AutoAmortized(model), label, counts, flag)
     assert torch.equal(read[:, :3], torch.eye(3)[label]) and torch.equal(read[:, 3], counts.log1p())
     assert torch.equal(read[:, 4], 2 * flag - 1)
+
+
+@pytest.mark.parametrize(
+    ("fn", "kind"),
+    [
+        (dist.Poisson(torch.ones(3)).to_event(1), "count"),
+        (dist.ZeroInflatedPoisson(torch.ones(3), gate=torch.tensor(0.5)).to_event(1), "count"),
+        (dist.Multinomial(4, torch.ones(3)), "count"),
+        (dist.Binomial(torch.tensor([4.0, 5, 6]), 0.5).to_event(1), "count"),
+        (dist.Categorical(torch.ones(300)).expand([3]).to_event(1), "count"),
+        (dist.Categorical(torch.ones(7)).expand([3]).to_event(1), "category"),
+        (dist.OneHotCategorical(torch.ones(3)), "real"),
+        (dist.Bernoulli(torch.ones(3) / 2).to_event(1), "real"),
+        (dist.Gamma(torch.ones(3), 1.0).to_event(1), "real"),
+    ],
+    ids=lambda value: getattr(value, "base_dist", value).__class__.__name__,
+)
+def test_kinds_of_observed_values(fn, kind):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", fn, obs=x)
+
+    guide = AutoAmortized(model)
+    guide(fn.sample((5,)))
+    assert guide.encoder.observed[0].kind == kind and guide(fn.sample((2,)))["z"].isfinite().all()
 
 
 def test_equal_data_equal_output_and_permutation():

@@ -18,7 +18,7 @@ from torch import nn
 
 import pyro_emvae as emvae
 from pyro_emvae._checks import BlockError, EmvaeError, ModelError, NonFiniteError, RecordingError
-from pyro_emvae.guides import AutoSemiAmortized
+from pyro_emvae.guides import AutoSemiAmortized, _refine
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import vectorizable
 from pyro_emvae.testing import assert_mean, check_guide
@@ -95,6 +95,12 @@ def test_gap_decomposition_equals_brute_force():
     assert abs(gap.total - total) < 5 * gap.standard_error + 0.3
     assert abs(gap.amortization - (total - 8 * approximation)) < 5 * gap.elbo.standard_error + 0.3
     assert "approximation" in repr(gap)
+
+
+def test_the_check_of_the_mean_finds_steps_that_are_always_kept(monkeypatch):
+    monkeypatch.setattr(_refine, "_is_better", lambda gains: torch.ones_like(gains[0], dtype=torch.bool))
+    with pytest.raises(AssertionError):
+        test_never_below_the_amortized_guide(5, True)
 
 
 def test_each_datum_reaches_its_brute_force_optimum_on_a_logistic_model():

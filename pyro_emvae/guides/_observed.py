@@ -17,6 +17,7 @@ from ._plate import Look
 __all__ = ["Observed", "Source", "find_source", "follow", "leaf_mask", "observed_sites", "read", "refuse_change"]
 
 MAX_CATEGORIES = 256
+COUNTS = (type(constraints.nonnegative_integer), constraints.multinomial, constraints.integer_interval)
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ def _kind(fn: Any) -> tuple[str, int]:
     probs = getattr(_base(fn), "logits", None) if "Categorical" in type(_base(fn)).__name__ else None
     if isinstance(probs, Tensor) and fn.support.event_dim == fn.event_dim and not _is_one_hot(support):
         return ("category", probs.shape[-1]) if probs.shape[-1] <= MAX_CATEGORIES else ("count", 0)
-    counts = (constraints.nonnegative_integer, constraints.positive_integer)
-    is_count = any(support is c or support == c for c in counts) or isinstance(support, constraints.integer_interval)
-    return ("count", 0) if is_count else ("real", 0)
+    lowest = torch.as_tensor(getattr(support, "lower_bound", 0))
+    return ("count", 0) if isinstance(support, COUNTS) and bool((lowest >= 0).all()) else ("real", 0)
 
 
 def _is_one_hot(support: Any) -> bool:

@@ -12,7 +12,7 @@ from pyro import poutine
 
 from .._checks import ModelError, fail
 from .._pyro import Messenger
-from ..particles import is_subsample, quiet
+from ..particles import hold_batch, is_subsample, quiet
 
 __all__ = ["DataPlate", "Look", "PlateReader", "check_shapes", "cover", "look", "signature"]
 
@@ -118,8 +118,24 @@ def _source(msg: Mapping[str, Any]) -> str:
     return "whole" if wanted is None or wanted >= msg["fn"].size else "drawn"
 
 
-def look(reader: PlateReader, model: Callable, wanted: Iterable[str], plates: Iterable[str], args, kwargs) -> Look:
+def look(
+    reader: PlateReader,
+    model: Callable,
+    wanted: Iterable[str],
+    plates: Iterable[str],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    batch: Mapping[str, Any],
+) -> Look:
     r"""Run the model until all of some sites have been seen; nothing is changed by that.
+
+    Args:
+        reader: What the model is wrapped in.
+        model: The model.
+        wanted: The sites.
+        plates: The plates that they have to lie in.
+        args, kwargs: The arguments of the model.
+        batch: The indices of plates that draw a minibatch, by name.
 
     Raises:
         ModelError: If the model no longer has one of `wanted`, or they do not lie inside `plates`.
@@ -127,7 +143,7 @@ def look(reader: PlateReader, model: Callable, wanted: Iterable[str], plates: It
     wanted, missing = list(wanted), set()
     reader.start(wanted)
     try:
-        with quiet(train=False), torch.no_grad(), poutine.block():
+        with quiet(train=False), torch.no_grad(), poutine.block(), hold_batch(batch):
             model(*args, **kwargs)
     except _Found:
         pass

@@ -45,6 +45,20 @@ class Reading:
                 found[name] = (msg["value"].expand(msg["fn"].shape()), leaf_mask(msg))
         return found
 
+    def refuse_random_rows(self) -> None:
+        """Refuse to speak of all rows where a plate draws some of them and only a run of the model shows which."""
+        for plate in self.plates.values():
+            if plate.source == "drawn":
+                fail(
+                    ModelError,
+                    "AutoAmortized",
+                    "give medians and quantiles",
+                    got=f"a random minibatch of plate {plate.name!r}",
+                    because=f"the values of site {self.runs[0]!r} are no argument, and a run of the model shows those "
+                    "of a minibatch only",
+                    fix="Pass whole data: arguments with which the plate takes all rows.",
+                )
+
     def resized(self, inputs: tuple, args: tuple, kwargs: Mapping) -> Reading:
         """Return the reading for another number of rows, as far as it can be told without the model.
 

@@ -246,10 +246,10 @@ class AutoAmortized(AutoGuide):
         runs = [*masked, *(name for name, source in sources.items() if source is None)]
         return Reading(seen.plates, plate, sources, tuple(runs))
 
-    def _look(self, args: tuple, kwargs: dict) -> tuple[Reading, dict[str, dict]]:
-        """Return how a call opens its plates and where its data are, and the sites that a run of the model showed."""
+    def _look(self, args: tuple, kwargs: dict) -> Reading:
+        """Return how a call opens its plates, and where its data are."""
         key = signature((args, kwargs))
-        reading, messages = self._looks.get(key), {}
+        reading = self._looks.get(key)
         if reading is None:
             if len(self._looks) >= MAX_LOOKS:
                 self._looks.clear()
@@ -257,24 +257,31 @@ class AutoAmortized(AutoGuide):
                 inputs = () if self._observed else self._inputs(args, kwargs)
                 reading = self._first.resized(inputs, args, kwargs)
             else:
-                seen = self._run({*self._cover, *(o.name for o in self._observed), *self._first.runs}, args, kwargs)
-                reading, messages = self._reading(seen, args, kwargs, self._first.plate), seen.messages
+                seen = self._run({*self._cover, *(o.name for o in self._observed), *self._first.runs}, args, kwargs, {})
+                reading = self._reading(seen, args, kwargs, self._first.plate)
             self._looks[key] = reading
-        elif reading.runs:
-            messages = self._run({*self._cover, *reading.runs}, args, kwargs).messages
-        return reading, messages
+        return reading
 
-    def _run(self, wanted: set[str], args: tuple, kwargs: dict) -> Look:
+    def _messages(self, reading: Reading, args: tuple, kwargs: dict, plates: Mapping[str, Any] | None) -> dict:
+        """Return the sites that have to be seen in every call, for the minibatch that the plates have in use."""
+        if not reading.runs:
+            return {}
+        if plates is None:
+            reading.refuse_random_rows()
+        batch = {n: p.indices for n, p in (plates or {}).items() if isinstance(p.indices, Tensor)}
+        return self._run({*self._cover, *reading.runs}, args, kwargs, batch).messages
+
+    def _run(self, wanted: set[str], args: tuple, kwargs: dict, batch: Mapping[str, Tensor]) -> Look:
         if self._model is None:
             refuse_run(sorted(wanted)[0])
-        seen = look(self._reader, self.model, wanted, self._first.plates, args, kwargs)
+        seen = look(self._reader, self.model, wanted, self._first.plates, args, kwargs, batch)
         check_shapes(seen, self.prototype_trace.nodes)
         return seen
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self.master is not None or self.create_plates is not None:
             return super()._create_plates(*args, **kwargs)
-        self.plates = {name: self._open(plate) for name, plate in self._look(args, kwargs)[0].plates.items()}
+        self.plates = {name: self._open(plate) for name, plate in self._look(args, kwargs).plates.items()}
         return self.plates
 
     def _open(self, plate: DataPlate) -> Any:
@@ -311,12 +318,13 @@ class AutoAmortized(AutoGuide):
     def begin(self, args: tuple, kwargs: dict) -> Call:
         """Look at the model, open the plates, draw the latents outside the data plate, and encode the data."""
         self.prepare(args, kwargs)
-        reading, messages = self._look(args, kwargs)
+        reading = self._look(args, kwargs)
         if self.master is not None or self.create_plates is not None:
             plates = super()._create_plates(*args, **kwargs)
         else:
             plates = self.plates = {name: self._open(plate) for name, plate in reading.plates.items()}
         values = {} if self.global_guide is None else dict(self.global_guide(*args, **kwargs))
+        messages = self._messages(reading, args, kwargs, plates)
         _ = self.flows  # Pyro registers the parameters of a module when it is read
         contexts = self._contexts(args, kwargs, reading, messages, plates)
         masks = {site.name: messages[site.name]["mask"] for site in self.local_sites if site.is_masked}
@@ -369,7 +377,8 @@ class AutoAmortized(AutoGuide):
             ``dependence="structured"`` those of later sites hold at the medians of the earlier ones.
         """
         self.prepare(args, kwargs)
-        contexts = self._contexts(args, kwargs, *self._look(args, kwargs), None)
+        reading = self._look(args, kwargs)
+        contexts = self._contexts(args, kwargs, reading, self._messages(reading, args, kwargs, None), None)
         return self.levels(torch.as_tensor(quantiles).tolist(), args, kwargs, contexts)
 
     def levels(self, quantiles: list[float], args: tuple, kwargs: dict, contexts: Mapping[str, Tensor]) -> dict:

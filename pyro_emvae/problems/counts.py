@@ -19,6 +19,7 @@ __all__ = ["CountEncoder", "Counts", "batch_effects", "count_model", "simulate_c
 
 SIZE, SIZE_SCALE, SIZE_SHIFT = 300.0, 0.4, 0.3
 CONCENTRATION = 8.0
+MANY_GENES = 200
 PROFILE_SCALE, BATCH_SCALE, LOADING_SCALE = 0.8, 0.5, 0.5
 
 
@@ -201,7 +202,8 @@ class CountEncoder(nn.Module):
     r"""Counts and batch to the contexts of z and of the library size: linear, plus a layer of SiLU units.
 
     It reads log1p of the counts at a common library size, each gene standardised by the first data, the logarithm of
-    the cell's total, and the batch. At the start the location of ``size`` is the total's logarithm, and all else 0.
+    the cell's total, and the batch. More than 200 genes are scaled down by their number, for a step of Adam moves every
+    weight as much, and the output by their sum. At the start the location of ``size`` is the total's logarithm, and all else 0.
 
     When to use: as ``encoder=`` of `AutoAmortized`, with ``encoder_input=lambda x, batch, index=None: (x, batch)``.
 
@@ -227,7 +229,7 @@ class CountEncoder(nn.Module):
         self.register_buffer("centre", totals.mean())
         shares = self._shares(x)
         self.register_buffer("loc", shares.mean(0))
-        self.register_buffer("scale", shares.std(0).clamp(min=0.1))
+        self.register_buffer("scale", shares.std(0).clamp(min=0.1) * max(1.0, x.shape[-1] / MANY_GENES))
         self.register_buffer("batches", torch.eye(num_batches, **options))
         self.linear = nn.Linear(inputs, columns + 2, **options)
         layers = [nn.Linear(inputs, width, **options), nn.SiLU(), nn.Linear(width, columns + 2, **options)]

@@ -203,7 +203,8 @@ class CountEncoder(nn.Module):
 
     It reads log1p of the counts at a common library size, each gene standardised by the first data, the logarithm of
     the cell's total, and the batch. More than 200 genes are scaled down by their number, for a step of Adam moves every
-    weight as much, and the output by their sum. At the start the location of ``size`` is the total's logarithm, and all else 0.
+    weight as much, and the output by their sum. At the start the location of ``size`` is the total's logarithm, and all
+    else 0.
 
     When to use: as ``encoder=`` of `AutoAmortized`, with ``encoder_input=lambda x, batch, index=None: (x, batch)``.
 

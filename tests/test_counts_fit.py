@@ -1,8 +1,10 @@
-r"""The guide of a count model at full size against what the counts were simulated from."""
+r"""The guide of a count model at full size against what the counts were simulated from; many cells in little memory."""
 
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from functools import partial
 from statistics import NormalDist
 
@@ -102,3 +104,59 @@ def test_latents_batches_and_intervals(record_result):
     half = NormalDist().inv_cdf(1 - 1e-6 / 2) * math.sqrt(0.9 * 0.1 / N)
     passes = {name: abs(value - 0.9) <= half for name, value in share.items()}
     assert passes == {name: not name.startswith("narrowed") for name in share}
+
+
+MANY = r"""
+import sys, time
+import h5py, numpy as np, pyro, resource, torch
+import pyro_emvae as emvae
+from scipy import sparse
+from pyro_emvae.problems import BackedCounts, CountEncoder, count_model, simulate_counts
+torch.set_num_threads(1)
+path, cells, genes, chunk = sys.argv[1], 100_000, 2000, 5000
+with h5py.File(path, "w") as file:
+    group = file.create_group("X")
+    group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [cells, genes]})
+    kinds = {"data": "f4", "indices": "i4"}
+    parts = {n: group.create_dataset(n, (0,), kind, maxshape=(None,), chunks=(65536,)) for n, kind in kinds.items()}
+    starts, batches = [0], []
+    for seed in range(cells // chunk):
+        data = simulate_counts(chunk, genes, seed=0, mean_size=300.0 + seed)
+        csr = sparse.csr_matrix(data.x.numpy())
+        for name, part in parts.items():
+            part.resize((starts[-1] + csr.nnz,))
+            part[starts[-1] :] = getattr(csr, name)
+        starts += list(starts[-1] + csr.indptr[1:])
+        batches.append(data.batch.numpy())
+    group["indptr"] = np.array(starts)
+    file["obs/batch"] = np.concatenate(batches)
+counts = BackedCounts(path, "batch")
+model = count_model(cells, genes, 3)
+encoder = CountEncoder(counts.rows(torch.arange(1000)), 3, 8)
+guide = emvae.guides.AutoAmortized(model, encoder, encoder_input=lambda x, batch, index=None: (x, batch))
+svi = emvae.SVI(model, guide, pyro.optim.ClippedAdam({"lr": 3e-3}), backend="graph")
+generator, losses, clock = torch.Generator().manual_seed(0), [], time.perf_counter()
+for _ in range(300):
+    index = torch.randint(cells, (256,), generator=generator)
+    losses.append(svi.step(counts.rows(index), counts.batch[index], index) / cells)
+seconds, clock = time.perf_counter() - clock, time.perf_counter()
+with torch.no_grad():
+    z = torch.cat([guide.median(counts.rows(i), counts.batch[i], i)["z"] for i in torch.arange(cells).split(2000)])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+assert z.shape == (cells, 4) and bool(z.isfinite().all())
+print(peak, seconds / 300, time.perf_counter() - clock, losses[1], sum(losses[-20:]) / 20)
+"""
+
+
+def test_a_hundred_thousand_cells_take_little_memory(tmp_path, record_result):
+    """1e5 cells x 2,000 genes from a file, in a process of its own: training, and the latents of all cells."""
+    command = [sys.executable, "-c", MANY, str(tmp_path / "cells.h5ad")]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    peak, step, encoding, first, last = map(float, process.stdout.split())
+    record_result(
+        "1e5 cells x 2,000 genes from an .h5ad file: peak memory, step on 256 cells, latents of all cells",
+        f"{peak:.2f} GiB, {1e3 * step:.0f} ms, {encoding:.0f} s",
+    )
+    assert peak < 4.0
+    assert last < first

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MAX_LINES = 150
 OUTPUTS = {
+    "deep_latent_gaussian": {"evidence.png"},
     "digits_vae": {
         "elbo_held_out.png",
         "elbo_training.png",

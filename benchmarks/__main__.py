@@ -1,10 +1,10 @@
 """Run all cases, or the named ones, and print a table of ratios.
 
     python -m benchmarks [name ...] [--quick] [--threads N] [--write]
-    python -m benchmarks estimators | discrete_vae [--help]
+    python -m benchmarks estimators | discrete_vae | guides [--help]
 
 Every case runs with torch's default number of threads and with one. The exit status is 1 if a limit is exceeded. The
-second line makes a page of its own, `docs/estimators_benchmark.md`.
+second line makes pages of their own: the first two `docs/estimators_benchmark.md`, `guides` what it prints.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from . import compare, discrete_vae, em, estimators, guides, svi
 from .timing import Case, machine, measure, table
 
 CASES: dict[str, Case] = {case.name: case for module in (svi, em, compare, guides) for case in module.CASES}
-PAGES = {"estimators": estimators.main, "discrete_vae": discrete_vae.main}
+PAGES = {"estimators": estimators.main, "discrete_vae": discrete_vae.main, "guides": guides.main}
 TARGET = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 

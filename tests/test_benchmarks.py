@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyro_emvae as emvae
-from benchmarks import breast_cancer, discrete, discrete_vae, estimator_times, page, snr, timing, variances
+from benchmarks import breast_cancer, discrete, discrete_vae, estimator_times, guides, page, snr, timing, variances
 from pyro_emvae import problems
 from pyro_emvae.parameters import assign, discover
 from pyro_emvae.plots import snr_slopes
@@ -172,3 +172,18 @@ def test_training_a_discrete_vae_raises_its_bound(monkeypatch):
     monkeypatch.setattr(discrete_vae, "DRAWS", 20)
     before, after = (discrete_vae.run("leave_one_out", 5, 0, seconds) for seconds in (0.0, 0.3))
     assert before["steps"] == 0 and after["steps"] > 10 and after["bound"] > before["bound"] + 2
+
+
+def test_amortized_guides_hold_nothing_of_their_data():
+    """Bytes alive after steps on ever more rows; the measure sees a tensor that is kept."""
+    small, large = guides.held_after([100, 10_000])
+    assert small == large
+    before = guides.held()
+    kept = torch.zeros(10_000)
+    assert guides.held() - before == kept.untyped_storage().nbytes()
+
+
+def test_guides_print_throughput_and_memory(capsys):
+    assert guides.main(["--rows", "2000"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows a second, of 2,000" in printed and printed.count("KiB of tensors alive") == 4

@@ -10,13 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from scipy import sparse
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MAX_LINES = 150
 OUTPUTS = {
+    "deep_latent_gaussian": {"evidence.png"},
     "digits_vae": {
         "elbo_held_out.png",
         "elbo_training.png",
@@ -36,6 +39,7 @@ OUTPUTS = {
     "gradient_estimators": {"elbo.png", "variance_ladder.png", "variance.csv"},
     "discrete_latents": {"bounds.png", "variance_ladder.png", "bounds.csv"},
     "systematic_study": {"answers.png", "noise.png", "study.csv", "study.json", "noise.json"},
+    "single_cell_counts": {"latents.png"},
 }
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -128,3 +132,19 @@ def test_reads_mnist_from_a_folder(tmp_path: Path) -> None:
     written = (tmp_path / "results" / "vae_as_em" / "evidence.csv").read_text(encoding="utf-8")
     rows = list(csv.DictReader(written.splitlines()))
     assert {row["method"] for row in rows} == {"AEVB", "wake-sleep", "MCEM"} and {row["N"] for row in rows} == {"120"}
+
+
+def test_reads_cells_from_a_file(tmp_path: Path) -> None:
+    """A small AnnData file; the counts are in a layer, and the batch is a column of strings."""
+    random = np.random.default_rng(0)
+    csr = sparse.csr_matrix(random.poisson(1.0, (200, 30)))
+    with h5py.File(tmp_path / "cells.h5ad", "w") as file:
+        group = file.create_group("layers/counts")
+        group.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": csr.shape})
+        for name in ("data", "indices", "indptr"):
+            group[name] = getattr(csr, name)
+        file["obs/donor"] = np.array(random.choice(["a", "b"], 200), dtype=h5py.string_dtype())
+    options = ("--data", str(tmp_path / "cells.h5ad"), "--matrix", "layers/counts", "--batch", "donor")
+    printed = run(ROOT / "examples" / "single_cell_counts.py", tmp_path, *options)
+    assert "BackedCounts(200 cells, 30 genes, 2 batches" in printed and "Canonical" not in printed
+    assert (tmp_path / "results" / "single_cell_counts" / "latents.png").exists()

@@ -1,4 +1,4 @@
-r"""Small models with exact evidence, posterior and gradients, and three on real data.
+r"""Small models with exact evidence, posterior and gradients, three on real data, and counts of single cells.
 
 The parameter values are asymmetric on purpose: symmetric ones hide sign errors. Tests, comparison tables and benchmarks
 run over all registered problems and choose by `ProblemTraits`.
@@ -12,9 +12,11 @@ Example:
 
 from .._registry import register
 from ._problem import Problem, ProblemTraits, exact_gradients
+from .counts import CountEncoder, Counts, batch_effects, count_model, simulate_counts
 from .digits import Digits, digits_vae, load_digits_binary
 from .discrete import bernoulli, bernoulli_vector, categorical, discrete_two_level
 from .gaussian import masked, normal_normal, subsampled
+from .h5ad import BackedCounts
 from .hierarchical import local_global, local_global_subsampled, mixed_two_level, two_level
 from .idx import load_idx_binary, read_idx
 from .linear_gaussian import linear_gaussian, linear_gaussian_full
@@ -22,12 +24,17 @@ from .regression import eight_schools, logistic_regression
 from .skewed import skewed, skewed_gamma
 
 __all__ = [
+    "BackedCounts",
+    "CountEncoder",
+    "Counts",
     "Digits",
     "Problem",
     "ProblemTraits",
+    "batch_effects",
     "bernoulli",
     "bernoulli_vector",
     "categorical",
+    "count_model",
     "digits_vae",
     "discrete_two_level",
     "eight_schools",
@@ -43,6 +50,7 @@ __all__ = [
     "mixed_two_level",
     "normal_normal",
     "read_idx",
+    "simulate_counts",
     "skewed",
     "skewed_gamma",
     "subsampled",

@@ -422,7 +422,10 @@ class MonteCarloELBO(ELBO):
         if row is not None and estimator is None and row.why == KEPT:  # an earlier state was loaded
             del self._table[site]
             plan.sites = ()
-        if row is None or estimator is None or row.estimator == estimator:
+        if row is None or estimator is None:
+            return
+        if row.estimator == estimator:
+            self._table[site] = replace(row, why=KEPT)
             return
         self._table[site] = replace(row, estimator=estimator, why=KEPT, cost=self.num_particles)
         record = self.state[PROBE]

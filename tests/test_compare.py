@@ -616,7 +616,7 @@ def test_equal_milliseconds_are_the_most_particles_within_the_time(monkeypatch, 
     clock = lambda row, problem: row.repeats * (1 + row.loss.num_particles / 100)  # noqa: E731
     monkeypatch.setattr("pyro_emvae.compare.cost.time_gradient", clock)
     rows = {"score": "score", "leave_one_out": "leave_one_out", "theirs": Trace_ELBO(num_particles=30)}
-    rows |= {"dear": emvae.MonteCarloELBO(90)} if budget is None else {}
+    rows |= {"dear": emvae.MonteCarloELBO(90, estimator="score")} if budget is None else {}
     options = {"estimators": rows, "num_replicates": 5, "equal": "milliseconds", "budget": budget}
     if particles is None:
         with pytest.raises(emvae.EmvaeError, match=r"'theirs' a cost of 1.15 milliseconds: got 1.3 for 30 particles"):

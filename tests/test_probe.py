@@ -40,7 +40,7 @@ def started() -> MonteCarloELBO:
     return MonteCarloELBO(2, 0, estimator="probe", vectorize_particles=True)
 
 
-STEPS = 900
+STEPS = 2200
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from ._checks import EstimatorError, fail
 from .estimators.base import Estimator, Probed
 from .estimators.partial import has_score_parts
 from .objectives import Objective, Term
+from .parameters import reach
 from .particles import Dependence, Particles, Site, draw, quiet, stack_runs, vectorizable
 from .surrogate import annealed, group, reaches, reduced, reweighted, side_of, total
 
@@ -115,7 +116,7 @@ def check_relaxed(
         where, value = f"the term of {term.site!r} at the value 0.5", term.value.detach()
         if not bool(torch.isfinite(value).all()):
             _refuse(site, estimator, where, "is not finite")
-        if not _computed_from(term.value, leaf):
+        if id(leaf) not in reach([term.value]):
             _refuse(site, estimator, where, "has no derivative (the value is compared, indexes, or is made integer)")
         ones = torch.ones_like(value)
         slope = float((torch.autograd.grad(term.value, leaf, ones, retain_graph=True)[0] * signs).sum())
@@ -135,19 +136,6 @@ def _refuse(site: Site, estimator: Estimator, got: str, what: str, cause: BaseEx
         fix='Use estimator="leave_one_out" or "disarm".',
         cause=cause,
     )
-
-
-def _computed_from(value: Tensor, leaf: Tensor) -> bool:
-    """Return whether a tensor was computed from a leaf by operations with derivatives."""
-    stack, seen = [value.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if getattr(node, "variable", None) is leaf:
-            return True
-        if node is not None and node not in seen:
-            seen.add(node)
-            stack.extend(parent for parent, _ in node.next_functions)
-    return False
 
 
 def _together(pair: Pair, particles: Particles, kept: Mapping, site: Site, values: Tensor, nesting: int) -> Particles:

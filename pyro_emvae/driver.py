@@ -163,6 +163,7 @@ def run(
     on_decrease: str | None = None,
     deterministic: bool = False,
     monotone: bool = False,
+    norms: bool = False,
     evaluate: Callable[[tuple, dict], float] | None = None,
     screen: Callable[[tuple, dict], str] | None = None,
     checkpoint: Any = None,
@@ -193,7 +194,7 @@ def run(
         track: Names of parameters whose constrained value is recorded, the initial one and after each iteration.
         stop: A rule of `convergence`, asked after every iteration, or with `data` after every epoch about its mean;
             None: all iterations are made; ``"auto"``: see `Monitor`.
-        on_decrease, deterministic, monotone: See `Monitor`.
+        on_decrease, deterministic, monotone, norms: See `Monitor`.
         evaluate: Returns minus the objective at the present parameters, at the end of a run without noise.
         screen: Returns what says that the parameters are no maximum, at the end of such a run; "" if nothing does.
         checkpoint: A file for all that the run changes. It is there whole or not at all, so that a run that was
@@ -222,7 +223,7 @@ def run(
     track = [track] if isinstance(track, str) else list(track)
     look = None if screen is None else lambda: screen(*to_device(args, kwargs, device))
     fixed = deterministic and data is None
-    history.monitor = Monitor(engine, stop, on_decrease, fixed, track, monotone=monotone, look=look)
+    history.monitor = Monitor(engine, stop, on_decrease, fixed, track, monotone=monotone, norms=norms, look=look)
     if hasattr(iterate, "state_dict"):
         history.iterate = iterate
     start = keeper.begin(history, lambda: to_device(*first_batch(args, kwargs, data, to_args), device))

@@ -319,7 +319,7 @@ class EM(Inference):
         sliced = isinstance(once, Slices)
         self._refuse("batch_size", sliced and any(unfit.values()))
         fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate, "screen": once.screen}
-        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone}
+        fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone, "norms": True}
         if getattr(self.e_step, "growth", None) is not None:
             self._refuse("data", "data" in options)
         if options.get("validation") is not None:

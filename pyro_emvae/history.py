@@ -91,8 +91,10 @@ class History:
     gradient, before its update of theta; ``objective_kind`` says what it is. Tracked parameters lie along ``iterate``,
     one longer: iterate 0 is the initial value, iterate t the value after t iterations, so that objective and parameter
     of the same number belong together. ``gain`` has the gain of each phase, ``e_gain`` and ``m_gain`` their sums by
-    slot. Of E-steps that draw there are, over the data: ``ess_min`` and ``ess_median``, ``acceptance_min`` and
-    ``acceptance_mean``, ``khat_median`` and ``khat_max``, and ``num_particles``, their draws.
+    slot. ``change`` is the step norm, of that parameter for which it is largest: how far it went in the iteration,
+    unconstrained, over its norm before (over the root of its size, if that is larger); `EM` records it in every run,
+    `SVI` in those with a stopping rule. Of E-steps that draw there are, over the data: ``ess_min`` and ``ess_median``,
+    ``acceptance_min`` and ``acceptance_mean``, ``khat_median`` and ``khat_max``, and ``num_particles``, their draws.
 
     ``monitor``, and ``iterate`` if what iterates has a state of its own, give it to checkpoints by ``state_dict``.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._checks import EmvaeError, StepError, choose, fail, message, nearest
 from .convergence import Deterministic, Verdict
-from .engine import Engine
+from .engine import Engine, largest_change
 
 __all__ = ["Monitor"]
 
@@ -33,6 +33,7 @@ class Monitor:
         fixed: No half-step draws and the data are the same in each iteration, so that the objective has no noise.
         track: Names of parameters whose constrained values are kept.
         monotone: Nor can a half-step lower it.
+        norms: The step norm of each iteration is wanted, whatever the rule: a copy of the parameters each.
         look: Returns what says that the present parameters are on a spike of the likelihood, asked after a decrease:
             rounding lowers the objective where a scale vanishes.
 
@@ -48,6 +49,7 @@ class Monitor:
         track: list[str],
         *,
         monotone: bool = False,
+        norms: bool = False,
         look: Callable[[], str] | None = None,
     ) -> None:
         if on_decrease is not None:
@@ -62,7 +64,7 @@ class Monitor:
                 fix="Write stop=convergence.Deterministic(tol=1e-6), stop=convergence.Windowed(), or stop=None.",
             )
         self.engine, self.stop, self.policy, self.track = engine, stop, on_decrease, track
-        self.fixed, self.rises = fixed, monotone
+        self.fixed, self.rises, self.norms = fixed, monotone, norms
         self.tracked: dict[str, list[np.ndarray]] = {}
         self.objectives: list[float] = []
         self.changes: list[float] = []
@@ -103,6 +105,8 @@ class Monitor:
             return
         leaves = {name: leaf.detach().clone() for name, leaf in self.engine.parameters.leaves().items()}
         self._last.append((leaves, self.engine.steps if self.monotone else {}))
+        if not self.monotone and len(self._last) > 2:
+            self._last.popleft()
 
     def after(self, iteration: int, loss: float, judged: bool = True, annealed: bool = False) -> str | None:
         """Look at an iteration that is over; return the status that ends the run, or None.
@@ -158,7 +162,8 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return what was seen, in plain values, for a checkpoint; a rule with a memory of its own gives it as well."""
         state = {name: getattr(self, name) for name in SEEN}
-        state |= {"verdict": dataclasses.asdict(self.verdict), "last": list(self._last), "flat": list(self._flat)}
+        last = list(self._last)[0 if self.monotone else -1 :]
+        state |= {"verdict": dataclasses.asdict(self.verdict), "last": last, "flat": list(self._flat)}
         return state | ({"rule": self.stop.state_dict()} if hasattr(self.stop, "state_dict") else {})
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -202,7 +207,7 @@ class Monitor:
         """Whether anything is asked of the parameters of each iteration."""
         limit = getattr(self.rule, "max_parameters", math.inf)
         few = sum(leaf.numel() for leaf in self._theta.values()) <= limit
-        return self.monotone or (self.rule is not None and few)
+        return self.norms or self.monotone or (self.rule is not None and few)
 
     @property
     def _theta(self) -> dict[str, Tensor]:
@@ -218,12 +223,8 @@ class Monitor:
         if len(self._last) < 2:
             return math.nan
         (old, _), (new, _) = list(self._last)[-2:]
-        ratios = [
-            (new[name] - leaf).norm() / max(float(leaf.norm()), math.sqrt(leaf.numel()))
-            for name, leaf in old.items()
-            if name in new and leaf.numel()
-        ]
-        return float(torch.stack(ratios).max()) if ratios else 0.0
+        names = [name for name in old if name in new]
+        return largest_change([old[name] for name in names], [new[name] for name in names])
 
     def _judge(self) -> str | None:
         rule = self.rule

@@ -75,6 +75,31 @@ def test_a_run_records_the_diagnostics_of_its_draws(sampler, known):
     assert (history["num_particles"].values == 50).all()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"e_step": steps.MonteCarlo("importance", 20), "m_step": closed_form()},
+        {"e_step": steps.MonteCarlo("hmc", 4, **QUICK), "m_step": steps.Averaged(closed_form())},
+        {"e_step": steps.MonteCarlo("prior", 50), "m_step": steps.Gradient(2)},
+        {},
+        {"backend": "graph"},
+        {"schedule": "joint"},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("loader", [False, True])
+def test_step_norms_are_known_in_every_run(options, loader):
+    """Without a stopping rule, and with batches: the largest relative change of a parameter in each iteration."""
+    em = EM(model, guide, pyro.optim.Adam({"lr": 0.1}), **options)
+    data = {"data": [(X,), (X,)], "num_epochs": 2} if loader and "hmc" not in repr(options) else {"max_iter": 4}
+    fit = em.run(*(() if "data" in data else (X,)), seed=0, stop=None, track=["theta", "phi"], **data)
+    expected = np.zeros(4)
+    for name in ("theta", "phi"):
+        values = fit.history[f"param_{name}"].values if name in fit.params else np.zeros(5)
+        expected = np.maximum(expected, np.abs(np.diff(values)) / np.maximum(1, np.abs(values[:-1])))
+    assert fit.history["change"].values == pytest.approx(expected, rel=1e-6) and (expected > 0).all()
+
+
 def test_exact_steps_have_no_diagnostics():
     em = EM(model, e_step="gaussian", m_step=closed_form())
     history = em.run(X, max_iter=3, stop=None).history

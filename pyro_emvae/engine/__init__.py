@@ -1,6 +1,6 @@
 r"""Runs a step, eager or recorded once as a graph of tensor operations; the only place of private torch names."""
 
-from .gradients import Gradient, gradient
+from .gradients import Gradient, gradient, largest_change
 from .maps import BatchedMap, RecordedMap, record_map
 from .recording import Recording, record
 from .replicates import Replicator
@@ -19,6 +19,7 @@ __all__ = [
     "State",
     "Traced",
     "gradient",
+    "largest_change",
     "record",
     "record_map",
     "trace",

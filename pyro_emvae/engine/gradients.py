@@ -3,7 +3,7 @@ r"""The gradient of a loss, taken eagerly."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from .._checks import EmvaeError, NonFiniteError, fail
 from ..loss import MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
 
-__all__ = ["Gradient", "differentiate", "gradient", "norm_of"]
+__all__ = ["Gradient", "differentiate", "gradient", "largest_change", "norm_of"]
 
 
 class Gradient(NamedTuple):
@@ -147,3 +147,19 @@ def _foreign(model, guide, loss, loss_and_grads, args, kwargs, only, rows) -> Gr
             fix="Use loss=MonteCarloELBO(), which names the first site that is not finite.",
         )
     return Gradient(value, grads, leaves, norm_of(grads), met=tuple(met.values()))
+
+
+def largest_change(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
+    r"""Return $\max_i\|x_i-y_i\|/\max(\|x_i\|,\sqrt{n_i})$ over tensors $x_i$ of $n_i$ elements before and $y_i$ after.
+
+    Example:
+        >>> largest_change([torch.zeros(4), torch.tensor([3.0, 4.0])], [torch.ones(4), torch.tensor([3.0, 3.0])])
+        1.0
+    """
+    pairs = [(x, y) for x, y in zip(old, new, strict=True) if x.numel()]
+    if not pairs:
+        return 0.0
+    before, after = map(list, zip(*pairs, strict=True))
+    norms = (torch._foreach_norm(x) for x in (torch._foreach_sub(after, before), before))
+    steps, sizes = map(torch.stack, norms)
+    return float((steps / torch.maximum(sizes, sizes.new_tensor([math.sqrt(x.numel()) for x in before]))).max())

@@ -31,7 +31,9 @@ __all__ = [
 
 
 class EmvaeError(ValueError):
-    """Base class of the package's errors."""
+    """Base class of the package's errors; ``got`` is what was observed."""
+
+    got: str = ""
 
 
 class EstimatorError(EmvaeError):
@@ -47,7 +49,13 @@ class NonFiniteError(ModelError):
 
 
 class DegenerateError(ModelError):
-    """An update left the inside of a parameter's constraint, such as a variance of zero: no maximum lies there."""
+    """An update left the inside of a parameter's constraint, such as a variance of zero: no maximum lies there.
+
+    ``values`` are what it would have written, by parameter, and ``parameter`` the first that is meant, where known.
+    """
+
+    values: Mapping[str, Any] | None = None
+    parameter: str = ""
 
 
 class BlockError(EmvaeError):
@@ -102,7 +110,9 @@ def fail(
     cause: BaseException | None = None,
 ) -> NoReturn:
     """Raise `error` with the house template, from `cause` if there is one."""
-    raise error(message(obj, act, got, because, fix)) from cause
+    made = error(message(obj, act, got, because, fix))
+    made.got = got
+    raise made from cause
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-r"""Whether a run ended on a spike of the likelihood in place of a maximum."""
+r"""Whether a run ended on a spike of the likelihood in place of a maximum, or an update leads to one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from .parameters import Parameters, Row
+from ._checks import DegenerateError, ModelError, fail
+from .parameters import Parameters, Row, assign
 
-__all__ = ["spike"]
+__all__ = ["check_boundary", "spike"]
 
 NARROW = 3e-2
 RISE = 0.25
@@ -63,6 +64,53 @@ def spike(parameters: Parameters, expected: Callable[[], Tensor]) -> str:
         if rise > RISE:
             return f"scale {ratio:.2g} of the largest in {name!r}, and half of it is better by {rise:.2g} nats"
     return ""
+
+
+def check_boundary(parameters: Parameters, error: DegenerateError, expected: Callable[[], Tensor]) -> None:
+    r"""Raise unless the expected log joint rises, or at least does not fall, on the way to values at a boundary.
+
+    A component on a single datum has a best scale of 0, and so has a rate of zeros alone. A scale of 0 where data vary
+    is no maximum of anything, but a mistake of the update. The way is $\theta'+\epsilon(\theta-\theta')$ from the
+    present $\theta$ to the new values $\theta'$, and its end is looked at, from $\epsilon=u^{0.6}$ to a sixteenth of
+    that, u the rounding unit.
+
+    Args:
+        parameters: At the present values, and again so afterwards.
+        error: What `parameters.assign` raised; without ``values`` nothing is said. Values that are not finite, such
+            as the mean of a component without data, are left at the present ones.
+        expected: Returns the expected log joint at the parameters, the posterior held.
+
+    Raises:
+        ModelError: It falls.
+    """
+    rows = {row.name: row for row in parameters.rows if row.name in (error.values or {})}
+    ends = {name: torch.as_tensor(error.values[name]).detach().to(row.leaf) for name, row in rows.items()}
+    ends = {name: end for name, end in ends.items() if bool(torch.isfinite(end).all())}
+    if not ends:
+        return
+    start = {name: rows[name].leaf.detach().clone() for name in ends}
+    legs = {name: rows[name].value.detach() - end for name, end in ends.items()}
+    unit, found = max(torch.finfo(leaf.dtype).eps for leaf in start.values()), []
+    try:
+        with torch.no_grad():
+            for part in (unit**0.6, unit**0.6 / 16):
+                assign(parameters, {name: end + part * legs[name] for name, end in ends.items()})
+                found.append(float(expected()))
+    finally:
+        with torch.no_grad():
+            for name, leaf in start.items():
+                rows[name].leaf.copy_(leaf)
+    if not found[1] >= found[0] - 100 * unit * max(abs(found[0]), parameters.num_data):
+        fail(
+            ModelError,
+            "EM",
+            f"write parameter {error.parameter!r}",
+            got=error.got,
+            because=f"on the way there the expected log joint falls, at last from {found[0]:.4g} to {found[1]:.4g} "
+            "nats, so that it is no maximum",
+            fix="Let the update return the maximum, inside the constraint.",
+            cause=error,
+        )
 
 
 @torch.no_grad()

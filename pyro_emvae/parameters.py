@@ -557,7 +557,11 @@ def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
                 because="only parameters of model and guide can be written",
                 fix=nearest(name, rows),
             )
-        new[name] = _unconstrain(rows[name], torch.as_tensor(value))
+        try:
+            new[name] = _unconstrain(rows[name], torch.as_tensor(value))
+        except DegenerateError as error:
+            error.values, error.parameter = dict(values), name
+            raise
     with torch.no_grad():
         for name, value in new.items():
             rows[name].leaf.copy_(value)
@@ -576,13 +580,14 @@ def _unconstrain(row: Row, value: Tensor) -> Tensor:
             fix="Guard the update against division by an empty component.",
         )
     if constraint is not None:
-        if not bool(torch.as_tensor(constraint.check(value)).all()):
+        holds = torch.as_tensor(constraint.check(value))
+        if not bool(holds.all()):
             edge = _is_boundary(constraint, value)
             fail(
                 DegenerateError if edge else ModelError,
                 "assign",
                 f"write parameter {name!r}",
-                got=f"a value {'at the boundary of' if edge else 'outside'} {constraint}",
+                got=f"{_first(~holds, value)}, {'at the boundary of' if edge else 'outside'} {constraint}",
                 because="parameters stay inside their constraint",
                 fix="Start elsewhere, or bound the update: a component on a single datum has a variance of zero."
                 if edge
@@ -595,11 +600,18 @@ def _unconstrain(row: Row, value: Tensor) -> Tensor:
             DegenerateError if edge else ModelError,
             "assign",
             f"write parameter {name!r}",
-            got="a value at the constraint's boundary" if edge else f"shape {tuple(value.shape)}",
+            got=f"a value at the boundary of {constraint}" if edge else f"shape {tuple(value.shape)}",
             because=f"the unconstrained parameter has shape {tuple(leaf.shape)} and is finite",
             fix="Return a value of the parameter's shape, strictly inside its constraint.",
         )
     return value
+
+
+def _first(bad: Tensor, value: Tensor) -> str:
+    """Return the first of the values that are bad, and its place."""
+    place = tuple(bad.nonzero()[0].tolist())
+    text = str(value[place].tolist())
+    return (text if len(text) < 80 else text[:77] + "...") + (f" at {list(place)}" if place else "")
 
 
 def _is_boundary(constraint: Any, value: Tensor) -> bool:

@@ -123,7 +123,8 @@ class Slices:
         self.begin(args, kwargs)
         state, info, sums = found or self.expect(args, kwargs)
         self.iteration += 1
-        infos, summed = [info], Summed({id(step): sums.of(id(step)) for step in self.closed})
+        totals = {id(step): sums.of(id(step)) for step in self.closed}
+        infos, summed = [info], Summed(totals, lambda num_particles: self.held(args, kwargs))
         for phase in self.m_phases:
             state, _, info = phase.run(self.engine, state, summed, args, kwargs)
             self.engine.steps = state.steps
@@ -132,14 +133,20 @@ class Slices:
 
     def expect(self, args: tuple, kwargs: Mapping[str, Any]) -> Found:
         """Return what an E-step over all slices finds, their statistics summed up."""
-        calls, state, sums = self.of(args, kwargs), self.engine.state, Sums(judged=not self.iteration)
-        for phase in (self.e_phase, *self.m_phases):
-            state = phase.begin(self.engine, state, *calls[0])
+        calls, sums = self.of(args, kwargs), Sums(judged=not self.iteration)
+        state = self._state(calls[0])
         for place, call in enumerate(calls):
             with self._trusting(place, len(calls)):
                 state, posterior, info = self.e_phase.run(self.engine, state, None, *call)
             sums.add(self._table(-info.loss, posterior, call))
         return state, info._replace(loss=-float(sums.totals[EVIDENCE])), sums
+
+    def _state(self, call: Call) -> State:
+        """Return the engine's state, with half-steps that have none of their own yet begun."""
+        state = self.engine.state
+        for phase in (self.e_phase, *self.m_phases):
+            state = phase.begin(self.engine, state, *call)
+        return state
 
     def _trusting(self, place: int, number: int) -> contextlib.AbstractContextManager:
         """Let an E-step that verifies itself do so on all slices first, then on a quarter of them, in turn."""
@@ -156,17 +163,20 @@ class Slices:
 
     def evaluate(self, args: tuple, kwargs: Mapping[str, Any]) -> float:
         """Return minus the objective after an exact E-step at the present theta."""
-        state = self.engine.state
+        calls = self.of(args, kwargs)
+        state = self._state(calls[0])
         with quiet():
-            return sum(self.e_phase.run(self.engine, state, None, *call)[2].loss for call in self.of(args, kwargs))
+            return sum(self.e_phase.run(self.engine, state, None, *call)[2].loss for call in calls)
 
-    def screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
-        """Return what says that theta is no maximum of the likelihood: `degeneracy.spike`, slice by slice."""
+    def held(self, args: tuple, kwargs: Mapping[str, Any]) -> Callable[[], Tensor]:
+        """Return the expected log joint as a function of the leaves' values, posteriors held at the present ones.
+
+        Slice by slice: each slice's posterior is made again at each call.
+        """
         leaves = [row.leaf for row in self.engine.parameters.rows if row.leaf.requires_grad]
         start = [leaf.detach().clone() for leaf in leaves]
 
         def expected() -> Tensor:
-            """The expected log joint at the leaves' present values, posteriors at those of the start."""
             now, slopes = [leaf.detach().clone() for leaf in leaves], [torch.zeros_like(leaf) for leaf in leaves]
             total = torch.zeros((), dtype=torch.float64)
             for a, k in self.of(args, kwargs):
@@ -181,8 +191,12 @@ class Slices:
             pairs = zip(leaves, slopes, strict=True)
             return total + sum(((leaf - leaf.detach()) * slope).sum() for leaf, slope in pairs)
 
+        return expected
+
+    def screen(self, args: tuple, kwargs: Mapping[str, Any]) -> str:
+        """Return what says that theta is no maximum of the likelihood: `degeneracy.spike`, slice by slice."""
         with quiet():
-            return spike(self.engine.parameters, expected)
+            return spike(self.engine.parameters, self.held(args, kwargs))
 
     def _verify(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
         size = self._checked(args, kwargs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -14,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_emvae import EM, steps
-from pyro_emvae.degeneracy import spike
+from pyro_emvae._checks import DegenerateError, ModelError
+from pyro_emvae.degeneracy import check_boundary, spike
 from pyro_emvae.parameters import Parameters, Row
 
 SCALES = {"full": constraints.lower_cholesky, "diagonal": constraints.positive}
@@ -205,3 +208,70 @@ def test_an_update_that_loses_digits_on_a_spike_is_degenerate(value, floor, opti
     else:
         assert fit.status == "DEGENERATE" and fit.verdict.reason
     assert all(torch.isfinite(value).all() for value in fit.params.values())
+
+
+def one_far_off(change: Callable[[Tensor], Tensor], dtype: torch.dtype, far: bool) -> tuple[EM, Tensor]:
+    """A mixture whose second component is on a single datum, if there is one, and an update that changes the scales."""
+    x = torch.cat([normals(0, 60, 1)[:, 0], torch.full((int(far),), 16.0)]).to(dtype)
+
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
+        loc = pyro.param("loc", x.new_tensor([0.0, 16.0 if far else 0.5]))
+        scale = pyro.param("scale", x.new_tensor([1.0, 100.0 if not far else 0.01]), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+    def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+        r = one_hot(values["z"], 2).to(x)
+        return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
+
+    def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        loc = s["x"] / s["n"]
+        variance = (s["xx"] / s["n"] - loc.square()).clamp_min(0.0)
+        return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": change(variance.sqrt())}
+
+    return EM(model, e_step="enumerated", m_step=steps.ClosedForm(statistics, update)), x
+
+
+sliced = pytest.mark.parametrize("batch_size", [None, 20])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@sliced
+@dtypes
+@pytest.mark.parametrize(
+    ("change", "observed"),
+    [
+        (lambda scale: 0 * scale, r"'scale': got 0\.0 at \[0\], at the boundary of GreaterThan"),
+        (lambda scale: scale * scale.new_tensor([1.0, 0.0]), r"'scale': got 0\.0 at \[1\], at the boundary"),
+        (lambda scale: 0 * scale - 1, r"'scale': got -1\.0 at \[0\], outside GreaterThan"),
+    ],
+)
+def test_an_update_that_leaves_the_constraint_where_data_vary_is_an_error(change, observed, dtype, batch_size):
+    em, x = one_far_off(change, dtype, far=False)
+    with pytest.raises(ModelError, match=observed) as caught:
+        em.run(x, max_iter=3, batch_size=batch_size)
+    assert not isinstance(caught.value, DegenerateError)
+    assert em.blocks.constrained()["scale"].tolist() == pytest.approx([1.0, 100.0], rel=1e-6)
+    assert em.blocks.constrained()["loc"].tolist() == [0.0, 0.5]
+
+
+@sliced
+@dtypes
+def test_a_scale_of_zero_that_is_the_best_is_degenerate(dtype, batch_size):
+    em, x = one_far_off(lambda scale: scale, dtype, far=True)
+    fit = em.run(x, max_iter=3, batch_size=batch_size)
+    assert fit.status == "DEGENERATE" and "'scale': got 0.0 at [1]" in fit.verdict.reason
+    assert fit.params["scale"].tolist() == pytest.approx([1.0, 0.01]) and math.isfinite(fit.objective)
+
+
+def test_a_rate_of_zeros_alone_leads_to_the_boundary_and_that_of_counts_does_not():
+    leaf = torch.tensor(0.0, dtype=torch.float64, requires_grad=True)
+    theta = Parameters((Row("rate", leaf, "model", "", constraints.positive),))
+    error = DegenerateError("at the boundary")
+    error.values, error.got = {"rate": torch.zeros(())}, "0.0"
+    for count, falls in ((0.0, False), (1.0, True)):
+        with pytest.raises(ModelError, match=r"got 0\.0") if falls else contextlib.nullcontext():
+            check_boundary(theta, error, lambda count=count: count * leaf - leaf.exp())
+        assert leaf.item() == 0.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -62,9 +62,13 @@ def total_of(
 
 @dataclass(frozen=True)
 class Summed:
-    """What is left of a posterior that was found slice by slice: for each `ClosedForm`, by its id, its statistics."""
+    """What is left of a posterior that was found slice by slice: for each `ClosedForm`, by its id, its statistics.
+
+    ``held`` is `Posterior.held`.
+    """
 
     totals: Mapping[int, dict[str, Tensor]]
+    held: Callable[[int], Callable[[], Tensor]] = field(repr=False)
 
 
 def latent_of(obj: str, values: Mapping[str, Tensor], name: str) -> Tensor:
@@ -105,8 +109,10 @@ class ClosedForm(HalfStep):
     Raises:
         StepError: `update` names a parameter that is none of the model's, or asks for an argument that the model was
             not given.
-        ModelError: It returns a value of another shape, outside its constraint, or not finite.
-        DegenerateError: It returns a value at the boundary of its constraint, or meets a singular matrix.
+        ModelError: It returns a value of another shape, not finite, or outside its constraint.
+        DegenerateError: It returns a value at the boundary of its constraint, to where the expected log joint rises
+            (`EM` looks: a scale of 0 is the best for a component on one datum, and a mistake where data vary), or
+            meets a singular matrix. `EM.run` then ends with status DEGENERATE.
 
     After an error nothing has changed.
 

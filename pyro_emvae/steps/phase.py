@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from .._checks import BlockError, StepError, fail
+from .._checks import BlockError, DegenerateError, StepError, fail
 from .._registry import create
+from ..degeneracy import check_boundary
 from ..engine import Engine, State
 from ..engine import Gradient as Update
 from ..history import Record
@@ -127,7 +128,12 @@ class Phase:
             if engine.beta is not None and not self.takes_gradients:
                 posterior, info = _tempered(posterior, info, float(engine.beta))
         else:
-            mine, info = self.step.maximise(problem, mine, posterior, *args, **kwargs)
+            try:
+                mine, info = self.step.maximise(problem, mine, posterior, *args, **kwargs)
+            except DegenerateError as error:
+                if hasattr(posterior, "held"):
+                    check_boundary(engine.parameters, error, posterior.held(100))
+                raise
         return replace(mine, steps=steps | {self.key: mine.steps[self.slot]}), posterior, info
 
 

@@ -13,19 +13,21 @@ from .checkpoint import Position
 __all__ = [
     "arguments",
     "batches",
+    "dims_of",
     "first_batch",
     "layout",
     "length",
     "refuse_data",
+    "refuse_dims",
     "refuse_iterators",
     "shapes_of",
     "to_device",
 ]
 
+NOTHING = object()
+
 
 def length(num_iterations: int | None, data: Any, num_epochs: int | None) -> int | None:
-    if num_iterations is not None:
-        positive_int("run", "max_iter or num_steps", num_iterations)
     if data is None:
         if num_iterations is None or num_epochs is not None:
             refuse_data("no number of iterations", "Write run(1000, x), or run(data=loader, num_epochs=10).")
@@ -58,12 +60,12 @@ def batches(
     if args or kwargs:
         refuse_data(f"{len(args)} arguments beside data=", "Pass the data one way: as arguments, or as data=.")
     for epoch in range(start.epoch, num_epochs or 1):
-        waiting = None
+        waiting: Any = NOTHING
         for batch in data:
-            if waiting is not None:
+            if waiting is not NOTHING:
                 yield epoch, False, arguments(waiting, to_args)
             waiting = batch
-        if waiting is None:
+        if waiting is NOTHING:
             if epoch:
                 refuse_data(
                     f"an iterable that was exhausted after {epoch} epochs",
@@ -116,6 +118,25 @@ def layout(args: tuple, kwargs: dict) -> list[str]:
         else f"argument {name} of type {type(x).__name__}"
         for name, x in named
     ]
+
+
+def refuse_dims(args: tuple, kwargs: dict, first: dict[Any, int]) -> None:
+    """Refuse a tensor of other dims than in the first batch: models broadcast it without an error, over other data."""
+    for name, dims in dims_of(args, kwargs).items():
+        if dims != first.get(name, dims):
+            fail(
+                DataError,
+                "run",
+                "iterate on a batch",
+                got=f"argument {name} of {dims} dims after {first[name]}",
+                because="batches may differ in their sizes, and each argument has the same dims in all of them",
+                fix="Let the loader keep dims of size 1 (a squeeze() drops that of a single row), or use to_args=.",
+            )
+
+
+def dims_of(args: tuple, kwargs: dict) -> dict[Any, int]:
+    """Return how many dims each tensor among the arguments has."""
+    return {name: x.dim() for name, x in (*enumerate(args), *kwargs.items()) if isinstance(x, Tensor)}
 
 
 def refuse_data(got: str, fix: str) -> None:

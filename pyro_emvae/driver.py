@@ -17,14 +17,16 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import annealing
-from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int, refuse_missing
+from ._checks import DataError, DegenerateError, EmvaeError, fail, positive_int, refuse_missing, require_data
 from .batches import (
     arguments,
     batches,
+    dims_of,
     first_batch,
     layout,
     length,
     refuse_data,
+    refuse_dims,
     refuse_iterators,
     shapes_of,
     to_device,
@@ -210,12 +212,12 @@ def run(
     Raises:
         EmvaeError: A schedule that does not reach 1 within the run.
         DataError: No data: both or neither of arguments and `data`, an empty loader, or an iterator for what is gone
-            through more than once.
+            through more than once; a batch that is laid out unlike the first one, other than by its number of rows.
         StepError: The objective of exact half-steps went down, and `on_decrease` is ``"raise"``; the parameters are
             those before.
         CheckpointError: `checkpoint` cannot be written, is damaged, or belongs to another model or seed.
     """
-    _check_options(data, callbacks, every)
+    _check_options(data, callbacks, every, seed)
     refuse_iterators(data, num_epochs, validation)
     total = length(num_iterations, data, num_epochs)
     schedule, history = annealing.checked(anneal, total), History()
@@ -278,6 +280,7 @@ class _Loop:
     by_epoch: bool
     shapes: list[str] | None = None
     first: list[str] | None = None
+    dims: dict[Any, int] = field(default_factory=dict)
 
     def go(self, given: Iterable[tuple[int, bool, tuple, dict]], progress_bar: bool | None) -> None:
         """Iterate until the batches or the iterations are over, or something ends the run."""
@@ -330,6 +333,8 @@ class _Loop:
         """Iterate on a batch; return what happened, and the status that ends the run if a rule says so."""
         monitor = self.history.monitor
         self.shapes, self.first = self.shapes or shapes_of(args, kwargs), self.first or layout(args, kwargs)
+        refuse_dims(args, kwargs, self.dims)
+        self.dims = dims_of(args, kwargs) | self.dims
         annealed = _set_factor(self.engine, self.schedule, self.iteration)
         record = _iterated(self.iterate, args, kwargs, self.first)
         if self.schedule is not None:
@@ -383,14 +388,15 @@ def _set_factor(engine: Engine, schedule: annealing.Schedule | None, iteration: 
     return iteration < schedule.ends
 
 
-def _check_options(data: Any, callbacks: Any, every: Any) -> None:
+def _check_options(data: Any, callbacks: Any, every: Any, seed: Any) -> None:
     if isinstance(data, Tensor):
         refuse_data(
             f"one tensor of shape {tuple(data.shape)} as data=",
             "Pass it as an argument, run(1000, x); or batches, data=DataLoader(TensorDataset(x), batch_size=128).",
         )
-    if every is not None:
-        positive_int("run", "every", every)
+    for name, value, minimum in (("every", every, 1), ("seed", seed, 0)):
+        if value is not None:
+            positive_int("run", name, value, minimum)
     wrong = [] if callable(callbacks) else [c for c in _listed(callbacks) if not callable(c)]
     if wrong:
         fail(
@@ -421,6 +427,7 @@ def _validate(engine: Engine, validation: Any, to_args: Any, device: Any) -> flo
         with quiet(seed=0, train=False), torch.no_grad():
             for batch in [validation] if single else validation:
                 a, k = to_device(*arguments(batch, to_args), device)
+                require_data("validation=", a, k)
                 losses.append(float(loss.loss(engine.model, engine.guide, *a, **k)))
     except Exception as error:
         if isinstance(error, ValueError) and not isinstance(error, EmvaeError):

@@ -273,8 +273,9 @@ class EM(Inference):
         r"""Iterate: ``run(x, max_iter=300)`` or ``run(data=loader, num_epochs=20)``.
 
         Args:
-            args: The data. Keyword arguments that are no option of `driver.run` go to model and guide as well.
-            max_iter: Iterations at most; 500 by default on data that are arguments.
+            args: The data, all of them: a number behind them is the model's, if it takes one more argument. Keyword
+                arguments that are no option of `driver.run` go to model and guide as well.
+            max_iter: Iterations at most, by name; 500 by default on data that are arguments.
             stop: A rule of `convergence`, or None to make all iterations. ``"auto"``: `convergence.Deterministic` where
                 no half-step draws and each iteration sees all data; a Monte Carlo E-step's own rule (``growth=``) if it
                 has one; none otherwise, for the values of a stochastic run say little about what is left, and how long
@@ -306,8 +307,9 @@ class EM(Inference):
         """
         if max_iter is None:
             self._refuse_a_number(args)
-        if max_iter is None and "data" not in options:
-            max_iter = 500
+            max_iter = None if "data" in options else 500
+        else:
+            positive_int("EM.run", "max_iter", max_iter)
         if accelerate and (stop == "auto" or isinstance(stop, Deterministic)):
             stop = dataclasses.replace(Deterministic() if stop == "auto" else stop, stride=2)
         unfit = {"data=": "data" in options, "history='full'": history == "full"}

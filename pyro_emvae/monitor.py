@@ -53,7 +53,7 @@ class Monitor:
         look: Callable[[], str] | None = None,
     ) -> None:
         if on_decrease is not None:
-            choose("EM.run", "on_decrease", on_decrease, ("raise", "warn", "revert"))
+            choose("run", "on_decrease", on_decrease, ("raise", "warn", "revert"))
         if stop is not None and stop != "auto" and not hasattr(stop, "judge"):
             fail(
                 EmvaeError,

@@ -13,7 +13,7 @@ import pyro.infer
 from pyro.infer import ELBO
 
 from . import checkpoint, driver, restarts
-from ._checks import EmvaeError, OptimizerError, choose, fail, positive_int
+from ._checks import EmvaeError, OptimizerError, choose, fail, nearest, positive_int
 from .driver import Fit, Record
 from .engine import BACKENDS, POLICIES, Engine
 from .history import kind_of
@@ -194,6 +194,8 @@ class SVI(Inference):
                 `restarts.Initial`. One start has the present values unless `init` is a function.
             options: Those of `driver.run`.
         """
+        if num_steps is not None:
+            positive_int("SVI.run", "num_steps", num_steps)
 
         def run(number: int | None, one: Callable | None = None, **changed: Any) -> Fit:
             fit = run_with(self.engine, one or self._iterate, number, args, options | changed)
@@ -259,23 +261,37 @@ OPTIONS = (
 )
 
 
+MEANT = {
+    "tol": "Write stop=convergence.Deterministic(tol=1e-6).",
+    "num_steps": "Write max_iter=300: EM counts iterations.",
+    "max_iter": "Write run(1000, x): SVI counts steps.",
+    "history": "EM alone looks at its half-steps one by one.",
+    "accelerate": "EM alone has a map to accelerate.",
+    "batch_size": "Pass batches: run(data=DataLoader(TensorDataset(x), batch_size=128), num_epochs=10).",
+    "random_state": "Write seed=0.",
+    "verbose": "Write progress_bar=True.",
+}
+
+
 def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
-    """Refuse a keyword argument that is no parameter of the model but nearly an option of the run."""
+    """Refuse a keyword argument that the model does not take, or that is nearly an option of the run."""
     try:
         known = inspect.signature(model).parameters
     except (TypeError, ValueError):
         return
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name in kwargs:
-        meant = difflib.get_close_matches(name, (*OPTIONS, "max_iter"), 1, 0.8)
-        if name not in known and meant:
-            fail(
-                EmvaeError,
-                "run",
-                f"pass {name!r} to the model",
-                got=f"a model of parameters {list(known)}",
-                because="keyword arguments that are no option go to model and guide",
-                fix=f"Did you mean {meant[0]!r}?",
-            )
+        near = difflib.get_close_matches(name, OPTIONS, 1, 0.8)
+        if name in known or (takes_any and not near):
+            continue
+        fail(
+            EmvaeError,
+            "run",
+            f"pass {name!r} to the model",
+            got=f"a model of parameters {list(known)}",
+            because="keyword arguments that are no option go to model and guide",
+            fix=f"Did you mean {near[0]!r}?" if near else MEANT.get(name, nearest(name, OPTIONS)),
+        )
 
 
 def takes(model: Callable, args: tuple) -> bool:

@@ -418,6 +418,12 @@ RUNS = {
     "callbacks that are none": ({"num": 3, "callbacks": 3}, "got 3"),
     "no step between validations": ({"num": 3, "every": 0}, "got 0"),
     "a near miss of an option": ({"num": 3, "callback": print}, "'callback'.*'callbacks'"),
+    "an option of others": ({"num": 3, "tol": 1e-3}, r"'tol'.*Deterministic\(tol="),
+    "an unknown name": ({"num": 3, "colour": 1}, r"'colour' to the model: got a model of parameters \['x'\]"),
+    "a seed that is none": ({"num": 3, "seed": 0.5}, "got 0.5"),
+    "no step": ({"num": 0}, "got 0"),
+    "no held-out data": ({"num": 3, "validation": X[:0]}, r"`validation=` cannot.*\(0, 2\)"),
+    "an unknown policy": ({"num": 3, "on_decrease": "ignore"}, "'ignore'"),
 }
 
 
@@ -432,6 +438,18 @@ def test_options_of_a_run_that_cannot_be_meant(cls, key):
     with pytest.raises(EmvaeError, match=observed):
         svi.run(*args, max_iter=number, **options) if cls is EM else svi.run(number, *args, **options)
     assert svi.optim.get_state() == {}
+
+
+def test_each_loop_names_its_own_number_of_iterations():
+    user = User()
+    with pytest.raises(EmvaeError, match=r"'num_steps' to the model.*max_iter=300"):
+        EM(user.model, user.guide, adam()).run(X, num_steps=3)
+    with pytest.raises(EmvaeError, match=r"'max_iter' to the model.*run\(1000, x\)"):
+        SVI(user.model, user.guide, adam()).run(3, X, max_iter=3)
+    with pytest.raises(EmvaeError, match=r"`EM.run` cannot use max_iter: got -1"):
+        EM(user.model, user.guide, adam()).run(X, max_iter=-1)
+    with pytest.raises(EmvaeError, match=r"`SVI.run` cannot use num_steps: got -1"):
+        SVI(user.model, user.guide, adam()).run(-1, X)
 
 
 def test_the_argument_order_of_svi_is_refused_by_em():

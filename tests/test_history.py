@@ -213,6 +213,42 @@ def test_a_loader_that_changes_shape_is_named_and_changes_nothing(e_step):
     assert em.run(data=[x, x[:1]], num_epochs=1).num_iterations == 2
 
 
+@pytest.mark.parametrize("cls", [EM, SVI])
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_a_batch_that_models_broadcast_is_named_and_changes_nothing(cls, backend):
+    """A squeeze makes one row of three numbers three rows, which these programs take without an error."""
+    seen: list[dict[str, Tensor]] = []
+    svi = cls(model, guide, pyro.optim.Adam({"lr": 0.1}), backend=backend)
+    rows = torch.randn(4, 3, dtype=torch.float64)
+
+    def squeezed(batch: Tensor) -> tuple[tuple, dict]:
+        return (batch.squeeze(),), {}
+
+    def flat(x: Tensor) -> None:
+        model(x.flatten())
+
+    svi.model = svi.engine.model = flat
+    svi.guide = svi.engine.guide = lambda x: guide(x.flatten())
+    number = {"max_iter": 4} if cls is EM else {"num_steps": 4}
+    with pytest.raises(DataError, match="argument 0 of 1 dims after 2"):
+        svi.run(
+            **number,
+            data=[rows, rows, rows, rows[:1]],
+            to_args=squeezed,
+            callbacks=lambda progress: seen.append(svi.blocks.constrained()),
+        )
+    assert len(seen) == 3
+    assert all(torch.equal(value, seen[-1][name]) for name, value in svi.blocks.constrained().items())
+
+
+def test_a_batch_of_nothing_is_passed_on_as_it_is():
+    """None is a batch: whether the model can take it is for the model to say."""
+    svi = SVI(
+        lambda x: model(X if x is None else x), lambda x: guide(X if x is None else x), pyro.optim.Adam({"lr": 1})
+    )
+    assert svi.run(data=[X, None, X, None]).num_iterations == 4
+
+
 def test_a_loader_that_is_exhausted_is_named():
     problem = problems.linear_gaussian()
     em = EM(problem.model, problem.guide, pyro.optim.Adam({"lr": 0.1}))

@@ -61,6 +61,7 @@ class Traits:
         deterministic: For a half-step, it draws nothing, and does the same if given the same. Exact ones do.
         monotone: For a half-step, it never lowers the objective: an E-step the bound that it reports, an M-step the
             expected log joint under the posterior that it is given. Exact ones are.
+        tempers: For an E-step, it heeds the factor of an annealed run itself: its posterior has that power.
     """
 
     unbiased: bool = True
@@ -87,6 +88,7 @@ class Traits:
     exact: bool = False
     deterministic: bool = False
     monotone: bool = False
+    tempers: bool = False
 
 
 @dataclass(frozen=True)

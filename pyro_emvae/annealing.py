@@ -4,7 +4,8 @@ A schedule gives a factor $\beta_t\in[0,1]$ per iteration, which has to be 1 bef
 
 * Gradient steps of a guide climb $E_q[\log p_\theta(x|z)]+\beta_t\,E_q[\log p_\theta(z)-\log q_\phi(z)]$: the terms of
   all latents are scaled, in model *and* guide, so that at each $\beta$ it is a bound (Sonderby et al. 2016).
-* An exact E-step takes $q(z)\propto p_\theta(x,z)^{\beta_t}$: deterministic annealing (Ueda and Nakano 1998).
+* An exact E-step takes $q(z)\propto p_\theta(x,z)^{\beta_t}$: deterministic annealing (Ueda and Nakano 1998). One that
+  draws draws from it.
 """
 
 from __future__ import annotations

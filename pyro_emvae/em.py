@@ -327,7 +327,8 @@ class EM(Inference):
         if options.get("validation") is not None:
             self._check_validation()
         if options.get("anneal") is not None:
-            self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1})
+            grows = getattr(self.e_step, "growth", None) is not None
+            self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1, "growth": grows})
         iterate = self._iterations(accelerate, history, once, functools.partial(once.begin, *call), "data" in options)
 
         def run(number: int | None, one: Callable | None = None, **changed: Any) -> Fit:
@@ -397,7 +398,7 @@ class EM(Inference):
                     "anneal",
                     got=f"anneal= with {name}",
                     because="the factor changes the objective of each iteration, and what takes it has to know",
-                    fix="Leave one of the two out, or use steps.Enumerated(), steps.Gaussian() or steps.Gradient().",
+                    fix="Leave one of the two out, or use steps.Enumerated(), Gaussian(), MonteCarlo() or Gradient().",
                 )
 
     def _check_validation(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -19,8 +20,11 @@ from torch import Tensor
 from pyro_emvae import EM, SVI, MonteCarloELBO, annealing, problems, steps
 from pyro_emvae._checks import EmvaeError, StepError
 from pyro_emvae.annealing import Cyclic, Geometric, Linear
-from pyro_emvae.convergence import Deterministic, Windowed
+from pyro_emvae.convergence import Ascent, Deterministic, Windowed
 from pyro_emvae.engine import gradient
+from pyro_emvae.steps.samplers.gibbs import _conditional
+from pyro_emvae.steps.samplers.hmc import Coordinates
+from pyro_emvae.testing import assert_mean
 
 X = torch.tensor([-2.1, -1.8, -1.2, -2.5, -0.9, 0.4, 1.9, 2.3, 1.1, 2.6], dtype=torch.float64)
 LOC = torch.tensor([-0.5, 1.0], dtype=torch.float64)
@@ -230,7 +234,14 @@ def test_a_run_that_anneals_ends_at_the_maximum():
     assert fit.status == plain.status == "CONVERGED" and fit.objective == pytest.approx(plain.objective, abs=1e-4)
 
 
-@pytest.mark.parametrize("make", [exact, lambda: by_guide(EM), lambda: by_guide(SVI)], ids=["exact", "em", "svi"])
+def by_draws() -> EM:
+    return EM(mixture, e_step=steps.MonteCarlo("gibbs", 20, num_warmup=2), m_step=closed_form())
+
+
+RESUMED = {"exact": exact, "em": lambda: by_guide(EM), "svi": lambda: by_guide(SVI), "draws": by_draws}
+
+
+@pytest.mark.parametrize("make", RESUMED.values(), ids=RESUMED)
 def test_a_run_goes_on_where_its_schedule_was(tmp_path, make):
     def run(total: int, **options: Any) -> Any:
         pyro.clear_param_store()
@@ -263,6 +274,90 @@ def test_with_a_loader_iterations_are_batches():
         svi.run(data=[problem.args] * 3, num_epochs=2, anneal=Linear(6))
     with pytest.raises(EmvaeError, match="unknown number"):
         svi.run(data=iter([problem.args] * 3), anneal=Linear(1))
+
+
+# Draws --------------------------------------------------------------------------------------------------------------
+
+
+def rates(x: Tensor) -> None:
+    scale = pyro.param("scale", torch.tensor(1.5, dtype=x.dtype), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        rate = pyro.sample("rate", dist.Gamma(x.new_tensor(2.0), 1 / scale))
+        pyro.sample("x", dist.Poisson(rate), obs=x)
+
+
+COUNTS = torch.tensor([0.0, 3.0, 1.0, 5.0], dtype=torch.float64)
+PRIOR = dist.Gamma(torch.tensor(2.0, dtype=torch.float64), torch.tensor(1 / 1.5, dtype=torch.float64))
+
+
+def tempered(e_step: steps.MonteCarlo, model: Any, x: Tensor, beta: float, *guide: Any) -> tuple[Any, Any]:
+    """Return posterior and info of an E-step in a run with a factor."""
+    em = EM(model, *guide, e_step=e_step, m_step="lbfgs")
+    em._prepare((x,), {})
+    em.engine.beta = torch.tensor(beta, dtype=torch.float64)
+    state = em._initial(em.engine.state, (x,), {})
+    return em._e_phase.run(em.engine, state, None, (x,), {})[1:]
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_chains_move_by_the_power_of_the_joint_density_and_the_whole_jacobian(beta):
+    step = steps.MonteCarlo("hmc")
+    target = dataclasses.replace(step.look(rates, (COUNTS,), {}, None), beta=beta)
+    u = torch.linspace(-1.0, 1.5, 12, dtype=torch.float64).reshape(3, 4, 1)
+    z = u.squeeze(-1).exp()
+    log_p = PRIOR.log_prob(z) + dist.Poisson(z).log_prob(COUNTS)
+    torch.testing.assert_close(Coordinates(target).log_density(u), beta * log_p + u.squeeze(-1), rtol=1e-10, atol=1e-10)
+    target = dataclasses.replace(steps.MonteCarlo("gibbs").look(mixture, (X,), {}, None), beta=beta)
+    log_p = torch.tensor([0.6, 0.4]).double().log()[:, None] + dist.Normal(LOC[:, None], 1.0).log_prob(X)
+    found = _conditional(target, {"z": torch.arange(2)[:, None].expand(2, 10)}, "z", 1)
+    torch.testing.assert_close(found, beta * log_p, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.2, 1.0])
+def test_weights_of_draws_to_a_power_by_hand(beta):
+    """The objective is the bound of the tempered posterior, estimated; with many draws it is that of the exact one."""
+    a, b = beta * (1.0 + COUNTS) + 1, torch.full_like(COUNTS, beta * (1.0 + 1 / 1.5))
+    exact, proposal = dist.Gamma(a, b), dist.Gamma(a, 0.8 * b)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("rate", proposal)
+
+    posterior, info = tempered(steps.MonteCarlo("importance", 20_000), rates, COUNTS, beta, guide)
+    z = posterior.draws.values["rate"]
+    log_p = PRIOR.log_prob(z) + dist.Poisson(z).log_prob(COUNTS)
+    log_w = beta * log_p - proposal.log_prob(z)
+    w = torch.softmax(log_w, 0)
+    torch.testing.assert_close(posterior.draws.weights, w, rtol=1e-10, atol=1e-12)
+    expected = (1 - beta) * (w * log_p).sum(0) + log_w.logsumexp(0) - math.log(len(z))
+    assert -info.loss == pytest.approx(float(expected.sum()), rel=1e-10)
+    mean_log, mean = torch.digamma(a) - b.log(), a / b
+    joint = (1.0 + COUNTS) * mean_log - mean * (1.0 + 1 / 1.5) - 2 * math.log(1.5) - torch.lgamma(COUNTS + 1)
+    assert -info.loss == pytest.approx(float((joint + exact.entropy()).sum()), abs=0.05)
+
+
+def test_draws_from_a_power_of_a_gaussian_are_as_much_wider():
+    def normal(x: Tensor) -> None:
+        pyro.param("theta", torch.tensor(0.0, dtype=x.dtype))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0)), 1.0), obs=x)
+
+    step = steps.MonteCarlo("hmc", 4000, num_leapfrog=5, num_moves=5, num_warmup=30)
+    posterior, info = tempered(step, normal, X[:2], 0.25)
+    squares = (posterior.draws.values["z"] - X[:2] / 2).square()
+    assert_mean(squares, torch.full((2,), 0.5 / 0.25, dtype=torch.float64), detect=0.5)
+    assert info.kind == "Q"
+
+
+def test_an_annealed_run_by_draws_records_its_factors_and_ends_where_it_should():
+    em = EM(mixture, e_step=steps.MonteCarlo("gibbs", 200), m_step=closed_form())
+    fit = em.run(X, max_iter=25, seed=0, anneal=Geometric(10, start=0.3))
+    plain = exact()
+    assert fit.history["anneal"].values.tolist() == [Geometric(10, start=0.3).factor(t) for t in range(25)]
+    assert em.engine.beta is None
+    pyro.clear_param_store()
+    best = plain.run(X, max_iter=500)
+    torch.testing.assert_close(fit.params["loc"], best.params["loc"], atol=0.2, rtol=0)
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
@@ -316,12 +411,16 @@ def test_schedules_end_when_they_say(schedule):
 def test_what_cannot_be_annealed_is_refused():
     with pytest.raises(StepError, match="factor of 0"):
         exact().run(X, max_iter=10, anneal=Linear(3))
-    for e_step in ("laplace", steps.MonteCarlo("prior")):
-        problem = problems.linear_gaussian()
+    problem = problems.linear_gaussian()
+    pyro.clear_param_store()
+    em = EM(problem.model, e_step="laplace", m_step="lbfgs")
+    with pytest.raises(StepError, match=r"be annealed with the factor 0\.1"):
+        em.run(*problem.args, max_iter=10, anneal=Geometric(3))
+    for options, observed in (({}, "factor of 0"), ({"growth": Ascent()}, "growth")):
         pyro.clear_param_store()
-        em = EM(problem.model, e_step=e_step, m_step="lbfgs")
-        with pytest.raises(StepError, match=r"be annealed with the factor 0\.1"):
-            em.run(*problem.args, max_iter=10, anneal=Geometric(3))
+        em = EM(mixture, e_step=steps.MonteCarlo("gibbs", **options), m_step=closed_form())
+        with pytest.raises(StepError, match=observed):
+            em.run(X, max_iter=10, anneal=Linear(3))
     for options in ({"accelerate": "squarem"}, {"n_init": 2}):
         with pytest.raises(StepError, match=next(iter(options))):
             exact().run(X, max_iter=10, anneal=Geometric(3), **options)

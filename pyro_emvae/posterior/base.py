@@ -241,7 +241,7 @@ class Posterior(ABC):
             f"be annealed with the factor {beta:.4g}",
             got=f"a posterior of kind {self.kind!r}",
             because="its power is not known",
-            fix="Anneal with steps.Enumerated(), steps.Gaussian() or steps.Gradient(), or leave anneal= out.",
+            fix="Anneal with steps.Enumerated(), Gaussian(), MonteCarlo() or Gradient(), or leave anneal= out.",
         )
 
     def particles(self, num_particles: int) -> Particles:

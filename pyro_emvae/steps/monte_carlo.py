@@ -56,6 +56,8 @@ class MonteCarlo(HalfStep):
     `infer`, that is `EM.posterior` and the guide of an EM without one, starts fresh chains from a fixed seed: theta and
     data determine the draws. They are kept until one of both changes.
 
+    In an annealed run the draws are from $q_\beta\propto p_\theta(x,z)^\beta$.
+
     Objective: with weights, the lower bound of importance sampling (its estimate is ``-Info.loss``). Chains have none:
     what is recorded is $Q=E[\log p_\theta(x,z)]$, labelled so (``objective_kind``), and the ELBO is NaN.
 
@@ -72,7 +74,7 @@ class MonteCarlo(HalfStep):
         MonteCarlo(HMC(num_leapfrog=10, num_moves=1, num_warmup=50, target_acceptance=0.8), num_particles=5)
     """
 
-    traits: ClassVar[Traits] = Traits(slots=("E",), needs_guide=True)
+    traits: ClassVar[Traits] = Traits(slots=("E",), needs_guide=True, tempers=True)
 
     def __init__(
         self,
@@ -85,7 +87,8 @@ class MonteCarlo(HalfStep):
         count = self.sampler.num_particles if num_particles is None else num_particles
         self.growth = _growth(growth)
         self.num_particles = positive_int("steps.MonteCarlo", "num_particles", count, 1 if growth is None else 2)
-        self.traits = Traits(slots=("E",), latents=self.sampler.latents, needs_guide=self.sampler.needs_guide)
+        needs = {"latents": self.sampler.latents, "needs_guide": self.sampler.needs_guide}
+        self.traits = dataclasses.replace(type(self).traits, **needs)
         self._known: dict[Callable, Facts] = {}
         self._memo: tuple[Any, ...] | None = None
 
@@ -101,6 +104,8 @@ class MonteCarlo(HalfStep):
     def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
         own = state.steps.get("E", {})
         target = self.look(problem.model, args, kwargs, problem.guide)
+        if problem.beta is not None:
+            target = dataclasses.replace(target, beta=float(problem.beta))
         count, groups = int(own["size"]) if "size" in own else self.num_particles, None
         with _evaluation():
             if not self.sampler.persistent:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._checks import BlockError, DegenerateError, StepError, fail
 from .._registry import create
@@ -124,8 +125,9 @@ class Phase:
         problem, steps = self.view(engine), state.steps
         mine = state if self.key == self.slot else state.with_own(self.slot, steps[self.key])
         if self.slot == "E":
+            _check_factor(self, engine.beta)
             mine, posterior, info = self.step.expect(problem, mine, *args, **kwargs)
-            if engine.beta is not None and not self.takes_gradients:
+            if engine.beta is not None and not (self.takes_gradients or self.step.traits.tempers):
                 posterior, info = _tempered(posterior, info, float(engine.beta))
         else:
             try:
@@ -137,19 +139,23 @@ class Phase:
         return replace(mine, steps=steps | {self.key: mine.steps[self.slot]}), posterior, info
 
 
-def _tempered(posterior: Posterior, info: Info, beta: float) -> tuple[Posterior, Info]:
-    """Return a posterior to the power of beta, and the objective, which has no such power."""
-    if beta == 1.0:
-        return posterior, info
-    if beta == 0.0:
+def _check_factor(phase: Phase, beta: Tensor | None) -> None:
+    """Refuse the power 0 of a posterior; gradient steps climb an objective with the factor 0 all the same."""
+    if beta is not None and not phase.takes_gradients and float(beta) == 0.0:
         fail(
             StepError,
             "run",
-            f"anneal the posterior of kind {posterior.kind!r}",
+            f"anneal the posterior of {phase.step!r}",
             got="a factor of 0",
             because="the power 0 is no distribution, or one that forgets the data",
             fix="Write annealing.Geometric(100), or annealing.Linear(100, start=0.1).",
         )
+
+
+def _tempered(posterior: Posterior, info: Info, beta: float) -> tuple[Posterior, Info]:
+    """Return a posterior to the power of beta, and the objective, which has no such power."""
+    if beta == 1.0:
+        return posterior, info
     posterior = posterior.tempered(beta)
     with torch.no_grad(), keep_buffers():
         objective = float(posterior.expected_log_joint(1)) + posterior.entropy

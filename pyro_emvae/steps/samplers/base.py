@@ -66,6 +66,7 @@ class Target:
         batch: Indices of subsampled plates, by name.
         guide: The user's guide, or None.
         params: Unconstrained leaves that the run met.
+        beta: The factor of an annealed run: what is drawn from is the posterior to this power.
     """
 
     model: Callable
@@ -77,6 +78,7 @@ class Target:
     batch: dict[str, Tensor]
     guide: Callable | None = None
     params: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    beta: float = 1.0
 
     @property
     def nesting(self) -> int:
@@ -143,14 +145,21 @@ class Target:
     # Log densities --------------------------------------------------------------------------------------------------
 
     def log_joint(self, values: Values) -> Tensor:
-        r"""Return $\log p_\theta(x_n,z_{sn})$ per unit up to a constant, without the batch's scale: ``(S, units)``."""
+        r"""Return $\beta\log p_\theta(x_n,z_{sn})$ per unit up to a constant, without the batch's scale.
+
+        Shape: ``(S, units)``.
+        """
         rows = []
         for particles in self.replay(values):
             terms = [
                 self.reduce(self.spelled(particles, site)) for site in particles.model.values() if self.is_inside(site)
             ]
             rows.append(torch.stack([term.expand(particles.num_particles, -1) for term in terms]).sum(0))
-        return torch.cat(rows)
+        return self.tempered(torch.cat(rows))
+
+    def tempered(self, log_p: Tensor) -> Tensor:
+        """Return a log density times the factor of an annealed run."""
+        return log_p if self.beta == 1.0 else self.beta * log_p
 
     def is_inside(self, site: Site) -> bool:
         """Whether a site lies in the units' plates."""

@@ -123,7 +123,7 @@ def _draw_site(target: Target, values: Values, name: str) -> Tensor:
 
 
 def _conditional(target: Target, values: Values, name: str, chains: int) -> Tensor:
-    r"""Return $\log p(x,z)$ up to a constant, per element of a site in its plates: ``(particles, *plates)``."""
+    r"""Return $\beta\log p(x,z)$ up to a constant, per element of a site in its plates: ``(particles, *plates)``."""
     frames = {f.name for f in target.frames(name)}
     keep = {target.nesting + 1 + frame.dim for frame in target.frames(name)}
     shape = [len(values[name]), *values[name].shape[1 : 1 + target.nesting]]
@@ -141,7 +141,7 @@ def _conditional(target: Target, values: Values, name: str, chains: int) -> Tens
         rows.append(total.expand(particles.num_particles, *shape[1:]))
     for other, terms in outside.items():
         _check_outside(torch.cat(terms), chains, name, other)
-    return torch.cat(rows)
+    return target.tempered(torch.cat(rows))
 
 
 def _check_outside(term: Tensor, chains: int, name: str, other: str) -> None:

@@ -87,7 +87,9 @@ def weighted(target: Target, guide: Callable, num_particles: int) -> Draws:
     r"""Draw from a guide, and weigh.
 
     The estimate of the evidence is $\log\hat p(x)=c+\frac NB\sum_n\log\frac1S\sum_sw_{sn}$, with c the terms outside
-    the units' plates; its expectation is a lower bound of log p(x).
+    the units' plates; its expectation is a lower bound of log p(x). In an annealed run draws are weighted by
+    $w_{sn}=p_\theta(x_n,z_{sn})^\beta/q$, and what is estimated is the bound of $q_\beta\propto p^\beta$, which is
+    $E_{q_\beta}[\log p]+H(q_\beta)=(1-\beta)E_{q_\beta}[\log p]+\log\int p^\beta$ per datum.
 
     Raises:
         NonFiniteError: A log weight is NaN or +inf, or all weights of a datum are zero.
@@ -97,13 +99,15 @@ def weighted(target: Target, guide: Callable, num_particles: int) -> Draws:
     check_match(particles)
     log_p, constant = per_unit(target, particles, "model")
     log_q, outside = per_unit(target, particles, "guide")
-    log_weights = log_p - log_q
+    log_weights = target.tempered(log_p) - log_q
     check_weights(log_weights, particles)
     total = log_weights.logsumexp(0)
+    power = total - math.log(num_particles)
     normalized = log_weights - total
     weights = normalized.exp()
     mean = torch.where(weights > 0, weights * log_p, 0.0).sum(0)
-    evidence = float(constant - outside + target.scale * (total - math.log(num_particles)).sum())
+    objective = power if target.beta == 1.0 else power + (1.0 - target.beta) * mean
+    evidence = float(constant - outside + target.scale * objective.sum())
     khat = math.nan
     if tail_size(num_particles) >= MIN_TAIL:
         khat = psis(log_weights, dim=0).khat.reshape(target.sizes)

@@ -705,7 +705,7 @@ def test_dreg_by_a_detached_distribution_is_caught_in_a_two_level_guide(objectiv
     problem = chain()
     right = mean_by_quadrature(problem, "pathwise", 2, objective, 12)
     detached = dataclasses.replace(problem, guide=DetachedDistributions()(problem.guide))
-    with pytest.raises(AssertionError, match="^loc: "):
+    with pytest.raises(AssertionError, match=r"^loc: "):
         assert_gradients(mean_by_quadrature(detached, "dreg", 2, objective, 12), right, 1e-3)
     assert_gradients(mean_by_quadrature(problem, "dreg", 2, objective, 12), right, 1e-6)
 

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from test_estimators import TRUE, bernoulli_toy, moments
+from test_estimators import bernoulli_toy, moments
 from torch.distributions import constraints
 
 from pyro_emvae import MonteCarloELBO
@@ -193,25 +193,6 @@ def test_saturated_logits_have_finite_weights(rows, dtype):
         torch.manual_seed(0)
         drawn = dirichlet(logits.expand(rows, -1))
     assert drawn.dtype == dtype and not drawn[:, :2].any() and drawn[:, -2:].all()
-
-
-VARIANCES = {
-    ("arm", 2): (8.33333e-8, 1.4199e-7, 3.54976e-4),
-    ("disarm", 2): (0.0, 1.40861e-7, 3.52153e-4),
-    ("arms", 2): (0.0, 1.40861e-7, 3.52153e-4),
-}
-
-
-@pytest.mark.parametrize(
-    ("estimator", "num_particles", "where", "variance"),
-    [(*row, where, v) for row, values in VARIANCES.items() for where, v in zip(TRUE, values, strict=True)],
-)
-def test_exact_variance_of_the_toy_of_the_relax_paper(estimator, num_particles, where, variance):
-    replay = Replay(bernoulli_toy(*where), estimator, num_particles)
-    gauss = tensor([[0.5 - 12**-0.5], [0.5 + 12**-0.5]]) if replay.continuous() == (0, 1) else None
-    mean, found = moments(replay, gauss, None if gauss is None else tensor([0.5, 0.5]))
-    assert mean == pytest.approx(TRUE[where], rel=1e-5)
-    assert found == pytest.approx(variance, rel=1e-5, abs=1e-20)
 
 
 def test_arm_given_the_draws_is_disarm():

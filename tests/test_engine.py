@@ -125,6 +125,28 @@ def test_graph_equals_eager_on_every_problem_and_estimator(name, estimator, part
     assert_graph_equals_eager(problem.model, problem.guide, problem.args, estimator=estimator, num_particles=particles)
 
 
+ONE_HOT = ["score", "measure_valued", "unordered_set", "rao_blackwell_topk", "straight_through", "gumbel_rao"]
+
+
+@pytest.mark.parametrize("estimator", ONE_HOT)
+def test_one_hot_draws_are_recorded(estimator):
+    """Torch asks whether the indices of such a draw are below their number, which is known."""
+    x = torch.tensor([0.3, -1.2, 2.1])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 3, subsample_size=2) as index:
+            z = pyro.sample("z", dist.OneHotCategorical(logits=torch.tensor([0.3, -0.2, 0.1])))
+            pyro.sample("x", dist.Normal((z * torch.tensor([-1.0, 0.5, 2.0])).sum(-1), 0.8), obs=x[index])
+
+    def guide(x: Tensor) -> None:
+        logits = pyro.param("logits", lambda: torch.linspace(-1, 1, 9).reshape(3, 3))
+        with pyro.plate("data", 3, subsample_size=2) as index:
+            pyro.sample("z", dist.OneHotCategorical(logits=logits[index]))
+
+    with pyro.validation_enabled(False):  # which adds up the paths through a one-hot density in another order
+        assert_graph_equals_eager(model, guide, (x,), estimator={"z": estimator}, num_particles=2)
+
+
 def classes() -> list:
     return [pytest.param(cls, id=cls.__name__) for cls in (SVI, EM)]
 

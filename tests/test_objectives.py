@@ -23,7 +23,7 @@ from torch.distributions import constraints
 from pyro_emvae import EM, SVI, EmvaeError, MonteCarloELBO, compare_gradients, problems, steps
 from pyro_emvae._registry import Traits
 from pyro_emvae.estimators import OVIS, VIMCO, MultiSampleScore, ScoreFunction
-from pyro_emvae.estimators.vimco import _direct
+from pyro_emvae.estimators.vimco import direct
 from pyro_emvae.objectives import IWAE, Chi2, MultiSample, Renyi
 from pyro_emvae.particles import quiet
 from pyro_emvae.problems import Problem
@@ -375,22 +375,28 @@ def test_dreg_in_a_two_level_guide(objective, mapping):
     assert max(float(right[n].abs().max()) for n in problem.guide_params) > 1e-2
 
 
-def number_under_a_number() -> Problem:
-    """A normal number after a global one, both near their posterior; one datum in a plate."""
+def number_under_a_number(scale: float = 1.0, mask: bool = True) -> Problem:
+    """A normal number after a global one, both near their posterior; one datum in a plate.
+
+    Args:
+        scale: Of all of model and guide.
+        mask: Whether the density of the local number counts.
+    """
     theta = {"sigma": 1.3}
     phi = {"above": 0.2, "scale_above": 0.5, "loc": 0.1, "slope": 0.4, "scale": 0.6}
 
     def model(x):
         g = pyro.sample("g", dist.Normal(tensor(0.0), 1.0))
         with pyro.plate("data", 1, dim=-1):
-            z = pyro.sample("z", dist.Normal(g, 1.0))
+            z = pyro.sample("z", dist.Normal(g, 1.0).mask(mask))
             pyro.sample("x", dist.Normal(z, param(theta, "sigma")), obs=x)
 
     def guide(x):
         g = pyro.sample("g", dist.Normal(param(phi, "above"), param(phi, "scale_above")))
         with pyro.plate("data", 1, dim=-1):
-            pyro.sample("z", dist.Normal(param(phi, "loc") + param(phi, "slope") * g, param(phi, "scale")))
+            pyro.sample("z", dist.Normal(param(phi, "loc") + param(phi, "slope") * g, param(phi, "scale")).mask(mask))
 
+    model, guide = (pyro.poutine.scale(f, scale) for f in (model, guide))
     return make("number_under_a_number", model, guide, theta, phi, (X[:1],), 1)
 
 
@@ -400,6 +406,19 @@ def test_dreg_under_a_global_draw(estimator):
     problem, objective = number_under_a_number(), IWAE(2)
     right = mean_by_quadrature(problem, "pathwise", 2, objective, 14)
     assert_gradients(mean_by_quadrature(problem, estimator, 2, objective, 14), right, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("counts", "objective"),
+    [({"scale": 0.4}, IWAE()), ({"scale": 0.4}, Chi2()), ({"scale": 0.4}, Renyi(0.4)), ({"mask": False}, Renyi(0.4))],
+    ids=str,
+)
+def test_dreg_where_log_q_does_not_count_whole(counts, objective):
+    """A scale of the user's, or a mask of the latent alone: the direct score is in the weights in part, or not."""
+    problem = number_under_a_number(**counts)
+    right = mean_by_quadrature(problem, "pathwise", 2, objective, 14)
+    for estimator in ("dreg", {"z": "dreg", "g": "pathwise"}):
+        assert_gradients(mean_by_quadrature(problem, estimator, 2, objective, 14), right, 1e-6)
 
 
 def by_transform(positive: bool) -> Problem:
@@ -546,6 +565,8 @@ def test_the_choice_of_vimco_or_ovis_is_lagged_and_can_change():
         (bits(2), "ovis", IWAE(), 2),
         (bits_under_a_bit(1), "vimco", IWAE(2), 4),
         (bits_under_a_bit(1), "score", IWAE(2), 2),
+        (bits_under_a_bit(1), "multi_sample_score", IWAE(2), 4),
+        (bits_under_a_bit(1), "neural_baseline", IWAE(2), 2),
     ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
@@ -611,7 +632,7 @@ class InfinitelyMany(ScoreFunction):
     traits: ClassVar[Traits] = Traits(objectives=("multi_sample",))
 
     def advantage(self, site, signal, rows, state):
-        return _direct(site.bound) / site.bound.objective.power
+        return direct(site.bound) / site.bound.objective.power
 
 
 @dataclass(frozen=True)
@@ -621,7 +642,7 @@ class GammaOne(ScoreFunction):
     traits: ClassVar[Traits] = OVIS.traits
 
     def advantage(self, site, signal, rows, state):
-        return OVIS().advantage(site, signal, rows, state) + _direct(site.bound)
+        return OVIS().advantage(site, signal, rows, state) + direct(site.bound)
 
 
 @dataclass(frozen=True)
@@ -663,6 +684,30 @@ def test_a_planted_defect_is_caught(planted):
     with pytest.raises(AssertionError, match=f"^{name}: "):
         check(estimator, objective, h)
     check("dreg" if check is check_switched else "score", IWAE(), iwae)
+
+
+class DetachedNormal(dist.Normal):
+    """Its density holds its parameters, as in the usual recipe for sticking the landing and its doubly sibling."""
+
+    def log_prob(self, value):
+        return dist.Normal(self.loc.detach(), self.scale.detach()).log_prob(value)
+
+
+class DetachedDistributions(pyro.poutine.messenger.Messenger):
+    def _pyro_sample(self, msg):
+        if not msg["is_observed"]:
+            msg["fn"] = DetachedNormal(msg["fn"].loc, msg["fn"].scale)
+
+
+@pytest.mark.parametrize("objective", [IWAE(), Renyi(0.4)], ids=lambda o: o.name)
+def test_dreg_by_a_detached_distribution_is_caught_in_a_two_level_guide(objective):
+    """The first draw's path through the second's density is lost."""
+    problem = chain()
+    right = mean_by_quadrature(problem, "pathwise", 2, objective, 12)
+    detached = dataclasses.replace(problem, guide=DetachedDistributions()(problem.guide))
+    with pytest.raises(AssertionError, match=r"^loc: "):
+        assert_gradients(mean_by_quadrature(detached, "dreg", 2, objective, 12), right, 1e-3)
+    assert_gradients(mean_by_quadrature(problem, "dreg", 2, objective, 12), right, 1e-6)
 
 
 # Errors -------------------------------------------------------------------------------------------------------------

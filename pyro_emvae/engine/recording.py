@@ -195,8 +195,9 @@ def _refuse_replaced(buffer: str | None) -> None:
 class _Recordable(TorchFunctionMode):
     """Let be recorded what torch makes a Python value of, without need.
 
-    These are ``x[k]`` with integer tensors k without dims, and whether a value lies in its support, which is asked by
-    distributions that were made before validation was switched off, such as the prior of a `PyroSample`.
+    These are ``x[k]`` with integer tensors k without dims; whether a value lies in its support, which is asked by
+    distributions that were made before validation was switched off, such as the prior of a `PyroSample`; and whether
+    indices that become one-hot vectors, as the draws of ``OneHotCategorical`` do, are below their number.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -204,7 +205,16 @@ class _Recordable(TorchFunctionMode):
             return True
         if func is Tensor.__getitem__:
             return index_unread(*args)
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
+    """Return one-hot vectors of a given length without a look at the indices."""
+    if num_classes < 1:
+        return torch.nn.functional.one_hot(index, num_classes)
+    return (index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)).to(index.dtype)
 
 
 def difference_of(one: Traced, two: Traced) -> str:

@@ -2,13 +2,17 @@ r"""The doubly reparameterised gradient of objectives of several particles."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from .._pyro import scale_and_mask
 from .._registry import Traits, register
 from .base import Estimator, SiteTerms, State
+from .vimco import direct
 
 __all__ = ["DReG"]
 
@@ -33,6 +37,9 @@ class DReG(Estimator):
     through a mean over its draws; there it is `StickTheLanding`, and its local sites are doubly reparameterised given
     it.
 
+    The factors stand for a direct score $-\partial_kh\,\nabla_\phi\log q$. A scale s of the user's, or a mask, leaves
+    only a part s of that in the weights (0 where masked), and $(1-s)\,\partial_kh\,\nabla_\phi\log q$ is added.
+
     Raises:
         EstimatorError: A site that is differentiated by its score depends on this one.
 
@@ -49,7 +56,22 @@ class DReG(Estimator):
     )
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
-        return {"value": site.entropy, "guide": None}
+        within = None if site.name in site.bound.above else _within(site)
+        missing = None if within is None else (1 - within) * direct(site.bound) * site.log_q
+        return {"value": site.entropy, "guide": missing}
+
+
+def _within(site: SiteTerms) -> Tensor | None:
+    """Return by what log q is multiplied in the log weights, in the shape of log q; None if by one."""
+    own = site.particles.guide[site.name]
+    plates = math.prod((frame.full_size or frame.size) / frame.size for frame in own.frames)
+    if (
+        isinstance(own.scale, float | int)
+        and math.isclose(own.scale, plates)
+        and (own.mask is None or own.mask is True)
+    ):
+        return None
+    return scale_and_mask(torch.ones_like(site.log_q), own.scale, own.mask) / plates
 
 
 register(

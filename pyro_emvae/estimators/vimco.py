@@ -15,7 +15,7 @@ from ..objectives import Bound
 from .base import SiteTerms, State
 from .score import ScoreFunction
 
-__all__ = ["OVIS", "VIMCO", "MultiSampleScore"]
+__all__ = ["OVIS", "VIMCO", "MultiSampleScore", "direct"]
 
 OF_OTHERS = Traits(min_particles=2, objectives=("multi_sample",), higher_order=True)
 
@@ -159,8 +159,8 @@ class MultiSampleScore(ScoreFunction):
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
         bound = site.bound
-        direct = 0.0 if site.name in bound.above else _direct(bound)
-        found = [((a - direct) ** 2).mean() for a in _both(site, signal, len(signal), state)]
+        own = 0.0 if site.name in bound.above else direct(bound)
+        found = [((a - own) ** 2).mean() for a in _both(site, signal, len(signal), state)]
         decay = torch.where(state["steps"] > 0, self.decay, 0.0).to(signal)
         new = [decay * state[n] + (1 - decay) * x for n, x in zip(("vimco", "ovis"), found, strict=True)]
         return {"vimco": new[0], "ovis": new[1], "steps": torch.ones_like(state["steps"])}
@@ -170,7 +170,7 @@ def _both(site: SiteTerms, signal: Tensor, rows: int, state: State) -> tuple[Ten
     return tuple(e.advantage(site, signal, rows, state) for e in (VIMCO(), OVIS()))
 
 
-def _direct(bound: Bound) -> Tensor:
+def direct(bound: Bound) -> Tensor:
     """Return what the direct derivative by log q takes off each factor."""
     return bound.size * bound.scale * bound.unfold(bound.objective.slopes(bound.held))
 

@@ -74,6 +74,23 @@ class Table:
                 context = context.index_select(len(self.shape) + dim, plate.indices.to(table.device))
         return context
 
+    @torch.no_grad()
+    def write(self, table: Tensor, plates: Mapping[str, Any], context: Tensor) -> None:
+        """Put contexts ``(*batch, F)`` where `read` takes them from; nothing else is touched."""
+        if self.first is None:
+            table.copy_(context)
+            return
+        place = len(self.shape) + self.first
+        rows = plates[self.names[self.first]].indices.to(table.device)
+        if self.others:
+            laid = self._unflatten(table.index_select(0, rows)).clone()
+            index = [torch.arange(size, device=table.device) for size in laid.shape]
+            for dim in self.others:
+                index[len(self.shape) + dim] = plates[self.names[dim]].indices.to(table.device)
+            laid[torch.meshgrid(*index, indexing="ij")] = context
+            context = laid
+        table[rows] = context.movedim(place, 0).flatten(1)
+
     def _require(self, plate: Any, rows: int) -> None:
         if plate.size != rows:
             fail(

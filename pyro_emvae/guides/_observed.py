@@ -15,7 +15,17 @@ from torch.distributions import constraints
 from .._checks import ModelError, fail
 from ._plate import Look
 
-__all__ = ["Observed", "Source", "find_source", "follow", "full_shape", "leaf_mask", "observed_sites", "read", "refuse_change"]
+__all__ = [
+    "Observed",
+    "Source",
+    "find_source",
+    "follow",
+    "full_shape",
+    "leaf_mask",
+    "observed_sites",
+    "read",
+    "refuse_change",
+]
 
 MAX_CATEGORIES = 256
 COUNTS = (type(constraints.nonnegative_integer), constraints.multinomial, constraints.integer_interval)

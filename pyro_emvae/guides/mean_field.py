@@ -3,6 +3,7 @@ r"""`AutoMeanField`: free parameters per site, and per row of a table where data
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -109,7 +110,7 @@ class AutoMeanField(AutoGuide):
         sparse: bool = True,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        reader = TableReader()
+        reader = TableReader("AutoMeanField")
         super().__init__(InitMessenger(self._first_value)(reader(model)), create_plates=create_plates)
         named = isinstance(family, Mapping)
         self.families = {n: create("family", f) for n, f in family.items()} if named else {}
@@ -186,9 +187,12 @@ class AutoMeanField(AutoGuide):
     # The guide ----------------------------------------------------------------------------------------------------
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self.master is not None or self.create_plates is not None:
-            return super()._create_plates(*args, **kwargs)
         model, last = self._model and self.model, self._sites[-1].name
+        if self.master is not None or self.create_plates is not None:
+            owner = self if self.master is None else self.master()
+            if isinstance(owner, AutoGuideList) and owner.create_plates is None and model is not None:
+                self._reader.require_drawn(model, last, args, kwargs)
+            return super()._create_plates(*args, **kwargs)
         self.plates = self._reader.plates(model, self._prototype_frames, last, args, kwargs)
         return self.plates
 
@@ -264,7 +268,13 @@ class AutoMeanField(AutoGuide):
             state = dict(super().__getstate__())
         finally:
             self._model, self.master = model, master
-        return {**state, "_reader": TableReader(), "plates": {}, "init_loc_fn": init_to_feasible}
+        return {**state, "_reader": self._reader.copy(), "plates": {}, "init_loc_fn": init_to_feasible}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoMeanField:
+        result = memo[id(self)] = self.__class__.__new__(self.__class__)
+        result.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        result._model, result._reader, result.init_loc_fn = self._model, self._reader, self.init_loc_fn
+        return result
 
     def __repr__(self) -> str:
         return f"AutoMeanField({', '.join(f'{site.name}: {site.family}' for site in self._sites)})"

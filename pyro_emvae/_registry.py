@@ -56,6 +56,7 @@ class Traits:
         latents: For an E-step, the latents that it takes: ``"any"``, ``"discrete"``, ``"continuous"``, or those with a
             ``"conjugate"`` prior; ``"mean_field"``: those and discrete ones.
         needs_guide: For an E-step, it has no posterior without the user's guide.
+        free_guide: For an E-step, the guide has to be one of free parameters, an `AutoMeanField`.
         amortized: For an E-step, the guide has to be amortized: parameters of one datum alone learn nothing.
         exact: For a half-step, it is exact: an E-step's posterior is the true one, an M-step's value the maximum.
         deterministic: For a half-step, it draws nothing, and does the same if given the same. Exact ones do.
@@ -84,6 +85,7 @@ class Traits:
     arguments: tuple[str, ...] = ()
     latents: str = "any"
     needs_guide: bool = False
+    free_guide: bool = False
     amortized: bool = False
     exact: bool = False
     deterministic: bool = False

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive
-from test_matrix import KITS, STEPS, TAKES, make
+from test_matrix import KITS, STEPS, TAKES, guide_of, make
 
 import pyro_emvae as emvae
 from pyro_emvae import EM, DataError, NonFiniteError
@@ -39,7 +39,13 @@ def begin(kind: str, factory):
     kit = KITS[kind]()
     step = factory(kit)
     own = step.traits.needs_guide or type(step).infer is emvae.steps.HalfStep.infer
-    em = EM(kit.model, kit.guide if own else None, pyro.optim.Adam({"lr": 0.05}), e_step=step, m_step=kit.closed_form)
+    em = EM(
+        kit.model,
+        guide_of(kit, step.traits) if own else None,
+        pyro.optim.Adam({"lr": 0.05}),
+        e_step=step,
+        m_step=kit.closed_form,
+    )
     return kit, em, step, own
 
 

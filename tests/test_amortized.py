@@ -15,13 +15,14 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
-from pyro.infer.reparam import LocScaleReparam
+from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from torch import nn
 
 import pyro_emvae as emvae
 from pyro_emvae._checks import EmvaeError, ModelError
 from pyro_emvae._registry import entries
 from pyro_emvae.guides import AutoAmortized
+from pyro_emvae.guides._observed import leaf_mask
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import draw, vectorizable
 from pyro_emvae.testing import check_guide
@@ -838,6 +839,67 @@ def test_reparam_of_the_model():
     guide = AutoAmortized(reparam)
     assert "z_decentered" in guide(DATA, COUNTS)
     assert steps(reparam, guide, DATA, COUNTS) == []
+
+
+def skewed(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.5, 2.0))
+        base, exp = dist.Normal(0.0, 1.0), torch.distributions.transforms.ExpTransform()
+        w = pyro.sample("w", dist.TransformedDistribution(base, [exp]))
+        pyro.sample("x", dist.Normal((z + w).unsqueeze(-1), 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"z": LocScaleReparam(0.0)}, {"z": LocScaleReparam()}, {"w": TransformReparam()}],
+    ids=["decentered", "learned", "transformed"],
+)
+def test_what_reparam_computes_is_no_observation(config):
+    """A default encoder reads x alone: its answer for data is the same in every call, whatever the latents."""
+    model = poutine.reparam(skewed, config=config)
+    guide = AutoAmortized(model)
+    one, two = trace(guide, DATA), trace(guide, DATA)
+    assert [o.name for o in guide.encoder.observed] == ["x"]
+    for name in config.keys() ^ {"z", "w"}:
+        node = f"{name}_unconstrained" if f"{name}_unconstrained" in one.nodes else name
+        assert torch.equal(one.nodes[node]["fn"].mean, two.nodes[node]["fn"].mean)
+    assert vectorizable(model, guide, (DATA,), {})[0] and steps(model, guide, DATA) == []
+
+
+def test_a_value_wider_than_its_distribution_is_read_whole():
+    """One mean for three columns of data, which the density broadcasts."""
+    guide = AutoAmortized(skewed)
+    guide(DATA)
+    assert guide.encoder.widths == (3,)
+    one, two = trace(guide, DATA).nodes["z"]["fn"].mean, trace(guide, DATA + torch.eye(5, 3)).nodes["z"]["fn"].mean
+    assert ((one - two).abs() > 0).tolist() == [True] * 3 + [False] * 2
+
+
+def test_masks_of_handlers_and_distributions_meet():
+    masks = [torch.tensor(row) for row in ([True, True, False], [True, False, True], [False, True, True])]
+    fn = dist.Normal(torch.zeros(3), 1.0).mask(masks[0]).mask(masks[1])
+    assert leaf_mask({"fn": fn, "mask": masks[2]}).tolist() == [False] * 3
+    assert leaf_mask({"fn": fn, "mask": None}).tolist() == [True, False, False]
+
+
+def test_a_list_of_guides_says_that_its_plates_have_the_size_of_its_first_call():
+    def model(x):
+        pyro.sample("mu", dist.Normal(0.0, 1.0))
+        factor(x)
+
+    def listed(**options):
+        guide = AutoGuideList(model, **options)
+        guide.append(AutoNormal(poutine.block(model, hide=["z"])))
+        guide.append(AutoAmortized(poutine.block(model, hide=["mu"])))
+        return guide
+
+    guide = listed()
+    guide(DATA)
+    with pytest.raises(ModelError, match=r"got 5 data in the plate that was opened for it, 3 in the model's.*create"):
+        guide(DATA[:3])
+    pyro.clear_param_store()
+    guide = listed(create_plates=lambda x: pyro.plate("data", len(x)))
+    assert guide(DATA)["z"].shape == (5, 2) and guide(DATA[:3])["z"].shape == (3, 2)
 
 
 # Proofs -----------------------------------------------------------------------------------------------------------

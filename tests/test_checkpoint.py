@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_emvae import EM, SVI, MonteCarloELBO, checkpoint, convergence, estimators, optimizers, restarts, steps
 from pyro_emvae._checks import CheckpointError, DegenerateError, NonFiniteError, StepError
 from pyro_emvae._registry import Traits, entries
+from pyro_emvae.guides import AutoMeanField
 from pyro_emvae.monitor import Monitor
 from pyro_emvae.particles import quiet
 from pyro_emvae.posterior import GuidePosterior
@@ -357,7 +358,8 @@ def registered(slot: str) -> dict[str, Job]:
         if slot in entry.traits.slots and not entry.traits.arguments:
             model, guide = (mixture, mixture_guide) if entry.traits.latents == "discrete" else (chain, chain_guide)
             step = {"e_step" if slot == "E" else "m_step": entry.name}
-            found[f"{slot}_{entry.name}"] = Job(lambda m=model, g=guide, s=step: EM(m, g, adam(), **s))
+            make = AutoMeanField if entry.traits.free_guide else lambda model, guide=guide: guide
+            found[f"{slot}_{entry.name}"] = Job(lambda m=model, g=make, s=step: EM(m, g(m), adam(), **s))
     return found
 
 
@@ -381,7 +383,20 @@ def bayesian(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(means[k], 1.0), obs=x[rows])
 
 
+def shifted(x: Tensor) -> None:
+    """A latent that all data share and one per datum, in minibatches."""
+    mu, theta = pyro.sample("mu", dist.Normal(0.0, 1.0)), pyro.param("theta", torch.tensor(0.5))
+    with pyro.plate("data", len(x), subsample_size=4) as rows:
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(z + theta, 1.0), obs=x[rows])
+
+
+def falling() -> steps.NaturalGradient:
+    return steps.NaturalGradient(0.5, num_steps=2, num_particles=3, forgetting=0.7)
+
+
 JOBS |= registered("E") | registered("M") | sampled()
+JOBS["natural_gradient"] = Job(lambda: EM(shifted, AutoMeanField(shifted), adam(), e_step=falling()))
 JOBS["by_minibatches"] = Job(lambda: EM(bayesian, e_step=steps.MeanField(), m_step=steps.Fixed()))
 
 

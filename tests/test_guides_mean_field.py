@@ -252,6 +252,68 @@ def test_scale_and_values_of_a_batch():
     assert whole.shape == (4, 2) and torch.equal(site.fn.mean, whole[rows])
 
 
+def placed(guide):
+    """Return a guide of `rows_of` whose values tell the row: 0, 10, 20, 30."""
+    with torch.no_grad():
+        guide.contexts.z.copy_(torch.tensor([[0.0, -20.0], [10.0, -20.0], [20.0, -20.0], [30.0, -20.0]]))
+    return guide
+
+
+def rows_of(x, index=None):
+    with pyro.plate("data", 4, subsample=index):
+        pyro.sample("z", dist.Normal(at(0.0), 1.0))
+
+
+@pytest.mark.parametrize("first", [[2, 0], [0, 1, 2, 3], None])
+def test_rows_are_the_models_whatever_the_first_call_and_in_copies(first):
+    guide, index = AutoMeanField(rows_of), torch.tensor([3, 1])
+    guide(X, None if first is None else torch.tensor(first))
+    placed(guide)
+    for twin in (guide, copy.deepcopy(guide)):
+        assert twin(X, index)["z"].round().tolist() == [30.0, 10.0]
+        assert twin(X, None)["z"].round().tolist() == [0.0, 10.0, 20.0, 30.0]
+        twin(X, index)["z"].sum().backward()
+        assert twin.contexts.z.grad.is_sparse and sorted(twin.contexts.z.grad.coalesce().indices()[0].tolist()) == [
+            1,
+            3,
+        ]
+    with pytest.raises(ModelError, match=r"open plate 'data': got a guide that was unpickled, without its model"):
+        pickle.loads(pickle.dumps(guide))(X, index)
+
+
+def test_a_first_call_with_all_data_leaves_open_which_of_several_plates_comes_in_minibatches():
+    guide, index = AutoMeanField(minibatches), torch.tensor([2, 0])
+    guide(X, torch.arange(4))
+    with pytest.raises(ModelError, match=r"got 2 of 4 data after a first call with all of them"):
+        guide(X[index], index)
+
+
+def test_a_list_that_would_draw_other_rows_than_the_model_is_refused():
+    def model(x, index):
+        pyro.sample("mu", dist.Normal(at(0.0), 1.0))
+        rows_of(x, index)
+
+    def listed(**options):
+        guide = AutoGuideList(model, **options)
+        guide.append(AutoNormal(poutine.block(model, hide=["z"])))
+        guide.append(AutoMeanField(poutine.block(model, hide=["mu"])))
+        return guide
+
+    index = torch.tensor([3, 1])
+    with pytest.raises(ModelError, match=r"open plate 'data': got an AutoGuideList without create_plates="):
+        listed()(X, index)
+    pyro.clear_param_store()
+    guide = listed(create_plates=lambda x, index: pyro.plate("data", 4, subsample=index))
+    guide(X, index)
+    placed(guide[1])
+    assert guide(X, index)["z"].round().tolist() == [30.0, 10.0]
+
+
+def test_copies_before_the_first_call():
+    guide = AutoMeanField(continuous, init_loc_fn=init_to_value(values={"z": X}))
+    assert copy.deepcopy(guide)(X)["z"].shape == (4,) and guide.prototype_trace is None
+
+
 def test_no_plate_of_the_guides_own_reaches_the_model():
     seen = []
 

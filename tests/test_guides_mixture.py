@@ -16,7 +16,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoMultivariateNormal, AutoNormal
 
 from pyro_emvae._checks import DataError, EmvaeError, ModelError
-from pyro_emvae.guides import AutoExact, AutoMixture
+from pyro_emvae.guides import AutoAmortized, AutoExact, AutoMeanField, AutoMixture
 from pyro_emvae.loss import MonteCarloELBO
 from pyro_emvae.particles import draw
 from pyro_emvae.testing import assert_mean, check_guide
@@ -267,6 +267,36 @@ def test_minibatches_per_element():
     assert all(math.isfinite(svi.step(X, 2)) for _ in range(5))
     particles = draw(local, guide, (X, 2))
     assert float(particles.guide["z"].scale) == 1.5 and particles.guide["z"].value.shape == (2,)
+
+
+def test_rows_that_the_model_chooses_and_data_of_another_size():
+    def model(x, size, index=None):
+        with pyro.plate("data", size, subsample=index):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoMixture([AutoMeanField(model) for _ in range(2)], plate="data")
+    guide(X, 3)
+    with torch.no_grad():
+        for part in guide.components:
+            part.contexts.z.copy_(torch.tensor([[0.0, -20.0], [10.0, -20.0], [20.0, -20.0]]))
+    index = torch.tensor([2, 0])
+    for twin in (guide, copy.deepcopy(guide)):
+        assert twin(X[index], 3, index)["z"].round().tolist() == [20.0, 0.0]
+    with pytest.raises(ModelError, match="unpickled, without its model"):
+        pickle.loads(pickle.dumps(guide))(X[index], 3, index)
+    pyro.clear_param_store()
+    guide = AutoMixture([AutoAmortized(model) for _ in range(2)])
+    assert guide(X, 3)["z"].shape == (3,) and guide(X.repeat(3), 9)["z"].shape == (9,)
+    assert math.isfinite(Trace_ELBO().loss(model, guide, X.repeat(3), 9))
+
+
+def test_copies_before_the_first_call():
+    guide = pair(nested)
+    assert copy.deepcopy(guide)(X)["z"].shape == (3, 2) and guide.prototype_trace is None
+    pickle.dumps(guide)
+    pyro.clear_param_store()
+    assert guide(X)["z"].shape == (3, 2), "a copy or a pickle has taken the model away"
 
 
 def test_in_a_list_of_guides():

@@ -4,6 +4,7 @@ A family knows nothing of data, plates or Pyro's handlers. Where its context com
 parameters, an encoder, an encoder and some gradient steps.
 """
 
+from ._charts import Chart
 from ._supports import support_of
 from .base import Family
 from .bernoulli import Bernoulli
@@ -26,6 +27,7 @@ __all__ = [
     "Bernoulli",
     "Beta",
     "Categorical",
+    "Chart",
     "Dirichlet",
     "Family",
     "Flow",

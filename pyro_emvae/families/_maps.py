@@ -12,7 +12,7 @@ from torch.nn.functional import softplus
 
 from .._checks import EmvaeError, fail
 
-__all__ = ["between", "check_setting", "flat", "limited", "parts", "raw_of", "scale", "unlimited"]
+__all__ = ["between", "check_setting", "flat", "limited", "parts", "raw_of", "raw_scale", "scale", "unlimited"]
 
 
 def check_setting(family: Any, name: str, low: float = 0.0, high: float = math.inf) -> None:
@@ -65,6 +65,18 @@ def scale(raw: Tensor, init: float) -> Tensor:
     """
     offset, floor = init + math.log(-math.expm1(-init)), init * torch.finfo(raw.dtype).tiny ** 0.2
     return softplus(raw + offset) + floor
+
+
+def raw_scale(y: Tensor, init: float) -> Tensor:
+    """Return the b of which `scale` makes y; NaN where there is none.
+
+    Example:
+        >>> raw_scale(scale(torch.tensor([-3.0, 1.0, 50.0]), 0.1), 0.1)
+        tensor([-3.0000,  1.0000, 50.0000])
+    """
+    offset, floor = init + math.log(-math.expm1(-init)), init * torch.finfo(y.dtype).tiny ** 0.2
+    x = y - floor
+    return x + (-torch.expm1(-x)).log() - offset
 
 
 def between(raw: Tensor, low: float, high: float, init: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import EmvaeError, ModelError, fail
 from .._registry import Traits
+from ._charts import Chart
 from ._supports import base_of, names_for, serves, support_of
 
 __all__ = ["Family"]
@@ -85,6 +86,17 @@ class Family(ABC):
         """
         batch = value.shape[: value.dim() - len(event_shape)]
         return value.new_zeros(*batch, self.num_features(event_shape))
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart | None:
+        r"""Return the family as an exponential family about the members of a context, if it is one.
+
+        With it, a guide of free parameters can take steps by natural gradients.
+
+        Args:
+            context: ``(*batch, num_features)``.
+            event_shape: Shape of one value.
+        """
+        return None
 
     def modules(self) -> tuple[nn.Module, ...]:
         """Return modules with parameters of the family's own, such as a flow's; the guide registers them."""

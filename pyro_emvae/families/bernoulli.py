@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
+from ._charts import Chart, discrete_chart
 from ._maps import check_setting, parts
 from ._supports import base_of
 from .base import Family
@@ -49,8 +50,17 @@ class Bernoulli(Family):
         return math.prod(event_shape)
 
     def distribution(self, context: Tensor, event_shape: torch.Size) -> Any:
-        (logits,) = parts(context + math.log(self.init_prob / (1 - self.init_prob)), event_shape, 1)
+        (logits,) = parts(context + self._offset, event_shape, 1)
         return dist.Bernoulli(logits=logits).to_event(len(event_shape))
+
+    @property
+    def _offset(self) -> float:
+        return math.log(self.init_prob / (1 - self.init_prob))
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        logits = torch.stack([torch.zeros_like(context), context + self._offset], -1)
+        outcomes = torch.arange(2, dtype=context.dtype, device=context.device)
+        return discrete_chart(logits, outcomes, lambda eta: eta[..., 1] - eta[..., 0] - self._offset)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         """Return the smallest value whose distribution function reaches the level: 0 or 1."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
+from ._charts import Chart
 from ._maps import between, check_setting, flat, parts, raw_of
 from ._quantiles import special
 from ._supports import base_of
@@ -65,6 +66,19 @@ class Beta(Family):
         mean = flat(value, event_shape)
         both = 2 * self.init_concentration * torch.cat([mean, 1 - mean], -1)
         return raw_of(both.clamp(min=1.1 * LOW), LOW, HIGH, self.init_concentration)
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        r"""Return the chart with $t=(\log z,\ \log(1-z))$."""
+        eta = torch.stack(between(context.detach(), LOW, HIGH, self.init_concentration).chunk(2, -1), -1) - 1
+
+        def statistics(value: Tensor) -> Tensor:
+            z = flat(value, event_shape)
+            return torch.stack([z.log(), torch.log1p(-z)], -1)
+
+        def back(eta: Tensor) -> Tensor:
+            return raw_of(torch.cat((eta + 1).unbind(-1), -1), LOW, HIGH, self.init_concentration)
+
+        return Chart(eta, back, statistics)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         fn = base_of(fn)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._checks import EmvaeError, fail, positive_int
 from .._registry import Traits, register
+from ._charts import Chart, discrete_chart
 from ._supports import base_of, cardinality
 from .base import Family
 
@@ -85,6 +86,11 @@ class Categorical(Family):
     def distribution(self, context: Tensor, event_shape: torch.Size) -> Any:
         logits = context.reshape(context.shape[:-1] + event_shape + (self.num_categories,))
         return dist.Categorical(logits=logits).to_event(len(event_shape))
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        logits = context.unflatten(-1, (math.prod(event_shape), self.num_categories))
+        outcomes = torch.arange(self.num_categories, device=context.device)
+        return discrete_chart(logits, outcomes, lambda eta: eta.log_softmax(-1).flatten(-2))
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         """Return the smallest value whose distribution function reaches the level, in the order of the numbers."""

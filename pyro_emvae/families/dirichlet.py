@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
+from ._charts import Chart
 from ._maps import between, check_setting, flat, parts, raw_of
 from ._quantiles import special
 from ._supports import base_of
@@ -60,6 +61,19 @@ class Dirichlet(Family):
     def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
         concentration = flat(value * event_shape[-1] * self.init_concentration, event_shape)
         return raw_of(concentration.clamp(min=1.1 * LOW), LOW, HIGH, self.init_concentration)
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        r"""Return the chart with $t_k=\log z_k$."""
+        concentration = between(context.detach(), LOW, HIGH, self.init_concentration)
+        shape = (math.prod(event_shape[:-1]), event_shape[-1])
+
+        def statistics(value: Tensor) -> Tensor:
+            return flat(value, event_shape).unflatten(-1, shape).log()
+
+        def back(eta: Tensor) -> Tensor:
+            return raw_of((eta + 1).flatten(-2), LOW, HIGH, self.init_concentration)
+
+        return Chart(concentration.unflatten(-1, shape) - 1, back, statistics)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         """Return the quantiles of each entry, which is Beta distributed; they need not add up to 1."""

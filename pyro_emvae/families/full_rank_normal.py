@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
-from ._maps import check_setting, flat, scale
+from ._charts import Chart, vector_chart
+from ._maps import check_setting, flat, raw_scale, scale, unlimited
 from ._normals import loading, marginals, reshaped
 from .base import Family
 
@@ -59,12 +60,26 @@ class FullRankNormal(Family):
         return n * (n + 3) // 2
 
     def distribution(self, context: Tensor, event_shape: torch.Size) -> Any:
-        n = math.prod(event_shape)
+        loc, tril = self._moments(context, math.prod(event_shape))
+        return reshaped(dist.MultivariateNormal(loc, scale_tril=tril), event_shape)
+
+    def _moments(self, context: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """Return the mean ``(*batch, n)`` and the Cholesky factor of the covariance."""
         loc, raw, below = context.split([n, n, n * (n - 1) // 2], -1)
         rows = _unit_lower(loading(below), n)
         length = rows.square().sum(-1, keepdim=True).sqrt()
-        tril = scale(raw, self.init_scale).unsqueeze(-1) * rows / length
-        return reshaped(dist.MultivariateNormal(loc, scale_tril=tril), event_shape)
+        return loc, scale(raw, self.init_scale).unsqueeze(-1) * rows / length
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        n = math.prod(event_shape)
+        i, j = torch.tril_indices(n, n, -1, device=context.device)
+
+        def back(loc: Tensor, tril: Tensor) -> Tensor:
+            std, ratio = tril.square().sum(-1).sqrt(), tril / tril.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            below = unlimited(ratio[..., i, j], torch.finfo(tril.dtype).eps ** -0.25)
+            return torch.cat([loc, raw_scale(std, self.init_scale), below], -1)
+
+        return vector_chart(*self._moments(context, n), event_shape, back)
 
     def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
         zeros = super().start(value, event_shape)

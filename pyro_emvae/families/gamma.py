@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
-from ._maps import between, check_setting, flat, limited, parts, unlimited
+from ._charts import Chart
+from ._maps import between, check_setting, flat, limited, parts, raw_of, unlimited
 from ._quantiles import special
 from ._supports import base_of
 from .base import Family
@@ -71,6 +72,23 @@ class Gamma(Family):
     def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
         log_mean = unlimited((flat(value, event_shape) / self.init_mean).log(), LOG_MEAN)
         return torch.cat([log_mean, torch.zeros_like(log_mean)], -1)
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        r"""Return the chart with $t=(\log y,\ y-1-\log y)$ and $y=z/m$."""
+        log_mean, raw = context.detach().chunk(2, -1)
+        log_mean, k = limited(log_mean, LOG_MEAN), between(raw, LOW, HIGH, self.init_concentration)
+        mean = self.init_mean * log_mean.exp()
+
+        def statistics(value: Tensor) -> Tensor:
+            y = flat(value, event_shape) / mean
+            return torch.stack([y.log(), y - 1 - y.log()], -1)
+
+        def back(eta: Tensor) -> Tensor:
+            k, rate = eta[..., 0] - eta[..., 1] + 1, -eta[..., 1]
+            shift = log_mean + (k / rate).log()
+            return torch.cat([unlimited(shift, LOG_MEAN), raw_of(k, LOW, HIGH, self.init_concentration)], -1)
+
+        return Chart(torch.stack([torch.full_like(k, -1.0), -k], -1), back, statistics)
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         fn = base_of(fn)

@@ -2,6 +2,7 @@ r"""Independent log-normals."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
-from ._maps import between, check_setting, flat, limited, parts, unlimited
+from ._charts import Chart, normal_chart
+from ._maps import between, check_setting, flat, limited, parts, raw_of, unlimited
 from ._supports import base_of
 from .base import Family
 
@@ -65,6 +67,16 @@ class LogNormal(Family):
     def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
         loc = unlimited(flat(value, event_shape).log(), LOCATION)
         return torch.cat([loc, torch.zeros_like(loc)], -1)
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        loc, raw = context.chunk(2, -1)
+
+        def back(loc: Tensor, std: Tensor) -> Tensor:
+            return torch.cat([unlimited(loc, LOCATION), raw_of(std, LOW, HIGH, self.init_scale)], -1)
+
+        loc, std = limited(loc, LOCATION), between(raw, LOW, HIGH, self.init_scale)
+        chart = normal_chart(loc, std, back, lambda value: flat(value, event_shape).log())
+        return dataclasses.replace(chart, log_base=lambda value: -flat(value, event_shape).log())
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         return base_of(fn).icdf(level)

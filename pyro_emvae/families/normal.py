@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
-from ._maps import check_setting, flat, parts, scale
+from ._charts import Chart, normal_chart
+from ._maps import check_setting, flat, parts, raw_scale, scale
 from ._supports import base_of
 from .base import Family
 
@@ -66,6 +67,14 @@ class Normal(Family):
     def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
         loc = flat(value, event_shape)
         return torch.cat([loc, torch.zeros_like(loc)], -1)
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        loc, raw = context.chunk(2, -1)
+
+        def back(loc: Tensor, std: Tensor) -> Tensor:
+            return torch.cat([loc, raw_scale(std, self.init_scale)], -1)
+
+        return normal_chart(loc, scale(raw, self.init_scale), back, lambda value: flat(value, event_shape))
 
     def quantile(self, fn: Any, level: Tensor) -> Tensor:
         return base_of(fn).icdf(level)

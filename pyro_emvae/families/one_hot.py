@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._registry import Traits, register
+from ._charts import Chart, discrete_chart
 from ._maps import parts
 from .base import Family
 
@@ -45,6 +46,11 @@ class OneHot(Family):
     def distribution(self, context: Tensor, event_shape: torch.Size) -> Any:
         (logits,) = parts(context, event_shape, 1)
         return RecordableOneHot(logits=logits).to_event(len(event_shape) - 1)
+
+    def chart(self, context: Tensor, event_shape: torch.Size) -> Chart:
+        logits = context.unflatten(-1, (math.prod(event_shape[:-1]), event_shape[-1]))
+        outcomes = torch.eye(event_shape[-1], dtype=context.dtype, device=context.device)
+        return discrete_chart(logits, outcomes, lambda eta: eta.log_softmax(-1).flatten(-2))
 
 
 class RecordableOneHot(dist.OneHotCategorical):

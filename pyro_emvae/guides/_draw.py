@@ -24,6 +24,7 @@ __all__ = [
     "forget_values",
     "open_plate",
     "refuse_foreign",
+    "require_size",
     "sample_site",
     "take_rows",
 ]
@@ -57,6 +58,23 @@ def open_plate(plate: DataPlate) -> Any:
         return pyro.plate(plate.name, plate.full_size, subsample_size=plate.size, dim=plate.dim, device=plate.device)
     with poutine.block():
         return pyro.plate(plate.name, plate.full_size, subsample=range(plate.size), dim=plate.dim)
+
+
+def require_size(plate: Any, seen: DataPlate) -> None:
+    r"""Compare the data plate that a list of guides opened with that of the model.
+
+    Raises:
+        ModelError: It has another number of data in use.
+    """
+    if plate.subsample_size != seen.size:
+        fail(
+            ModelError,
+            "AutoAmortized",
+            f"draw in plate {seen.name!r}",
+            got=f"{plate.subsample_size} data in the plate that was opened for it, {seen.size} in the model's",
+            because="an AutoGuideList opens the plates of its first call, unless it is told how",
+            fix=f'Write AutoGuideList(model, create_plates=lambda x: pyro.plate("{seen.name}", len(x))).',
+        )
 
 
 def take_rows(inputs: tuple, plate: Any) -> tuple:

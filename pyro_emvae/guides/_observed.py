@@ -2,6 +2,7 @@ r"""What a default encoder reads: the observed values inside the data plate, and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,17 @@ from torch.distributions import constraints
 from .._checks import ModelError, fail
 from ._plate import Look
 
-__all__ = ["Observed", "Source", "find_source", "follow", "leaf_mask", "observed_sites", "read", "refuse_change"]
+__all__ = [
+    "Observed",
+    "Source",
+    "find_source",
+    "follow",
+    "full_shape",
+    "leaf_mask",
+    "observed_sites",
+    "read",
+    "refuse_change",
+]
 
 MAX_CATEGORIES = 256
 COUNTS = (type(constraints.nonnegative_integer), constraints.multinomial, constraints.integer_interval)
@@ -77,12 +88,20 @@ def observed_sites(look: Look, plate: str) -> tuple[Observed, ...]:
     for name, msg in look.messages.items():
         frames = {f.name: f.dim for f in msg["cond_indep_stack"] if f.vectorized}
         inside = msg["is_observed"] and plate in frames and isinstance(msg["value"], Tensor)
-        if not inside or isinstance(msg["fn"], Unit) or msg["mask"] is False:
+        if not inside or isinstance(msg["fn"], Unit) or _is_masked_out(msg):
             continue
         kind, categories = _kind(msg["fn"])
         masked, dtype = leaf_mask(msg) is not None, msg["value"].dtype
         found.append(Observed(name, msg["fn"].event_dim, frames, kind, categories, masked, dtype))
     return tuple(found)
+
+
+def _is_masked_out(msg: Mapping[str, Any]) -> bool:
+    """Whether a site is masked altogether, as what `pyro.infer.reparam` leaves of a latent: a value computed of it."""
+    fn = msg["fn"]
+    while getattr(fn, "_mask", None) is not False and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return msg["mask"] is False or getattr(fn, "_mask", None) is False
 
 
 def _kind(fn: Any) -> tuple[str, int]:
@@ -106,6 +125,11 @@ def _base(fn: Any) -> Any:
     return fn
 
 
+def full_shape(msg: Mapping[str, Any]) -> torch.Size:
+    """Return the shape of a site's value: that of its distribution, which may leave dims to be broadcast."""
+    return torch.broadcast_shapes(msg["fn"].shape(), msg["value"].shape)
+
+
 def leaf_mask(msg: Mapping[str, Any]) -> Tensor | None:
     """Return which entries of a site's value count, broadcastable to it: its handler's and its distribution's masks."""
     masks = []
@@ -119,7 +143,7 @@ def leaf_mask(msg: Mapping[str, Any]) -> Tensor | None:
         fn = getattr(fn, "base_dist", None)
     if not masks:
         return None
-    return masks[0].bool() if len(masks) == 1 else masks[0].bool() & masks[1].bool()
+    return functools.reduce(torch.logical_and, masks).bool()
 
 
 def _tensors(value: Any, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
@@ -148,7 +172,7 @@ def find_source(
     value = msg["value"]
     if not isinstance(value, Tensor):
         return None
-    full = msg["fn"].shape() if value.shape != msg["fn"].shape() else None
+    full = full_shape(msg) if value.shape != full_shape(msg) else None
     rows = look.plates[plate].dim - msg["fn"].event_dim
     given = list(_tensors((args, kwargs)))
     found = [Source(path, None if t is value else value.shape, full, rows) for path, t in given if _is_same(t, value)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import ModelError, fail
 from ._encoder import DefaultEncoder, Served
-from ._observed import Observed, Source, follow, leaf_mask, read
+from ._observed import Observed, Source, follow, full_shape, leaf_mask, read
 from ._plate import DataPlate, Look
 from ._sites import LocalSite
 
@@ -42,7 +42,7 @@ class Reading:
                 found[name] = (read(source, args, kwargs, plates), None)
             else:
                 msg = messages[name]
-                found[name] = (msg["value"].expand(msg["fn"].shape()), leaf_mask(msg))
+                found[name] = (msg["value"].expand(full_shape(msg)), leaf_mask(msg))
         return found
 
     def refuse_random_rows(self) -> None:
@@ -107,7 +107,7 @@ def default_encoder(observed: Sequence[Observed], sites: Sequence[LocalSite], re
     first = {}
     for site in observed:
         msg = seen.messages[site.name]
-        first[site.name] = (msg["value"].expand(msg["fn"].shape()), leaf_mask(msg))
+        first[site.name] = (msg["value"].expand(full_shape(msg)), leaf_mask(msg))
     served = {s.name: Served(tuple(s.plates), tuple(reading.plates[p].size for p in s.plates), s.width) for s in sites}
     return DefaultEncoder(observed, served, first)
 

@@ -23,6 +23,7 @@ from ._draw import (
     forget_values,
     open_plate,
     refuse_foreign,
+    require_size,
     sample_site,
     take_rows,
 )
@@ -321,6 +322,8 @@ class AutoAmortized(AutoGuide):
         reading = self._look(args, kwargs)
         if self.master is not None or self.create_plates is not None:
             plates = super()._create_plates(*args, **kwargs)
+            if self.create_plates is None and self.master().create_plates is None:
+                require_size(plates[reading.plate], reading.plates[reading.plate])
         else:
             plates = self.plates = {name: self._open(plate) for name, plate in reading.plates.items()}
         values = {} if self.global_guide is None else dict(self.global_guide(*args, **kwargs))

@@ -3,7 +3,8 @@ r"""`AutoMeanField`: free parameters per site, and per row of a table where data
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoGuide, AutoGuideList
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ class AutoMeanField(AutoGuide):
     **Minibatches.** Local sites have one row of parameters per datum, $N$ in all; a call reads and differentiates the
     rows of its batch only. Their gradient is a sparse tensor, so that a step costs nothing for the other rows, in time
     or memory, and leaves them bit for bit: Adam on a dense gradient would move them by momentum. `emvae.SVI` and
-    `emvae.EM` take any optimizer for it and update rows by its rule. With Pyro's own SVI write
+    `emvae.EM` take any optimizer for it and update rows by its rule; `steps.NaturalGradient` moves them by natural
+    gradients, without one. With Pyro's own SVI write
     ``pyro.optim.PyroOptim(optimizers.RowAdam, {"lr": 0.01})``; `torch.optim.Adam` refuses sparse gradients.
     ``sparse=False`` gives dense gradients.
 
@@ -108,19 +110,21 @@ class AutoMeanField(AutoGuide):
         sparse: bool = True,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
-        reader = TableReader()
+        reader = TableReader("AutoMeanField")
         super().__init__(InitMessenger(self._first_value)(reader(model)), create_plates=create_plates)
         named = isinstance(family, Mapping)
         self.families = {n: create("family", f) for n, f in family.items()} if named else {}
         self.family: Family = Normal(init_scale=0.1) if family is None or named else create("family", family)
         self.init_loc_fn, self.sparse, self._reader = init_loc_fn, sparse, reader
         self._sites: tuple[MeanFieldSite, ...] = ()
+        self._tap: Callable[[MeanFieldSite, Tensor, Mapping[str, Any]], Tensor] | None = None
         for given in (self.family, *self.families.values()):
             _check_family(given)
 
     # Set-up -------------------------------------------------------------------------------------------------------
 
-    def _prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def prepare(self, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        """Look at the model once, if that has not been done."""
         if self.prototype_trace is None:
             require_data("AutoMeanField", args, kwargs)
             try:
@@ -128,6 +132,11 @@ class AutoMeanField(AutoGuide):
             except BaseException:
                 self.prototype_trace = None
                 raise
+
+    @property
+    def sites(self) -> tuple[MeanFieldSite, ...]:
+        """The latents in the model's order; known after the first call."""
+        return self._sites
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         with quiet(train=False), torch.no_grad():
@@ -178,9 +187,12 @@ class AutoMeanField(AutoGuide):
     # The guide ----------------------------------------------------------------------------------------------------
 
     def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self.master is not None or self.create_plates is not None:
-            return super()._create_plates(*args, **kwargs)
         model, last = self._model and self.model, self._sites[-1].name
+        if self.master is not None or self.create_plates is not None:
+            owner = self if self.master is None else self.master()
+            if isinstance(owner, AutoGuideList) and owner.create_plates is None and model is not None:
+                self._reader.require_drawn(model, last, args, kwargs)
+            return super()._create_plates(*args, **kwargs)
         self.plates = self._reader.plates(model, self._prototype_frames, last, args, kwargs)
         return self.plates
 
@@ -190,19 +202,33 @@ class AutoMeanField(AutoGuide):
         Returns:
             Values by site name.
         """
-        self._prepare(args, kwargs)
+        self.prepare(args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         contexts, result = self.contexts, {}
         if len(self.modules_of_families):
             _ = self.modules_of_families
         for site in self._sites:
             context = site.table.read(getattr(contexts, site.key), plates, self._rows)
+            context = context if self._tap is None else self._tap(site, context, plates)
             fn = site.family.distribution(context, site.event_shape)
             with contextlib.ExitStack() as stack:
                 for frame in site.frames:
                     stack.enter_context(plates[frame.name])
                 result[site.name] = _sample(site, fn)
         return result
+
+    @contextlib.contextmanager
+    def tapped(self, tap: Callable[[MeanFieldSite, Tensor, Mapping[str, Any]], Tensor]) -> Iterator[None]:
+        """Let each call draw from the contexts ``tap(site, context, plates)`` in place of its own."""
+        self._tap = tap
+        try:
+            yield
+        finally:
+            self._tap = None
+
+    def write(self, site: MeanFieldSite, plates: Mapping[str, Any], context: Tensor) -> None:
+        """Set the contexts ``(*batch, columns)`` of the data that the plates have in use, and no others."""
+        site.table.write(getattr(self.contexts, site.key), plates, context)
 
     def _rows(self, table: Tensor, index: Tensor) -> Tensor:
         return embedding(index, table, sparse=True) if self.sparse else table.index_select(0, index)
@@ -223,7 +249,7 @@ class AutoMeanField(AutoGuide):
         Returns:
             By site name, ``(Q, *plates, *event)``: those of the unconstrained value, mapped to the site's support.
         """
-        self._prepare(args, kwargs)
+        self.prepare(args, kwargs)
         result = {}
         for site in self._sites:
             context = site.table.whole(getattr(self.contexts, site.key))
@@ -242,7 +268,13 @@ class AutoMeanField(AutoGuide):
             state = dict(super().__getstate__())
         finally:
             self._model, self.master = model, master
-        return {**state, "_reader": TableReader(), "plates": {}, "init_loc_fn": init_to_feasible}
+        return {**state, "_reader": self._reader.copy(), "plates": {}, "init_loc_fn": init_to_feasible}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoMeanField:
+        result = memo[id(self)] = self.__class__.__new__(self.__class__)
+        result.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        result._model, result._reader, result.init_loc_fn = self._model, self._reader, self.init_loc_fn
+        return result
 
     def __repr__(self) -> str:
         return f"AutoMeanField({', '.join(f'{site.name}: {site.family}' for site in self._sites)})"

@@ -3,6 +3,7 @@ r"""`AutoMixture`: several guides for one posterior, of which each draw takes on
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from .._checks import EmvaeError, ModelError, fail, nearest, require_data
 from ..particles import quiet
+from ._global import bare, give_models
 from ._replay import Drawn, HiddenRun, lead_shape, run_hidden, score
+from ._tables import TableReader
 
 __all__ = ["AutoMixture"]
 
@@ -88,8 +91,9 @@ class AutoMixture(AutoGuide):
                 because="a mixture has two components or more, and looks at the model",
                 fix="Write AutoMixture([AutoNormal(model, ...), AutoNormal(model, ...)]), or pass model=.",
             )
-        super().__init__(guides[0].model if model is None else model, create_plates=create_plates)
-        self.plate, self.name = plate, name
+        reader = TableReader("AutoMixture")
+        super().__init__(reader(guides[0].model if model is None else model), create_plates=create_plates)
+        self.plate, self.name, self._reader = plate, name, reader
         for j, guide in enumerate(guides):
             setattr(self, f"component_{j}", guide if isinstance(guide, AutoGuide) else AutoCallable(self.model, guide))
         self.num_components = len(guides)
@@ -220,6 +224,13 @@ class AutoMixture(AutoGuide):
             like = value if value.is_floating_point() else value.to(torch.get_default_dtype())
             self.logits = nn.Parameter(like.new_zeros(self.num_components))
 
+    def _create_plates(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self.master is not None or self.create_plates is not None:
+            return super()._create_plates(*args, **kwargs)
+        model, last = self._model and self.model, list(self._latents)[-1]
+        self.plates = self._reader.plates(model, self._prototype_frames, last, args, kwargs)
+        return self.plates
+
     def _check_prototype(self, part_trace: Any) -> None:
         """Called by a component that has looked at its model; `_check_component` compares what it draws."""
 
@@ -295,6 +306,25 @@ class AutoMixture(AutoGuide):
             because=because,
             fix="Use AutoNormal, AutoMultivariateNormal, guides.AutoMeanField or guides.AutoExact as components.",
         )
+
+    # Copies -------------------------------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the model; unlike in Pyro, this guide keeps it."""
+        model, master = self._model, self.master
+        try:
+            state = dict(super().__getstate__())
+        finally:
+            self._model, self.master = model, master
+        parts = {n: bare(m) if isinstance(m, AutoGuide) else m for n, m in state["_modules"].items()}
+        return {**state, "_modules": parts, "_reader": self._reader.copy(), "plates": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoMixture:
+        result = memo[id(self)] = self.__class__.__new__(self.__class__)
+        result.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        give_models(self, result)
+        result._reader = self._reader
+        return result
 
 
 class _Component(dist.Categorical):

@@ -13,6 +13,7 @@ from .laplace import Laplace
 from .lbfgs import LBFGS
 from .mean_field import MeanField
 from .monte_carlo import MonteCarlo
+from .natural_gradient import NaturalGradient
 from .phase import Phase
 from .ready_chains import hidden_markov
 from .ready_glm import glm_intercepts, linear_mixed, random_effects
@@ -40,6 +41,7 @@ __all__ = [
     "MeanField",
     "MonteCarlo",
     "MutualInformation",
+    "NaturalGradient",
     "Phase",
     "Sleep",
     "WakeSleep",

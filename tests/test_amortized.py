@@ -482,6 +482,10 @@ def test_default_encoder_needs_no_input():
         AutoAmortized(factor, encoder_input=lambda x: x)
     with pytest.raises(EmvaeError, match=r"use dependence: got 'structure'.*Did you mean 'structured'"):
         AutoAmortized(factor, dependence="structure")
+    with pytest.raises(EmvaeError, match=r"use dependence: got \['z', 1\]"):
+        AutoAmortized(factor, dependence=["z", 1])
+    with pytest.raises(ModelError, match=r"let later sites see 'zz'.*Did you mean 'z'"):
+        AutoAmortized(factor, dependence=["zz"])(DATA)
 
 
 @pytest.mark.parametrize("net", [None, linear(3, 4)], ids=["default", "given"])
@@ -962,6 +966,44 @@ def test_structured_guide_holds_a_posterior_that_factors_cannot():
             svi.step(x)
         best[dependence] = -MonteCarloELBO(4000, vectorize_particles=True).loss(model, guide, x)
     assert evidence - best["structured"] < 1e-3 * len(x) < evidence - best["none"]
+
+
+def shared(x):
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(50), 1.0).to_event(1))
+    k = pyro.sample("k", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Normal(mu.mean(-1) + k, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=x[:, 0])
+
+
+READ = {"structured": {"mu", "k", "a"}, ("a",): {"a"}, ("k", "mu"): {"k", "mu"}, "none": set()}
+
+
+@pytest.mark.parametrize("dependence", READ)
+def test_later_sites_see_the_latents_that_are_named(dependence):
+    """With random weights, the last site's distribution follows these and no others."""
+    guide = AutoAmortized(shared, dependence=dependence)
+    guide(DATA)
+    with torch.no_grad():
+        for p in guide.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    start = {name: torch.zeros(shape) for name, shape in (("mu", 50), ("k", ()), ("a", 5), ("b", 5))}
+
+    def last(**changed):
+        with poutine.condition(data={**start, **changed}):
+            return poutine.trace(guide).get_trace(DATA).nodes["b"]["fn"].mean
+
+    moved = {name for name in ("mu", "k", "a") if not torch.equal(last(), last(**{name: start[name] + 1.0}))}
+    assert moved == READ[dependence]
+
+
+def test_a_latent_that_all_data_share_weighs_no_more_for_having_many_columns():
+    """A step of all weights as long moves the context by the mean of its columns."""
+    guide = AutoAmortized(shared, dependence="structured")
+    guide(DATA)
+    columns = {e.name: e.columns(torch.ones(e.width), torch.float32) for e in guide.links.seen["b"]}
+    assert {name: float(c.sum()) for name, c in columns.items()} == pytest.approx({"mu": 1.0, "k": 1.0, "a": 1.0})
 
 
 def test_structured_guide_of_three_levels_reaches_the_evidence():

@@ -2,7 +2,7 @@ r"""How a latent's context follows the values of earlier latents."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ class Earlier:
         width: Columns.
         num_categories: The number of values of a category, else 0.
         transform: From unconstrained values to what is read, whose inverse is taken; None if it is read as it is.
+        is_shared: Whether all data share it; its columns are then divided by their number.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Earlier:
     width: int
     num_categories: int = 0
     transform: Any = None
+    is_shared: bool = False
 
     def columns(self, value: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a value as ``(*batch, width)``."""
@@ -45,7 +47,8 @@ class Earlier:
         if self.num_categories:
             value = one_hot(value.long(), self.num_categories)
         batch = value.shape[: value.dim() - self.event_dim - bool(self.num_categories)]
-        return value.reshape(*batch, self.width).to(dtype)
+        value = value.reshape(*batch, self.width).to(dtype)
+        return value / self.width if self.is_shared and self.width > 1 else value
 
 
 def earlier_of(node: Mapping[str, Any], site: LocalSite | None) -> Earlier:
@@ -58,12 +61,13 @@ def earlier_of(node: Mapping[str, Any], site: LocalSite | None) -> Earlier:
             support, base = support.base_constraint, getattr(base, "base_dist", base)
         logits = getattr(base, "logits", None) if isinstance(support, constraints.integer_interval) else None
         categories = logits.shape[-1] if isinstance(logits, Tensor) and logits.dim() > len(base.batch_shape) else 0
-        return Earlier(name, plates, fn.event_dim, fn.event_shape.numel() * max(categories, 1), categories)
+        width = fn.event_shape.numel() * max(categories, 1)
+        return Earlier(name, plates, fn.event_dim, width, categories, is_shared=site is None)
     if site is not None:
         return Earlier(name, plates, len(site.event_shape), site.event_shape.numel())
     transform = biject_to(fn.support)
     shape = transform.inverse_shape(fn.batch_shape + fn.event_shape)[len(fn.batch_shape) :]
-    return Earlier(name, plates, len(shape), torch.Size(shape).numel(), 0, transform)
+    return Earlier(name, plates, len(shape), torch.Size(shape).numel(), 0, transform, True)
 
 
 class Dependence(nn.Module):
@@ -72,22 +76,31 @@ class Dependence(nn.Module):
     $$h'_s=h_s+A_s z_{<s}+f_s(h_s,z_{<s}),$$
 
     with $f_s$ a layer of 64 SiLU units; $A_s$ and the last layer of $f_s$ start at zero, so that the guide starts
-    without dependence. A site sees those earlier ones whose plates all hold it as well.
+    without dependence. A site sees those earlier ones that are read and whose plates all hold it as well.
+
+    The n columns of a latent outside the data plate are divided by n: an optimizer such as Adam moves the weight of
+    each column as much, and the contexts of all data by the sum.
 
     Args:
         sites: The local latents.
         earlier: All latents in the order in which they are drawn.
+        read: Names of those whose values are read.
         like: A tensor of the device and dtype.
 
     Source: Rezende et al. 2014, "Stochastic backpropagation and approximate inference in deep generative models", for
     recognition models of several layers. Differs: the model's order, not its reverse.
     """
 
-    def __init__(self, sites: Sequence[LocalSite], earlier: Sequence[Earlier], like: Tensor) -> None:
+    def __init__(
+        self, sites: Sequence[LocalSite], earlier: Sequence[Earlier], read: Collection[str], like: Tensor
+    ) -> None:
         super().__init__()
         options = {"device": like.device, "dtype": like.dtype}
         names = [e.name for e in earlier]
-        self.seen = {s.name: [e for e in earlier[: names.index(s.name)] if e.plates <= set(s.plates)] for s in sites}
+        self.seen = {
+            s.name: [e for e in earlier[: names.index(s.name)] if e.name in read and e.plates <= set(s.plates)]
+            for s in sites
+        }
         self.index: dict[str, int] = {}
         self.linear, self.first, self.last = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for site in sites:

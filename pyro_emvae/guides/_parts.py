@@ -2,7 +2,7 @@ r"""What was given to an amortized guide: checked, and sorted by site."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from pyro.infer.autoguide import AutoGuide
@@ -13,7 +13,7 @@ from .._registry import create
 from ..families import Family
 from ._global import refuse as refuse_global
 
-__all__ = ["DEPENDENCES", "check_parts", "family_per_site", "made_families", "refuse_no_argument"]
+__all__ = ["DEPENDENCES", "check_parts", "family_per_site", "made_families", "refuse_no_argument", "seen_sites"]
 
 DEPENDENCES = ("none", "structured")
 
@@ -43,7 +43,8 @@ def check_parts(encoder: Any, encoder_input: Any, dependence: Any, global_guide:
             because="it is a function that returns what the given encoder reads; a default one reads what is observed",
             fix="Write encoder=nn.Sequential(...), encoder_input=lambda x, index: x[index]; or leave both out.",
         )
-    if dependence not in DEPENDENCES:
+    named = isinstance(dependence, list | tuple | set | frozenset) and all(isinstance(n, str) for n in dependence)
+    if not (named or (isinstance(dependence, str) and dependence in DEPENDENCES)):
         fail(
             EmvaeError,
             "AutoAmortized",
@@ -100,6 +101,31 @@ def family_per_site(family: Any, sites: list[str]) -> dict[str, Family | None]:
                 fix=nearest(str(name), sites),
             )
     return {name: family.get(name) for name in sites}
+
+
+def seen_sites(dependence: Any, local: Sequence[str], others: Sequence[str]) -> set[str]:
+    r"""Return the latents whose values later ones see.
+
+    Args:
+        dependence: ``"none"``, ``"structured"``, or their names.
+        local, others: The latents in the data plate, and outside.
+
+    Raises:
+        ModelError: A name of no latent.
+    """
+    if isinstance(dependence, str):
+        return {"none": set(), "structured": {*local, *others}}[dependence]
+    for name in dependence:
+        if name not in {*local, *others}:
+            fail(
+                ModelError,
+                "AutoAmortized",
+                f"let later sites see {name!r}",
+                got="no latent of that name",
+                because="dependence= names latents whose values are read",
+                fix=nearest(name, [*local, *others]),
+            )
+    return set(dependence)
 
 
 def refuse_no_argument(kwargs: Mapping[str, Any]) -> NoReturn:

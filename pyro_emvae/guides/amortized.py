@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from ._draw import (
 )
 from ._global import bare, give_models, make_global, set_up_global
 from ._observed import Observed, find_source, observed_sites
-from ._parts import check_parts, family_per_site, made_families, refuse_no_argument
+from ._parts import check_parts, family_per_site, made_families, refuse_no_argument, seen_sites
 from ._plate import DataPlate, Look, PlateReader, check_shapes, cover, look, signature
 from ._reading import Reading, default_encoder, refuse_run, split_context
 from ._sites import LocalSite, choose_plate, local_site
@@ -51,7 +51,8 @@ class AutoAmortized(AutoGuide):
 
     **Sites.** Latents inside the data plate are amortized, be it alone or under further plates inside it. Those
     outside, theta, have a guide of their own. A site that the model enumerates is left to `TraceEnum_ELBO`. With
-    ``dependence="structured"`` a site sees the values of earlier ones, theta included, if all their plates hold it.
+    ``dependence="structured"`` a site sees the values of earlier ones, theta included, if all their plates hold it;
+    ``dependence=["z", "mu"]`` shows later sites these alone, so that a large theta can be left out.
     What a model masks, such as the unobserved half of ``obs_mask=``, is masked in the guide.
 
     A family draws in the support of the site where it can (real ones; `families.Gamma`, `families.Categorical`, ...),
@@ -86,7 +87,7 @@ class AutoAmortized(AutoGuide):
         amortize: The plate's name; needed if the latents in plates do not have just one in common.
         encoder_input: Called with the arguments of the model; returns what the encoder reads, a tuple for several
             arguments. By default the first positional argument.
-        dependence: ``"none"`` or ``"structured"``.
+        dependence: ``"none"``, ``"structured"``, or the names of the latents whose values later ones see.
         global_guide: Of the latents outside the data plate: a class such as `AutoMultivariateNormal`, a function of a
             model, or an instance, made of ``poutine.block(model, hide=[...])``. By default Pyro's `AutoNormal`.
         create_plates: As in `pyro.infer.autoguide.AutoGuide`.
@@ -127,7 +128,7 @@ class AutoAmortized(AutoGuide):
         amortize: str | None = None,
         encoder_input: Callable[..., Any] | None = None,
         *,
-        dependence: str = "none",
+        dependence: str | Collection[str] = "none",
         global_guide: Any = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
@@ -207,11 +208,12 @@ class AutoAmortized(AutoGuide):
             self.encoder = default_encoder(self._observed, self.local_sites, self._first, seen)
         flows = [module for site in self.local_sites for module in site.family.modules()]
         self.flows = nn.ModuleList(flows) if flows else None
-        if self.dependence == "structured":
-            earlier = [earlier_of(nodes[name], None) for name in others]
+        read = seen_sites(self.dependence, list(local), list(others))
+        if read:
+            earlier = [earlier_of(nodes[name], None) for name in others if name in read]
             earlier += [earlier_of(local[site.name], site) for site in self.local_sites]
             like = next(self._modules["encoder"].parameters(), torch.zeros(()))
-            self.links = Dependence(self.local_sites, earlier, like)
+            self.links = Dependence(self.local_sites, earlier, read, like)
         self._check_names()
         for name in hidden:
             forget_values(self.prototype_trace.nodes[name])

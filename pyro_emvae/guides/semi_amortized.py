@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +99,7 @@ class AutoSemiAmortized(AutoGuide):
         num_particles: int = 8,
         differentiable: bool = False,
         seed: int = 0,
-        dependence: str = "none",
+        dependence: str | Collection[str] = "none",
         global_guide: Any = None,
         create_plates: Callable[..., Any] | None = None,
     ) -> None:

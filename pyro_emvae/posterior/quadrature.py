@@ -2,7 +2,9 @@ r"""Posteriors on the nodes of a Gauss-Hermite quadrature that is centred and sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,7 +54,7 @@ class QuadraturePosterior(Posterior):
     Raises:
         NonFiniteError: The model's density is NaN or infinite at a node.
 
-    Source: Liu and Pierce 1994, eqs. 2-3; Pinheiro and Bates 1995, section 2.4, for several coordinates.
+    Source: Liu and Pierce 1994, "A note on Gauss-Hermite quadrature"; Pinheiro and Bates 1995 for several coordinates.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -97,7 +99,7 @@ class QuadraturePosterior(Posterior):
         return log_p + self._log_factor[:, None] + self.gaussian.factor.log_det(self._at.shape[1])[0]
 
     def _sum(self, blocks: Tensor) -> Tensor:
-        return (self.joint.scale * blocks).sum().double()
+        return (self.joint.scale * blocks).double().sum()
 
     def log_evidence_at_theta(self) -> Tensor:
         r"""Return the approximation of $\log p_\theta(x)$ at the present theta, nodes held, to be differentiated by it,
@@ -122,6 +124,10 @@ class QuadraturePosterior(Posterior):
 
     def support(self, num_particles: int = 1) -> Support:
         """Return the nodes and their weights, whatever the number."""
+        return self._support
+
+    @cached_property
+    def _support(self) -> Support:
         joint, first = self.joint, self.joint.locals[0]
         blocks = [first.plates[dim] if dim in first.block else 1 for dim in range(-joint.nesting, 0)]
         values = joint.values(Point(self._at, self._at[..., :0]))
@@ -130,7 +136,7 @@ class QuadraturePosterior(Posterior):
 
     def expected_log_joint(self, num_particles: int = 1) -> Tensor:
         with hold_batch(self.batch):
-            return expected_log_joint(self.model, self.args, self.kwargs, self.support(), self.vectorize)
+            return expected_log_joint(self.model, self.args, self.kwargs, self._support, self.vectorize)
 
     def _require_finite(self, terms: Tensor) -> Tensor:
         bad = terms.isnan() | terms.isposinf() | terms.isneginf().all(0)
@@ -141,7 +147,7 @@ class QuadraturePosterior(Posterior):
                 self.joint.obj,
                 f"integrate {', '.join(map(repr, self.joint.latents))} out by quadrature",
                 got=f"a log density of {float(terms[node, block])} at node {node} of block {block}",
-                because="log p(x, z) has to be a number below infinity at all latents",
+                because="log p(x, z) has to be below infinity at all nodes, and above minus infinity at some",
                 fix="Check the support and scale of the model's sites, or use fewer nodes, which lie closer.",
             )
         return terms
@@ -188,12 +194,14 @@ def _require_few(joint: LogJoint, num_nodes: int) -> None:
     width = joint.locals[-1].place[1]
     if num_nodes**width <= MAX_NODES:
         return
+    digits = width * math.log10(num_nodes)
+    size = str(num_nodes**width) if digits < 9 else f"1e{digits:.0f}"
     fewer = next((n for n in range(num_nodes, 2, -1) if n**width <= MAX_NODES), 1)
     fail(
         StepError,
         joint.obj,
         f"integrate {', '.join(map(repr, joint.latents))} out by quadrature",
-        got=f"{num_nodes}**{width} = {num_nodes**width:.6g} nodes for {width} coordinates that depend on each other",
+        got=f"{num_nodes}**{width} = {size} nodes for {width} coordinates that depend on each other",
         because=f"the model is evaluated at each node of their grid, of at most {MAX_NODES}",
         fix=f'Write num_nodes={fewer}, or use steps.MonteCarlo("importance"), whose cost does not grow with a power.',
     )
@@ -202,8 +210,8 @@ def _require_few(joint: LogJoint, num_nodes: int) -> None:
 def _hermite(num_nodes: int, gaussian: GaussianPosterior) -> tuple[Tensor, Tensor]:
     r"""Return the grid ``(S, D)`` and $\log\omega_s+\tfrac12|t_s|^2$; $(2\pi)^{D/2}$ is the Gaussian's `log_det`'s."""
     like = gaussian.mean.local
-    nodes, weights = (like.new_tensor(x) for x in np.polynomial.hermite_e.hermegauss(num_nodes))
-    line = (weights / weights.sum()).log() + 0.5 * nodes.square()
-    grids = [torch.meshgrid(*[x] * like.shape[-1], indexing="ij") for x in (nodes, line)]
+    nodes, weights = np.polynomial.hermite_e.hermegauss(num_nodes)
+    lines = (like.new_tensor(x) for x in (nodes, np.log(weights / weights.sum()) + 0.5 * nodes**2))
+    grids = [torch.meshgrid(*[line] * like.shape[-1], indexing="ij") for line in lines]
     grid, logs = (torch.stack([axis.flatten() for axis in axes], -1) for axes in grids)
     return grid, logs.sum(-1)

@@ -58,8 +58,8 @@ class Laplace(HalfStep):
             where a site that depends on it is not; a grid of more than 10,000 nodes.
         NonFiniteError: The model has no density at a node.
 
-    Source: Tierney and Kadane 1986; Steele 1996 for EM. Nodes: Liu and Pierce 1994; Pinheiro and Bates 1995, section
-    2.4; Tuerlinckx et al. 2006, "Statistical inference in generalized linear mixed models: a review"; Jin and Andersson
+    Source: Tierney and Kadane 1986; Steele 1996 for EM. Nodes: Liu and Pierce 1994; Pinheiro and Bates 1995;
+    Tuerlinckx et al. 2006, "Statistical inference in generalized linear mixed models: a review"; Jin and Andersson
     2020, "A note on the accuracy of adaptive Gauss-Hermite quadrature", for the order.
     Differs: latents are integrated out in EM's weights, in place of the likelihood's derivatives.
 

@@ -459,4 +459,4 @@ def _guide(model: Callable, guide: Callable | None, e_step: HalfStep) -> Callabl
             fix="Write EM(model, guide, ...), or an E-step that needs none, such as e_step=steps.Enumerated().",
         )
     has_density = not isinstance(e_step, MonteCarlo)
-    return PosteriorGuide(lambda args, kwargs: e_step.infer(model, args, kwargs), has_density)
+    return PosteriorGuide(lambda args, kwargs: e_step.propose(model, args, kwargs), has_density)

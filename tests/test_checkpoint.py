@@ -330,6 +330,7 @@ JOBS = {
     "windowed": Job(simple(adam), total=11, options=lambda svi: {"stop": WINDOWED}),
     "windowed_loader": Job(lambda: autoencoder(EM), loader, 12, lambda em: {"stop": WINDOWED}),
     "counts": Job(lambda: EM(counts, optim=adam(), e_step=steps.Laplace(tol=1e-3))),
+    "counts_on_nodes": Job(lambda: EM(counts, optim=adam(), e_step=steps.Laplace(tol=1e-3, num_nodes=5))),
     "averaged": Job(lambda: EM(mixture, e_step="enumerated", m_step=steps.Averaged(closed_form(), average_from=2))),
     "damped": Job(lambda: EM(mixture, e_step="enumerated", m_step=steps.Damped(closed_form(), 0.5))),
     "growing": Job(lambda: EM(mixture, e_step=growing(), m_step=closed_form())),

@@ -157,8 +157,11 @@ def plain(q: Any) -> Any:
     return q.base_dist if isinstance(q, dist.TransformedDistribution) else q
 
 
+NODES = steps.Laplace(num_nodes=2)
+
+
 @models
-@pytest.mark.parametrize("step", [steps.Gaussian(), steps.Laplace()], ids=repr)
+@pytest.mark.parametrize("step", [steps.Gaussian(), steps.Laplace(), NODES], ids=repr)
 def test_posterior_equals_dense_linear_algebra(model, step):
     evidence, means, variances = by_dense_algebra(model)
     posterior = step.infer(model, (), {})
@@ -172,12 +175,13 @@ def test_posterior_equals_dense_linear_algebra(model, step):
 
 
 @models
-def test_expectations_and_fishers_identity(model):
+@pytest.mark.parametrize("step", [steps.Gaussian(), NODES], ids=repr)
+def test_expectations_and_fishers_identity(model, step):
     r"""$E[\log p(x,z)]+H=\log p(x)$, and their gradients by theta at fixed q are the same."""
     evidence, _, _ = by_dense_algebra(model)
     leaf = pyro.param("scale").unconstrained()
     (expected,) = torch.autograd.grad(evidence, leaf)
-    posterior = steps.Gaussian().infer(model, (), {})
+    posterior = step.infer(model, (), {})
     value = posterior.expected_log_joint(1)
     (found,) = torch.autograd.grad(value, leaf)
     assert float(value.detach()) + posterior.entropy == pytest.approx(float(evidence.detach()), abs=1e-10)
@@ -603,7 +607,7 @@ class Decoder(nn.Module):
         return self.linear(z)
 
 
-@pytest.mark.parametrize("step", ["gaussian", "laplace"])
+@pytest.mark.parametrize("step", ["gaussian", "laplace", NODES], ids=str)
 def test_an_e_step_leaves_theta_buffers_and_generator_alone(step):
     model = Decoder()
     em = EM(model, optim=pyro.optim.Adam({"lr": 0.1}), e_step=step)
@@ -658,6 +662,18 @@ def test_mode_and_curvature_per_datum():
     exact = (dist.Normal(0.5, 0.7).log_prob(nodes) + dist.Poisson(nodes.exp()).log_prob(COUNTS)).logsumexp(0)
     assert posterior.log_evidence == pytest.approx(float((exact + math.log(12 / 20_000)).sum()), abs=0.1)
     assert not posterior.is_exact and posterior.kind == "laplace"
+
+
+def test_the_curvature_of_a_binomial_whose_mode_is_at_a_logit_of_zero():
+    def model(y):
+        with pyro.plate("n", 3):
+            z = pyro.sample("z", dist.Normal(number(0.0), 1.0))
+            pyro.sample("y", dist.Binomial(10, logits=z), obs=y)
+
+    q = steps.Laplace().infer(model, (number([5.0, 2.0, 8.0]),), {}).marginal("z")
+    p = q.mean.sigmoid()
+    assert q.mean[0] == 0.0
+    torch.testing.assert_close(q.variance, 1 / (1 + 10 * p * (1 - p)), rtol=1e-6, atol=0)
 
 
 def test_a_constrained_latent_is_approximated_in_its_logarithm():

@@ -16,7 +16,7 @@ from pyro_emvae.particles import draw
 from pyro_emvae.testing import assert_mean, check_step
 
 X, KEEP = torch.tensor([0.3, -1.2, 2.0], dtype=torch.float64), torch.tensor([True, False, True])
-CONTINUOUS = [steps.Gaussian(), steps.Laplace(), steps.Conjugate(), steps.MeanField()]
+CONTINUOUS = [steps.Gaussian(), steps.Laplace(), steps.Laplace(num_nodes=3), steps.Conjugate(), steps.MeanField()]
 ONE = torch.ones(3, dtype=torch.float64)
 
 
@@ -113,7 +113,7 @@ def test_a_run_has_the_mask_beside_the_density():
 
 
 @pytest.mark.parametrize("model", [latent_alone, latent_alone_around])
-@pytest.mark.parametrize("step", [steps.Gaussian(), steps.Laplace(), steps.MeanField()], ids=repr)
+@pytest.mark.parametrize("step", [*CONTINUOUS[:3], steps.MeanField()], ids=repr)
 def test_a_masked_latent_that_a_datum_depends_on_is_refused(step, model):
     with pytest.raises(StepError, match=r"'z' where it is masked.*'x'"):
         step.infer(model, (X,), {})

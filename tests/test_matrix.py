@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_emvae import EM, problems, steps
-from pyro_emvae._registry import Entry, Traits, entries
+from pyro_emvae._registry import Entry, Traits, entries, lookup
 from pyro_emvae.guides import AutoMeanField
 from pyro_emvae.steps import HalfStep
 
@@ -117,7 +117,10 @@ def conjugate() -> Kit:
 
 KITS = {"discrete": discrete, "continuous": continuous, "conjugate": conjugate}
 TAKES = {"any": tuple(KITS), "mean_field": ("discrete", "conjugate")}
-STEPS = entries("step")
+STEPS = (
+    *entries("step"),
+    replace(lookup("step", "laplace"), name="laplace_on_nodes", factory=lambda: steps.Laplace(num_nodes=3)),
+)
 NEEDED: dict[str, Callable[[Kit], Any]] = {
     "statistics": lambda kit: kit.closed_form.statistics,
     "update": lambda kit: kit.closed_form.update,

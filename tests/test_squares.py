@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pyro_emvae.posterior import _squares
+from pyro_emvae.posterior._curved import curved
 from pyro_emvae.posterior._squares import squares
 
 F64 = torch.float64
@@ -122,3 +123,26 @@ def test_precisions_may_differ():
     found = squares(fn, torch.ones(2, 3, dtype=F64))
     assert found.dtype == F64
     torch.testing.assert_close(found, fn.log_prob(torch.ones(2, 3, dtype=F64)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"logits": [[0.0, -30.0, 2.0]]}, {"probs": [[0.5, 0.1, 1.0]]}], ids=str)
+@pytest.mark.parametrize("events", [0, 1])
+def test_a_binomial_is_curved_at_a_logit_of_zero(options, events):
+    """Value and slope are the distribution's own; so is the curvature off zero."""
+    (name, given), k = next(iter(options.items())), torch.tensor([[4.0, 0.0, 10.0], [7.0, 1.0, 10.0]], dtype=F64)
+    leaf = torch.tensor(given, dtype=F64, requires_grad=True)
+    fn = dist.Binomial(torch.tensor(10.0, dtype=F64), **{name: leaf}).to_event(events)
+    found, expected = curved(fn, k), fn.log_prob(k)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    slopes = [torch.autograd.grad(x.sum(), leaf, create_graph=True)[0] for x in (found, expected)]
+    torch.testing.assert_close(*slopes, rtol=1e-10, atol=1e-10)
+    if name == "logits":
+        (curvature,) = torch.autograd.grad(slopes[0].sum(), leaf)
+        p = leaf.detach().sigmoid()
+        torch.testing.assert_close(curvature, -20 * p * (1 - p), rtol=1e-10, atol=1e-10)
+
+
+def test_others_are_not_curved_and_bad_counts_are_refused():
+    assert curved(dist.Poisson(2.0), torch.tensor(1.0)) is None
+    with pytest.raises(ValueError, match="11"):
+        curved(dist.Binomial(10, torch.tensor(0.5)), torch.tensor(11.0))

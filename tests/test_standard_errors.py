@@ -222,7 +222,9 @@ def test_louis_equals_the_hessian_where_both_are_exact(mixed):
         torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
-@pytest.mark.parametrize("e_step", [steps.Conjugate(), steps.MeanField(), steps.Laplace()], ids=str)
+@pytest.mark.parametrize(
+    "e_step", [steps.Conjugate(), steps.MeanField(), steps.Laplace(), steps.Laplace(num_nodes=3)], ids=str
+)
 def test_nodes_are_no_draws(e_step):
     """Where these E-steps are exact too, so is Louis's formula on their nodes: no correction for a number of draws."""
     found = standard_errors(mean_fit(e_step=e_step), X, method="louis")

@@ -185,7 +185,7 @@ def _density(request: Request, layout: Layout) -> BlockDensity:
     if subsampled:
         what = f"a subsampled plate {subsampled[0]!r} of data with a common latent"
         _refuse(request, what, "scaled up, the evidence of a minibatch bounds nothing", "elbo(...), or all data")
-    density = BlockDensity(
+    density = BlockDensity.of(
         request.obj,
         request.model,
         request.args,

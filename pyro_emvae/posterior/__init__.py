@@ -18,6 +18,7 @@ from .mean_field import MeanFieldPosterior, first_ascent
 from .point_masses import AtPointMasses
 from .prior import Prior
 from .proposal import proposal
+from .quadrature import QuadraturePosterior, integrate_at_mode
 from .samples import SampledSite, SamplesPosterior, lay_out
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "Posterior",
     "PosteriorGuide",
     "Prior",
+    "QuadraturePosterior",
     "SampledSite",
     "SamplesPosterior",
     "Support",
@@ -44,6 +46,7 @@ __all__ = [
     "first_ascent",
     "gather_factors",
     "in_plates",
+    "integrate_at_mode",
     "is_local",
     "lay_out",
     "plate_nesting",

@@ -3,7 +3,7 @@ r"""The log joint density of independent blocks at many coordinates in one run o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,16 +26,10 @@ class BlockDensity:
     scale of the plates, and a latent without its mask.
 
     Args:
-        obj: Who asks, for errors.
-        model, args, kwargs: What is run; its minibatches are drawn once and kept.
-        single: Put everything into one block.
-        vectorize: Run many coordinates at once (True), one by one (False), or whichever is right (None).
-        max_plate_nesting: Number of plate dims; found out if None.
+        joint: The log joint density whose blocks these are, separable or in one.
+        vectorize: Run many coordinates at once (True) or one by one (False).
 
     Shape: coordinates ``(S, blocks, width)`` -> ``(S, blocks)``, nats.
-
-    Raises:
-        StepError: A latent is discrete; the factors of a block have different scales.
 
     Example:
         >>> import pyro
@@ -44,13 +38,17 @@ class BlockDensity:
         ...     with pyro.plate("data", 2):
         ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-        >>> density = BlockDensity("example", model, (torch.tensor([1.0, 2.0]),), {})
+        >>> density = BlockDensity.of("example", model, (torch.tensor([1.0, 2.0]),), {})
         >>> density.shape, density.at(torch.zeros(3, 2, 1))[0]
         ((2, 1), tensor([-2.3379, -3.8379]))
     """
 
-    def __init__(
-        self,
+    def __init__(self, joint: LogJoint, vectorize: bool) -> None:
+        self.joint, self.vectorize = joint, vectorize
+
+    @classmethod
+    def of(
+        cls,
         obj: str,
         model: Callable,
         args: tuple,
@@ -59,14 +57,26 @@ class BlockDensity:
         single: bool = False,
         vectorize: bool | None = None,
         max_plate_nesting: int | None = None,
-    ) -> None:
+    ) -> BlockDensity:
+        """Return the density of a model, whose minibatches are drawn once and kept.
+
+        Args:
+            obj: Who asks, for errors.
+            model, args, kwargs: What is run.
+            single: Put everything into one block.
+            vectorize: As for the class, or whichever is right (None).
+            max_plate_nesting: Number of plate dims; found out if None.
+
+        Raises:
+            StepError: A latent is discrete; the factors of a block have different scales.
+        """
         with torch.enable_grad():
-            joint = LogJoint(obj, model, args, kwargs, constrained=True, single=single)
-            self.joint = joint = joint if joint.separable or not joint.plates else joint.in_one_block()
+            joint = LogJoint(obj, model, args, kwargs, constrained=True, single=single).in_independent_blocks()
         with hold_batch(joint.batch), torch.no_grad():
             pair = (model, Prior(model), args, kwargs)
-            self.vectorize, _ = choose_vectorize(obj, vectorize, 2, max_plate_nesting, pair, stacklevel=6)
+            vectorize, _ = choose_vectorize(obj, vectorize, 2, max_plate_nesting, pair, stacklevel=6)
         joint.release()
+        return cls(joint, vectorize)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,9 +86,20 @@ class BlockDensity:
 
     def at(self, coordinates: Tensor) -> Tensor:
         """Return f at coordinates ``(S, blocks, width)``: ``(S, blocks)``, nats, NaN where the model has none."""
-        if self.vectorize:
-            return self._replay(coordinates, len(coordinates))
-        return torch.cat([self._replay(part, 1) for part in coordinates])
+        return torch.cat([self._total(*run) for run in self._runs(coordinates)])
+
+    def with_counted(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `at`, and from the same runs log p by what counts: no Jacobians, and nothing of masked latents."""
+        pairs = [(self._total(*run), self._total(run[0], factor=_counted)) for run in self._runs(coordinates)]
+        return tuple(torch.cat(each) for each in zip(*pairs, strict=True))
+
+    def with_rest(self, coordinates: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `at`, and the scaled sum of all that no latent moves, both to be differentiated by theta."""
+        runs = list(self._runs(coordinates))
+        sites = runs[0][0].model.items()
+        rest = [runs[0][0].rows(site.scaled)[0].sum() for name, site in sites if name not in self.joint.reached]
+        total = torch.cat([self._total(*run) for run in runs])
+        return total, torch.stack(rest).sum() if rest else total.new_zeros(())
 
     def draw_prior(self, num_particles: int) -> tuple[Tensor, Tensor]:
         r"""Return draws from the prior and their log likelihoods: ``(S, blocks, width)`` and ``(S, blocks)``."""
@@ -91,14 +112,21 @@ class BlockDensity:
             n: value if joint.latents[n].transform is None else joint.latents[n].transform.inv(value)
             for n, value in values.items()
         }
-        return joint.split(free).local, self._sum(run, joint.reached.keys() - joint.latents.keys(), {})
+        return joint.split(free).local, self._sum(run, joint.reached.keys() - joint.latents.keys(), {}, _factor)
 
-    def _replay(self, coordinates: Tensor, count: int) -> Tensor:
-        """Score coordinates in one run: ``(S, blocks, width)``, or ``(blocks, width)`` outside a plate of particles."""
+    def _runs(self, coordinates: Tensor) -> Iterator[tuple[Particles, dict[str, Tensor]]]:
+        if self.vectorize:
+            yield self._replay(coordinates, len(coordinates))
+        else:
+            yield from (self._replay(part, 1) for part in coordinates)
+
+    def _replay(self, coordinates: Tensor, count: int) -> tuple[Particles, dict[str, Tensor]]:
+        """Run at coordinates ``(S, blocks, width)`` at once, or ``(blocks, width)`` outside a plate of particles;
+        return the run and the log Jacobians."""
         joint, single = self.joint, count == 1
         point = Point(coordinates.squeeze(0) if single and coordinates.dim() > 2 else coordinates, coordinates[..., :0])
         free, values = joint.join(point), joint.values(point)
-        with hold_batch(joint.batch):
+        with joint.as_first():
             given = (joint.model, _draw_nothing, values, joint.args, joint.kwargs)
             run = replay(*given, num_particles=count, max_plate_nesting=joint.nesting)
         jacobians = {}
@@ -107,14 +135,19 @@ class BlockDensity:
                 plates = len(latent.batch) if single else 1 + latent.nesting
                 event_dim = values[name].dim() - plates
                 jacobians[name] = run.rows(log_jacobian(latent.transform, free[name], values[name], event_dim))
-        return self._sum(run, joint.reached.keys(), jacobians)
+        return run, jacobians
 
-    def _sum(self, run: Particles, names: Iterable[str], jacobians: Mapping[str, Tensor]) -> Tensor:
+    def _total(self, run: Particles, jacobians: Mapping[str, Tensor] | None = None, factor: Any = None) -> Tensor:
+        return self._sum(run, self.joint.reached.keys(), jacobians or {}, factor or _factor)
+
+    def _sum(
+        self, run: Particles, names: Iterable[str], jacobians: Mapping[str, Tensor], factor: Callable[[Site], Tensor]
+    ) -> Tensor:
         """Sum factors to blocks: ``(S, blocks)``, or broadcastable to it."""
         joint, total = self.joint, []
         for name in (n for n in joint.reached if n in names):
             site = run.model[name]
-            row = run.rows(_factor(site)) + jacobians.get(name, 0.0)
+            row = run.rows(factor(site)) + jacobians.get(name, 0.0)
             row = reduce_to(row.expand(run.num_particles, *row.shape[1:]), joint.frames[name], joint.plates)
             total.append(joint.locals[0].rows(row, tail=0).sum(-1))
         if not total:  # latents without data: every draw is as likely
@@ -124,7 +157,11 @@ class BlockDensity:
 
 def _factor(site: Site) -> Tensor:
     """Return an observed site's log density where its mask is true, and a latent's without masks: it sums to one."""
-    if not site.is_observed or site.mask is None:
+    return _counted(site) if site.is_observed else site.log_prob
+
+
+def _counted(site: Site) -> Tensor:
+    if site.mask is None:
         return site.log_prob
     return torch.where(torch.as_tensor(site.mask), site.log_prob, 0.0)
 

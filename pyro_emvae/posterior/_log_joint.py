@@ -2,6 +2,7 @@ r"""The log joint density as a function of its latents' coordinates, taken apart
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +17,7 @@ from .._pyro import Messenger
 from ..parameters import reach
 from ..particles import Particles, Site, draw, hold_batch, is_subsample, reduce_to
 from ._coordinates import Latent, Point, fixed_normal
+from ._curved import curved
 from ._masks import counted_without, refuse_counted
 from ._plates import Batch
 from ._squares import squares
@@ -109,6 +111,10 @@ class LogJoint:
         with hold_batch(self.batch):
             return LogJoint(self.obj, self.model, self.args, self.kwargs, constrained=self.constrained, single=True)
 
+    def in_independent_blocks(self) -> LogJoint:
+        """Return the same with all latents in one block, unless the blocks share nothing but theta."""
+        return self if self.separable else self.in_one_block()
+
     # Coordinates ----------------------------------------------------------------------------------------------------
 
     def parts(self) -> Iterator[tuple[int, list[Latent]]]:
@@ -142,13 +148,19 @@ class LogJoint:
 
     def at(self, point: Point) -> Run:
         """Run the model at a point, with the random numbers of the first run."""
+        with self.as_first():
+            return self._run(self.join(point))
+
+    @contextlib.contextmanager
+    def as_first(self) -> Iterator[None]:
+        """Let the model have the minibatch and the random numbers of the first run; the generator stays as it is."""
         with torch.random.fork_rng(devices=[]), hold_batch(self.batch):
             torch.set_rng_state(self.generator)
-            return self._run(self.join(point))
+            yield
 
     def _run(self, coordinates: Mapping[str, Tensor]) -> Run:
         with _At(coordinates) as given:
-            particles = draw(self.model, _draw_nothing, self.args, self.kwargs, score=lambda _, *given: squares(*given))
+            particles = draw(self.model, _draw_nothing, self.args, self.kwargs, score=_score)
             jacobians = {} if not self.constrained else _jacobians(given, particles)
         return Run(particles, given.leaves, jacobians, given.supports)
 
@@ -362,6 +374,12 @@ def _is_real(constraint: Any) -> bool:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint is constraints.real
+
+
+def _score(name: str, fn: Any, value: Tensor) -> Tensor | None:
+    """Return a log density to be differentiated twice, None where the distribution's own is as good."""
+    found = squares(fn, value)
+    return curved(fn, value) if found is None else found
 
 
 def _draw_nothing(*args: Any, **kwargs: Any) -> None:

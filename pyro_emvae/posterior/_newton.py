@@ -143,6 +143,7 @@ def find_mode(
     max_iter: int = 50,
     tol: float = 1e-10,
     start: Callable[[LogJoint], Point | None] = lambda joint: None,
+    prepare: Callable[[LogJoint], LogJoint] = lambda joint: joint,
     vectorize: dict[Callable, bool] | None = None,
 ) -> GaussianPosterior:
     r"""Return the Gaussian at the mode of a log joint, in unconstrained coordinates, by damped Newton steps.
@@ -155,13 +156,19 @@ def find_mode(
         max_iter: Newton steps.
         tol: Nats per block that the last step may promise; at least what rounding lets one see.
         start: Where to begin, or None for zeros.
+        prepare: What is done to the log joint before the first step, such as arranging it in other blocks.
         vectorize: See `GaussianPosterior`.
 
     Raises:
         StepError: The Hessian at the end is not negative definite.
     """
     joint = LogJoint(obj, model, args, kwargs, constrained=True)
-    return _in_blocks(joint, lambda joint: _climb(joint, start(joint), max_iter, tol, vectorize))
+
+    def climb(joint: LogJoint) -> GaussianPosterior:
+        joint = prepare(joint)
+        return _climb(joint, start(joint), max_iter, tol, vectorize)
+
+    return _in_blocks(joint, climb)
 
 
 def _climb(

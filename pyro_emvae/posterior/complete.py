@@ -16,6 +16,7 @@ from .amortized import GuidePosterior
 from .base import Posterior, Support
 from .conjugate import ConjugatePosterior
 from .gaussian import GaussianPosterior
+from .quadrature import QuadraturePosterior
 from .samples import SamplesPosterior
 
 __all__ = ["CompleteData", "complete_data", "second_order_support"]
@@ -57,7 +58,7 @@ def complete_data(
         num_particles: Draws, where they have to be taken.
 
     Raises:
-        StepError: Latents that all data share, of a Gaussian posterior: its cubature is one per datum.
+        StepError: Latents that all data share, of a Gaussian posterior or one on nodes: these are one grid per datum.
     """
     support, weights = second_order_support(posterior, num_particles) if support is None else support
     count, nesting = len(weights), support.num_plates
@@ -104,7 +105,7 @@ def second_order_support(posterior: Posterior, num_particles: int = 100) -> tupl
 
     Source: McNamee and Stenger 1967, "Construction of fully symmetric numerical integration formulas".
     """
-    if not isinstance(posterior, GaussianPosterior):
+    if not isinstance(posterior, GaussianPosterior | QuadraturePosterior):
         support = posterior.support(num_particles)
         return support, support.log_weights.exp()
     joint = posterior.joint
@@ -114,10 +115,14 @@ def second_order_support(posterior: Posterior, num_particles: int = 100) -> tupl
             StepError,
             "Louis's formula",
             "take the posterior covariance of the scores",
-            got="Gaussian latents that depend on each other across the data",
+            got="latents that depend on each other across the data",
             because="scores are taken datum by datum, and the data are independent only given these latents",
             fix='Write standard_errors(fit, ..., method="hessian").',
         )
+    if isinstance(posterior, QuadraturePosterior):
+        posterior.require_products("take the posterior covariance of the scores")
+        support = posterior.support()
+        return support, support.weights
     noise, weights = _degree_five(posterior.mean.local.shape[-1], posterior.mean.local)
     values = posterior.values_of(noise)
     first, nesting = joint.locals[0], joint.nesting

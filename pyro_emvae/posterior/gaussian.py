@@ -122,16 +122,16 @@ class GaussianPosterior(Posterior):
         mean, size = self.mean, self.mean.common.shape[-1]
         count = size + mean.local.shape[-1]
         eye = torch.eye(count, dtype=mean.local.dtype, device=mean.local.device)
-        return self._color(count**0.5 * torch.cat([eye, -eye]))
+        return self.coordinates(count**0.5 * torch.cat([eye, -eye]))
 
-    def _color(self, noise: Tensor) -> Point:
+    def coordinates(self, noise: Tensor) -> Point:
         """Return the coordinates that standard normal numbers ``(S, D)`` stand for, the common ones first."""
         noise, size = noise[:, None], self.mean.common.shape[-1]
         return self.factor.color(Point(noise[..., size:], noise[..., :size])) + self.mean
 
     def values_of(self, noise: Tensor) -> dict[str, Tensor]:
         """Return the latents' values at standard normal numbers ``(S, D)``, the same for each block."""
-        return self.joint.values(self._color(noise))
+        return self.joint.values(self.coordinates(noise))
 
     def support(self, num_particles: int = 1) -> Support:
         """Return the nodes of the cubature, whatever the number."""

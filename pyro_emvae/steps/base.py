@@ -87,6 +87,10 @@ class HalfStep(ABC):
         """
         return None
 
+    def propose(self, model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Posterior | None:
+        """Return what the guide of an EM without one draws from, on given data: by default what `infer` returns."""
+        return self.infer(model, args, kwargs)
+
     def _refuse(self, slot: str) -> None:
         fail(
             StepError,

@@ -24,7 +24,8 @@ class StandardErrors:
     Args:
         method: How they were found.
         kind: ``"exact"`` (the information of the exact likelihood), ``"monte carlo"`` (from draws of the posterior),
-            ``"approximate"`` (from another distribution than the posterior, such as a guide), ``"bootstrap"``.
+            ``"quadrature"`` (from nodes, three or more per coordinate), ``"approximate"`` (from another distribution
+            than the posterior, such as a guide), ``"bootstrap"``.
         places: Parameter and index of each element.
         estimate: The fit's values: ``(C,)``.
         standard_error: NaN where it is undefined: ``(C,)``, units of the parameter.

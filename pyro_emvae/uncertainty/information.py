@@ -51,8 +51,8 @@ class Problem:
     # The likelihood's Hessian ---------------------------------------------------------------------------------------
 
     def hessian(self, posterior: Posterior) -> Tensor:
-        r"""Return $-\nabla^2_u\log p(x)$, for exact posteriors: by automatic differentiation of the evidence where the
-        posterior offers it, else by central differences of the exact score."""
+        r"""Return $-\nabla^2_u\log p(x)$, for exact posteriors and quadratures: by automatic differentiation of the
+        evidence where the posterior offers it, else by central differences of the exact score."""
         found = self._differentiated(posterior)
         return self._differenced(posterior) if found is None or not bool(torch.isfinite(found).all()) else found
 
@@ -193,6 +193,10 @@ def _scores(values: Tensor, u: Tensor) -> Tensor:
     return torch.stack(columns, -1).to(u).detach()
 
 
-def is_approximate(posterior: Posterior) -> bool:
-    """Whether averages under the posterior are those of another distribution, such as a guide."""
-    return isinstance(posterior, GuidePosterior) or posterior.kind in ("laplace", "mean_field")
+def kind_of(posterior: Posterior) -> str:
+    """Return what averages under the posterior are: the `kind` of `StandardErrors`."""
+    if isinstance(posterior, GuidePosterior) or posterior.kind in ("laplace", "mean_field"):
+        return "approximate"
+    if posterior.is_exact:
+        return "exact"
+    return "quadrature" if posterior.kind == "quadrature" else "monte carlo"

@@ -14,7 +14,7 @@ from ..posterior import GuidePosterior, Posterior
 from .bootstrap import bootstrap
 from .coordinates import coordinates
 from .errors import Delta, StandardErrors
-from .information import Problem, is_approximate
+from .information import Problem, kind_of
 
 __all__ = ["standard_errors"]
 
@@ -35,13 +35,14 @@ def standard_errors(
 
     | method | information | needs |
     |---|---|---|
-    | ``"hessian"`` | $-\nabla^2\log p(x)$ | an exact E-step |
+    | ``"hessian"`` | $-\nabla^2\log p(x)$ | an exact E-step, or `steps.Laplace` with nodes |
     | ``"louis"`` | $E[-\nabla^2\log p(x,z)]-\sum_n\mathrm{Var}(\nabla\log p(x_n,z_n))$ | latents in plates |
     | ``"opg"`` | $\sum_n\nabla\log p(x_n)\,\nabla\log p(x_n)^\top$ | independent data in a plate |
     | ``"bootstrap"`` | none: the spread of `n_boot` fits to resampled rows | all tensors in rows |
 
     Expectation and variance are over the posterior. The first two are the same number after an exact E-step. Louis's
-    formula also works on draws; the result then has its own Monte Carlo error, by the jackknife over the draws.
+    formula also works on draws; the result then has its own Monte Carlo error, by the jackknife over the draws. On the
+    nodes of a quadrature both are the curvature of its approximation of log p(x).
     Derivatives are taken by unconstrained coordinates, and carried to the parameters by the delta method.
 
     When to use: regular maximum likelihood, at the maximum (the result's ``note`` says how far the fit is from it). It
@@ -115,10 +116,9 @@ def _from_information(problem: Problem, posterior: Posterior, method: str, sandw
     covariance = delta.covariance(outer if sandwich else None)
     error = covariance.diagonal().clamp_min(0).sqrt()
     repeats = [Delta(where, i, score).covariance(outer if sandwich else None).diagonal().sqrt() for i in again]
-    kind = "approximate" if is_approximate(posterior) else "exact" if posterior.is_exact else "monte carlo"
     return StandardErrors(
         f"{method}, sandwich" if sandwich else method,
-        kind,
+        kind_of(posterior),
         where.places,
         where.estimate,
         error,
@@ -130,12 +130,13 @@ def _from_information(problem: Problem, posterior: Posterior, method: str, sandw
 
 
 def _hessian(problem: Problem, posterior: Posterior) -> Tensor:
-    if not posterior.is_exact:
+    if kind_of(posterior) not in ("exact", "quadrature"):
         _refuse(
             "differentiate log p(x)",
             f"a posterior of kind {posterior.kind!r}",
             "only after an exact E-step is the gradient of the expected log joint that of log p(x)",
-            'Write method="louis", or e_step=steps.Enumerated() or steps.Gaussian() where they fit.',
+            'Write method="louis", or e_step=steps.Enumerated(), steps.Gaussian() or steps.Laplace(num_nodes=9) where '
+            "they fit.",
         )
     return problem.hessian(posterior)
 

@@ -3,7 +3,7 @@ r"""What mean field adds to the conjugate families: discrete factors, steps betw
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -23,7 +23,6 @@ from ._families import (
     NormalFactor,
     NormalGammaFactor,
     Values,
-    _hermite,
 )
 from ._vectors import NormalWishartFactor, VectorFactor, WishartFactor
 from .enumerated import _distribution
@@ -34,9 +33,8 @@ __all__ = [
     "blend",
     "displaced",
     "family_of",
-    "gaussian_nodes",
-    "natural_gradient",
     "tensors",
+    "toward",
     "with_tensors",
 ]
 
@@ -152,31 +150,13 @@ def blend(old: Factor, new: Factor, rate: float) -> Factor:
     if isinstance(new, DiscreteFactor):
         logits = [torch.log_softmax(f.logits, -1) for f in (old, new)]
         return replace(new, logits=torch.lerp(*logits, rate))
-    natural, member = _NATURAL.get(type(new), (_as_they_are, _with_them))
-    return member(new, [torch.lerp(a, b, rate) for a, b in zip(natural(old), natural(new), strict=True)])
+    return toward(old, _NATURAL.get(type(new), (_as_they_are, None))[0](new), rate)
 
 
-def gaussian_nodes(factor: NormalFactor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return standard nodes, their weights and the values of a Gauss-Hermite rule: each ``(count, *batch)``."""
-    y, log_weights = _hermite(factor.loc, count)
-    return y, log_weights.exp(), factor.loc + factor.scale * y
-
-
-def natural_gradient(factor: NormalFactor, y: Tensor, weights: Tensor, slopes: Tensor) -> NormalFactor:
-    r"""Return the Gaussian that a natural-gradient step of length 1 leads to.
-
-    $$\lambda=-E_q[f''],\qquad\lambda m'=\lambda m+E_q[f'],\qquad E_q[f'']=E_q[y f']/s\ \text{ with } y=(z-m)/s.$$
-
-    Args:
-        factor: q.
-        y, weights: Nodes and weights of a standard normal, ``(nodes, *batch)``.
-        slopes: $f'$ at ``m + s y``.
-
-    Source: Opper and Archambeau 2009; Khan and Lin 2017, eq. 10, with the theorems of Bonnet and Price.
-    """
-    slope, curvature = (weights * slopes).sum(0), (weights * y * slopes).sum(0) / factor.scale
-    precision = -curvature
-    return NormalFactor(factor.name, factor.loc + slope / precision, precision.rsqrt())
+def toward(old: Factor, eta: Sequence[Tensor], rate: float) -> Factor:
+    r"""Return the member with $\eta=(1-\rho)\eta_{old}+\rho\,\eta$, which need not be those of a member themselves."""
+    natural, member = _NATURAL.get(type(old), (_as_they_are, _with_them))
+    return member(old, [torch.lerp(a, b, rate) for a, b in zip(natural(old), eta, strict=True)])
 
 
 # Starts -----------------------------------------------------------------------------------------------------------

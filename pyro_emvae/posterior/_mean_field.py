@@ -15,13 +15,15 @@ from .._pyro import scale_and_mask
 from ..particles import Particles
 from ._conjugacy import LEVELS
 from ._factored import FactoredJoint, Nodes
-from ._factors import DiscreteFactor, blend, gaussian_nodes, natural_gradient, tensors, with_tensors
+from ._factors import DiscreteFactor, blend, tensors, toward, with_tensors
 from ._families import Factor, GammaFactor, NormalFactor, NormalGammaFactor
 from ._meetings import is_quadratic, meeting_dims
+from ._natural import by_slopes, by_values, can_climb, is_sloped, least_nodes, nodes_of
 from ._vectors import NormalWishartFactor, VectorFactor, WishartFactor
 
 __all__ = ["Ascent", "Update", "paired"]
 
+MOST_NODES = 4096
 PAIRS = {(GammaFactor, NormalFactor), (WishartFactor, VectorFactor)}
 
 
@@ -30,9 +32,9 @@ class Update:
     """How a factor is moved.
 
     Args:
-        kind: ``"exact"``, or ``"natural_gradient"`` for Gaussian factors, with the others exact.
+        kind: ``"exact"``, or ``"natural_gradient"`` for normal factors, and others in which the model is not conjugate.
         rate: Length of a natural-gradient step.
-        num_nodes: Gauss-Hermite nodes of a Gaussian factor, with natural gradients.
+        num_nodes: Nodes of a factor that is moved so.
     """
 
     kind: str = "exact"
@@ -57,6 +59,18 @@ class Ascent:
         self.joint, self.factors, self.update = joint, list(factors), update
         self.dims = [meeting_dims(joint, self.factors, i) for i in range(len(self.factors))]
         self.quadratic = [bool(d) and is_quadratic(joint, self.factors, i) for i, d in enumerate(self.dims)]
+        self.climbs = [update.kind == "natural_gradient" and isinstance(f, NormalFactor) for f in self.factors]
+        if update.kind == "natural_gradient":
+            self.climbs = [climbs or self._has_to_climb(i) for i, climbs in enumerate(self.climbs)]
+
+    def _has_to_climb(self, place: int) -> bool:
+        """Whether no exact update is known of a factor, but a natural-gradient step is; found out once for a model."""
+        factor = self.factors[place]
+        key = ("climbs", self.joint.model, *factor.names)
+        if key not in self.joint.known:
+            fits = not can_climb(factor) or self.best(place, self.units(place)[0])[1] <= self._tolerance
+            self.joint.known[key] = not fits
+        return self.joint.known[key]
 
     def are_independent(self, places: Sequence[int]) -> bool:
         """Whether no two of some factors, or elements of them, meet in a site: one exact sweep is then their best."""
@@ -72,17 +86,17 @@ class Ascent:
         batch = self.joint.shape(factor.names[0])
         if self.dims[place] and self.quadratic[place]:
             return self._signs(factor, place, skip)
-        base = self._base(factor, len(batch))
+        base = self._base(place, len(batch))
         return self._product(base, place, skip) if self.dims[place] else base
 
-    def _base(self, factor: Factor, batch_dims: int) -> Nodes:
+    def _base(self, place: int, batch_dims: int) -> Nodes:
         """Return nodes of each element by itself."""
+        factor = self.factors[place]
         if isinstance(factor, DiscreteFactor):
             values, log_weights = factor.nodes()
             return Nodes(values, log_weights.exp())
-        if isinstance(factor, NormalFactor) and self.update.kind == "natural_gradient":
-            _, weights, z = gaussian_nodes(factor, self.update.num_nodes)
-            return Nodes({factor.name: z}, weights.reshape(-1, *(1,) * batch_dims))
+        if self.climbs[place]:
+            return Nodes(*self._climbing(place))
         values = factor.pair()
         count = len(next(iter(values.values())))
         like = next(iter(tensors(factor).values()))
@@ -141,10 +155,12 @@ class Ascent:
     def move(self, place: int, rate: float = 1.0, twice: bool = False) -> None:
         """Move one factor to its best given the others, or part of the way there."""
         for unit in self.units(place):
+            if self.climbs[place]:
+                self._climb(place, unit, rate * self.update.rate)
+                continue
             old = self.factors[place]
             new, miss = self.best(place, unit)
-            exact = not isinstance(old, DiscreteFactor) and not self._by_gradient(old)
-            if exact:
+            if not isinstance(old, DiscreteFactor):
                 self._require_fit(new, miss)
                 near = self._merge(place, unit, old, new)
                 if twice and near.is_proper:
@@ -152,19 +168,33 @@ class Ascent:
                     new, miss = self.best(place, unit)
                     self._require_fit(new, miss)
                     self.factors[place] = old
-            step = rate * (self.update.rate if self._by_gradient(old) else 1.0)
-            self.factors[place] = self._stepped(place, unit, old, new, step)
+            self.factors[place] = self._merge(place, unit, old, blend(old, new, rate))
+            if not self.factors[place].is_proper:
+                self.factors[place] = old
+                self._refuse(new, f"no proper {new.family} density", math.nan)
 
-    def _by_gradient(self, factor: Factor) -> bool:
-        return self.update.kind == "natural_gradient" and isinstance(factor, NormalFactor)
-
-    def _stepped(self, place: int, unit: int | None, old: Factor, new: Factor, rate: float) -> Factor:
-        for _ in range(10):
-            moved = self._merge(place, unit, old, blend(old, new, rate))
+    def _climb(self, place: int, unit: int | None, rate: float) -> None:
+        """Make a natural-gradient step, shorter where it would leave the family."""
+        old = self.factors[place]
+        values, weights = self._climbing(place)
+        if is_sloped(old):
+            eta = by_slopes(old, values[old.name], weights, self._slopes(place, unit, values)[old.name])
+        else:
+            eta = by_values(old, values[old.name], weights, self._values(place, unit, values))
+        for _ in range(20):
+            moved = self._merge(place, unit, old, toward(old, eta, rate))
             if moved.is_proper:
-                return moved
-            rate = 0.5 * rate if self._by_gradient(old) else 0.0
-        self._refuse(new, f"no proper {new.family} density", math.nan)
+                self.factors[place] = moved
+                return
+            rate = 0.5 * rate
+        self._refuse(old, f"no proper {old.family} density", math.nan)
+
+    def _climbing(self, place: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Return nodes and weights for a natural-gradient step."""
+        factor = self.factors[place]
+        if least_nodes(factor) > MOST_NODES:
+            self.joint._refuse_rows([factor], least_nodes(factor))
+        return nodes_of(factor, self.update.num_nodes)
 
     def _merge(self, place: int, unit: int | None, old: Factor, new: Factor) -> Factor:
         """Return the new factor at the elements of one group, the old one elsewhere."""
@@ -181,11 +211,8 @@ class Ascent:
         """Return the factor that is best given the others, and by how much its family misses the log joint."""
         factor = self.factors[place]
         if isinstance(factor, DiscreteFactor):
-            return self._best_discrete(place, unit), 0.0
-        if self._by_gradient(factor):
-            y, weights, z = gaussian_nodes(factor, self.update.num_nodes)
-            slopes = self._slopes(place, unit, {factor.name: z})[factor.name]
-            return natural_gradient(factor, y, weights, slopes), 0.0
+            logits = self._values(place, unit, factor.nodes()[0]).movedim(0, -1)
+            return replace(factor, logits=logits.to(factor.logits.dtype)), 0.0
         values = self._levels(factor)
         slopes = self._slopes(place, unit, values)
         count = len(next(iter(values.values())))
@@ -256,13 +283,14 @@ class Ascent:
         return {name: grad / self._scale(name, event=True) for name, grad in found.items()}
 
     @torch.no_grad()
-    def _best_discrete(self, place: int, unit: int | None) -> Factor:
-        factor = self.factors[place]
+    def _values(self, place: int, unit: int | None, levels: Mapping[str, Tensor]) -> Tensor:
+        """Return the expected log joint at levels of a factor: ``(levels, *batch)``."""
+        name, like = self.factors[place].names[0], next(iter(levels.values()))
         sites, nodes = self._others(place)
-        nodes[place], rest = self._target(place, unit, factor.nodes()[0])
-        batch = self._padded(self.joint.shape(factor.name))
+        nodes[place], rest = self._target(place, unit, levels)
+        batch = self._padded(self.joint.shape(name))
         kept = batch if unit is None else self._padded(self._with_unit_dims_alone(place))
-        log_p = torch.zeros(len(factor.outcomes), *kept, dtype=torch.float64, device=factor.logits.device)
+        log_p = torch.zeros(len(like), *kept, dtype=torch.float64, device=like.device)
         rows = self.joint.rows(self.factors, nodes, sites)
 
         def use(run: Particles, weighted: dict[str, Tensor], part: Tensor) -> None:
@@ -275,11 +303,9 @@ class Ascent:
                 self.joint.refuse_non_finite(run)
 
         self.joint.expect(self.factors, nodes, sites, rows, place, use)
-        shape = self.joint.shape(factor.name)
+        shape = self.joint.shape(name)
         own = tuple(kept[len(kept) - len(shape) :])
-        scale = self._scale(factor.name)
-        logits = log_p.reshape(-1, *own).expand(-1, *shape) / scale
-        return replace(factor, logits=logits.movedim(0, -1).to(factor.logits.dtype))
+        return log_p.reshape(-1, *own).expand(-1, *shape) / self._scale(name)
 
     def _with_unit_dims_alone(self, place: int) -> tuple[int, ...]:
         batch = self.joint.shape(self.factors[place].names[0])
@@ -328,8 +354,12 @@ class Ascent:
 
     # Errors ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def _tolerance(self) -> float:
+        return torch.finfo(self.joint.dtype).eps ** 0.5
+
     def _require_fit(self, factor: Factor, miss: float) -> None:
-        if not miss <= torch.finfo(self.joint.dtype).eps ** 0.5:
+        if not miss <= self._tolerance:
             self._refuse(factor, f"an expected log joint that is no log {factor.family} density", miss)
 
     def _refuse(self, factor: Factor, got: str, miss: float) -> None:
@@ -339,7 +369,7 @@ class Ascent:
             f"update the factor of {', '.join(map(repr, factor.names))}",
             got=f"{got} (its derivatives miss by {miss:.2g}, relatively)",
             because="an exact update needs a model that is conjugate in each latent given the others",
-            fix='Write MeanField(update="natural_gradient") for latents over the reals, or use steps.Laplace(), '
+            fix='Write MeanField(update="natural_gradient"), for latents other than matrices, or use steps.Laplace(), '
             "steps.MonteCarlo() or a guide.",
         )
 

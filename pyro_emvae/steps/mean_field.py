@@ -70,12 +70,14 @@ class MeanField(HalfStep):
     Args:
         num_sweeps: Sweeps per E-step at most; a later E-step goes on from the last one's factors.
         tol: Nats; sweeps end when one gains no more, and not more than the one before it.
-        update: ``"exact"``, or ``"natural_gradient"`` for Normal factors,
-            $\eta\leftarrow(1-\rho)\eta+\rho\hat\eta$ with
-            $\hat\lambda=-E_q[f'']$ and $\hat\lambda\hat m=\hat\lambda m+E_q[f']$, for models that are not conjugate in
-            them. On those that are, it is the exact update at rate 1.
+        update: ``"exact"``, or ``"natural_gradient"`` for models that are not conjugate in some latents:
+            $\eta\leftarrow(1-\rho)\eta+\rho\hat\eta$ with $\hat\eta=\mathrm{Cov}_q(t,t)^{-1}\mathrm{Cov}_q(t,f)$, f the
+            expected log joint given the latent. For Normal factors always (on a conjugate model it is the exact update
+            at rate 1), for multivariate normals of at most 7 coordinates, Gamma, Beta, and Dirichlet factors of at most
+            4 categories where no exact update is known. The bound is then as good as the nodes.
         rate: $\rho$, in (0, 1], of a natural-gradient step.
-        num_nodes: Gauss-Hermite nodes per Normal factor, for natural gradients.
+        num_nodes: Nodes of a factor that is moved so: Gauss-Hermite, their products for vectors (at most 1,000), or a
+            trapezoid rule.
         pairs: ``"conjugate"``, or ``"none"``: a precision and a mean have a factor each.
         delay, forgetting: Of the steps on minibatches: at least 0, and in (0.5, 1].
         init: Distributions by site at which factors start, or a function of the data that returns them. By default the

@@ -73,34 +73,34 @@ class Pair(ABC):
 
 class NormalPair(Pair):
     def values(self, site: SiteTerms) -> Tensor:
-        fn, z = base(site.fn), site.value.detach()
+        z = site.value.detach()
         uniform = torch.rand_like(z)
         rayleigh = (-2 * torch.log1p(-torch.rand_like(z))).sqrt()
         maxwell = torch.randn((3, *z.shape), dtype=z.dtype, device=z.device).norm(dim=0) * torch.randn_like(z).sign()
         moves = [rayleigh, -rayleigh, maxwell, maxwell * uniform]
-        loc, scale = fn.loc.detach(), fn.scale.detach()
+        loc, scale = (_parameter(site, name).detach() for name in ("loc", "scale"))
         return torch.cat([_one_by_one(z, loc + scale * move, site.fn.event_dim) for move in moves])
 
     def term(self, site: SiteTerms, signal: Tensor, rows: int) -> Tensor:
-        fn = base(site.fn)
+        loc, scale = (_parameter(site, name) for name in ("loc", "scale"))
         up, down, wide, narrow = (_by_coordinate(f, site) for f in site.probed.signal.chunk(4))
-        scale = fn.scale.detach()
-        return (up - down) / (scale * math.sqrt(2 * math.pi)) * fn.loc + (wide - narrow) / scale * fn.scale
+        by_loc = (up - down) / (scale.detach() * math.sqrt(2 * math.pi))
+        return by_loc * loc + (wide - narrow) / scale.detach() * scale
 
 
 class GammaPair(Pair):
     def values(self, site: SiteTerms) -> Tensor:
         z = site.value.detach()
-        further = z - torch.log1p(-torch.rand_like(z)) / base(site.fn).rate.detach()
+        further = z - torch.log1p(-torch.rand_like(z)) / _parameter(site, "rate").detach()
         return _one_by_one(z, further, site.fn.event_dim)
 
     def term(self, site: SiteTerms, signal: Tensor, rows: int) -> Tensor:
-        fn, z = base(site.fn), site.value.detach()
+        concentration, rate = (_parameter(site, name) for name in ("concentration", "rate"))
         at_z = signal.reshape(signal.shape + (1,) * site.fn.event_dim)
-        by_rate = fn.concentration.detach() / fn.rate.detach() * (at_z - _by_coordinate(site.probed.signal, site))
+        by_rate = concentration.detach() / rate.detach() * (at_z - _by_coordinate(site.probed.signal, site))
         baseline = (at_z.sum(0, keepdim=True) - at_z) / (rows - 1) if rows > 1 else 0.0
-        score = type(fn)(fn.concentration, fn.rate.detach(), validate_args=False).log_prob(z)
-        return by_rate * fn.rate + (at_z - baseline) * score
+        score = type(base(site.fn))(concentration, rate.detach(), validate_args=False).log_prob(site.value.detach())
+        return by_rate * rate + (at_z - baseline) * score
 
 
 class PoissonPair(Pair):
@@ -110,7 +110,7 @@ class PoissonPair(Pair):
 
     def term(self, site: SiteTerms, signal: Tensor, rows: int) -> Tensor:
         at_z = signal.reshape(signal.shape + (1,) * site.fn.event_dim)
-        return (_by_coordinate(site.probed.signal, site) - at_z) * base(site.fn).rate
+        return (_by_coordinate(site.probed.signal, site) - at_z) * _parameter(site, "rate")
 
 
 class Outcomes(Pair):
@@ -122,9 +122,9 @@ class Outcomes(Pair):
         return torch.cat([_one_by_one(z, o.to(z).expand(z.shape), event, single) for o in outcomes])
 
     def term(self, site: SiteTerms, signal: Tensor, rows: int) -> Tensor:
-        fn, single = base(site.fn), base(site.fn).event_dim
-        support = fn.enumerate_support(expand=False)
-        probabilities = fn.log_prob(support).exp()
+        single = base(site.fn).event_dim
+        support = base(site.fn).enumerate_support(expand=False)
+        probabilities = _probabilities(site, support, single)
         parts = site.probed.signal.chunk(len(support))
         return sum(_by_coordinate(f, site, single) * p for f, p in zip(parts, probabilities, strict=True))
 
@@ -141,6 +141,26 @@ PAIRS = {
 
 def _pair(fn: Any) -> Pair | None:
     return PAIRS.get(type(base(fn)).__name__)
+
+
+def _parameter(site: SiteTerms, name: str) -> Tensor:
+    """Return a parameter of the site's distribution; of particles run one by one, each has its own."""
+    if not site.runs:
+        return getattr(base(site.fn), name)
+    rows = [getattr(base(run.fn), name).expand(run.fn.shape()) for run in site.runs]
+    return torch.stack([row.reshape(site.value.shape[1:]) for row in rows])
+
+
+def _probabilities(site: SiteTerms, support: Tensor, single: int) -> Tensor:
+    """Return the probabilities of all outcomes, ``(outcomes, particles?, *plates, *event)``, each run its own."""
+    if not site.runs:
+        return base(site.fn).log_prob(support).exp()
+    rows = []
+    for run in site.runs:
+        shape = run.fn.shape()
+        row = base(run.fn).log_prob(support).exp().expand(len(support), *shape[: len(shape) - single])
+        rows.append(row.reshape(len(support), *site.value.shape[1 : site.value.dim() - single]))
+    return torch.stack(rows, 1)
 
 
 def _one_by_one(z: Tensor, other: Tensor, event_dim: int, single: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
@@ -236,6 +237,15 @@ def test_a_minibatch_stands_for_all_data():
     pairs = [p.support(1).total(lambda v: {"u": v["u"], "uu": v["u"] ** 2}) for p in (batch, alone)]
     for name, total in pairs[0].items():
         assert float(total) == pytest.approx(6 * float(pairs[1][name]), rel=1e-10)
+
+
+def test_a_weight_per_datum_multiplies_its_evidence():
+    weights = torch.linspace(0.5, 3.0, GROUPS, dtype=F64)
+    posterior = steps.Laplace(num_nodes=15).infer(poutine.scale(logit_normal, scale=weights), (), {})
+    exact = (weights * per_group(number([0.0, 0.0, 1.0]))).sum()
+    assert posterior.log_evidence == pytest.approx(float(exact), abs=1e-6)
+    bound = float(posterior.expected_log_joint(1).detach()) + posterior.entropy
+    assert bound == pytest.approx(posterior.log_evidence, abs=1e-10)
 
 
 def test_averaged_statistics_of_minibatches_come_near_the_maximum(maximum):

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
@@ -238,6 +239,15 @@ def test_a_minibatch_stands_for_all_data():
         assert float(total) == pytest.approx(6 * float(pairs[1][name]), rel=1e-10)
 
 
+def test_a_weight_per_datum_multiplies_its_evidence():
+    weights = torch.linspace(0.5, 3.0, GROUPS, dtype=F64)
+    posterior = steps.Laplace(num_nodes=15).infer(poutine.scale(logit_normal, scale=weights), (), {})
+    exact = (weights * per_group(number([0.0, 0.0, 1.0]))).sum()
+    assert posterior.log_evidence == pytest.approx(float(exact), abs=1e-6)
+    bound = float(posterior.expected_log_joint(1).detach()) + posterior.entropy
+    assert bound == pytest.approx(posterior.log_evidence, abs=1e-10)
+
+
 def test_averaged_statistics_of_minibatches_come_near_the_maximum(maximum):
     def halves() -> Iterator[tuple[Tensor, ...]]:
         generator = torch.Generator().manual_seed(0)
@@ -282,6 +292,42 @@ def test_the_run_ends_by_the_rule_for_runs_without_noise(maximum):
 def test_an_m_step_by_gradients_climbs_the_same_likelihood(maximum):
     fit = em_on(9, steps.LBFGS()).run(Y, W, max_iter=30, stop=None, progress_bar=False)
     torch.testing.assert_close(values_of(fit), maximum[0], rtol=0, atol=2e-3)
+
+
+# Cases of pleuropneumonia among the animals of 15 herds in four periods, of Lesnoff et al. 2004: data `cbpp` of lme4.
+ILL = """2 3 4 0  3 1 1 0  8 2 0 2  2 0 2 0  5 0 0 1  3 0 0 1  8 1 3 0  12 0 0 0
+    2 0 0 0  1 1 0 2  0 5 3 1  2 1 0 0  1 2 0 0  11 0 0 0  1 1 1 0"""
+HERDS = """14 12 9 5  22 18 21 0  22 16 16 20  10 10 9 6  18 25 24 4  17 17 18 20  16 10 9 5  34 0 0 0
+    9 6 8 6  22 22 18 22  25 27 22 22  10 8 6 5  21 24 19 23  19 2 3 2  19 15 15 15"""
+
+
+def herds(ill: Tensor, animals: Tensor) -> None:
+    b = pyro.param("b", lambda: torch.zeros(4, dtype=F64))
+    tau = pyro.param("tau", lambda: number(1.0), constraint=constraints.positive)
+    with pyro.plate("herds", len(ill), dim=-2):
+        u = pyro.sample("u", dist.Normal(number(0.0), 1.0))
+        with pyro.plate("periods", 4, dim=-1):
+            logits = b[0] + b * number([0.0, 1.0, 1.0, 1.0]) + tau * u
+            pyro.sample("y", dist.Binomial(animals, logits=logits).mask(animals > 0), obs=ill)
+
+
+PUBLISHED = {  # coefficients and deviance: glmmML, and lme4, as in the tests of lme4
+    10: ([-1.39924138019006, -0.991381753243723, -1.12782730029348, -1.57948092000465], 100.010029977086),
+    25: ([-1.39922533406847, -0.991407294757321, -1.12782184600404, -1.57946627431248], 100.010030538022),
+}
+
+
+@pytest.mark.parametrize("num_nodes", PUBLISHED)
+def test_a_mixed_model_of_herds_equals_published_fits(num_nodes):
+    ill, animals = (number([float(x) for x in text.split()]).reshape(15, 4) for text in (ILL, HERDS))
+    em = EM(herds, e_step=steps.Laplace(num_nodes=num_nodes), m_step=steps.LBFGS())
+    fit = em.run(ill, animals, max_iter=40, stop=None, progress_bar=False)
+    coefficients, deviance = PUBLISHED[num_nodes]
+    seen = animals > 0
+    saturated = dist.Binomial(animals[seen], probs=(ill / animals)[seen]).log_prob(ill[seen]).sum()
+    found = -2 * (em.posterior(ill, animals).log_evidence - float(saturated))
+    assert found == pytest.approx(deviance, abs=2e-8)
+    torch.testing.assert_close(fit.params["b"], number(coefficients), rtol=0, atol=5e-5)
 
 
 # After a fit ----------------------------------------------------------------------------------------------------------

@@ -322,13 +322,7 @@ class EM(Inference):
         self._refuse("batch_size", sliced and any(unfit.values()))
         fixed = {"stop": stop, "on_decrease": on_decrease, "evaluate": once.evaluate, "screen": once.screen}
         fixed |= {"deterministic": self.is_deterministic, "monotone": self.is_monotone, "norms": True}
-        if getattr(self.e_step, "growth", None) is not None:
-            self._refuse("data", "data" in options)
-        if options.get("validation") is not None:
-            self._check_validation()
-        if options.get("anneal") is not None:
-            grows = getattr(self.e_step, "growth", None) is not None
-            self._check_annealing({"accelerate": accelerate, "n_init": n_init != 1, "growth": grows})
+        self._check_run(options, {"accelerate": accelerate, "n_init": n_init != 1})
         iterate = self._iterations(accelerate, history, once, functools.partial(once.begin, *call), "data" in options)
 
         def run(number: int | None, one: Callable | None = None, **changed: Any) -> Fit:
@@ -386,6 +380,15 @@ class EM(Inference):
         if history == "full":
             return lambda: FullHistory(self.engine, once)
         return lambda: once
+
+    def _check_run(self, options: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+        """Refuse options that the half-steps do not go with."""
+        grows = getattr(self.e_step, "growth", None) is not None
+        self._refuse("data", grows and "data" in options)
+        if options.get("validation") is not None:
+            self._check_validation()
+        if options.get("anneal") is not None:
+            self._check_annealing({**asked, "growth": grows})
 
     def _check_annealing(self, asked: Mapping[str, Any]) -> None:
         """Refuse what does not go with a factor; steps that cannot have one say so when they are made."""

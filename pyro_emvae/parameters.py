@@ -558,13 +558,30 @@ def assign(parameters: Parameters, values: Mapping[str, Tensor]) -> None:
                 fix=nearest(name, rows),
             )
         try:
-            new[name] = _unconstrain(rows[name], torch.as_tensor(value))
+            new[name] = _unconstrain(rows[name], _as_real(name, value))
         except DegenerateError as error:
             error.values, error.parameter = dict(values), name
             raise
     with torch.no_grad():
         for name, value in new.items():
             rows[name].leaf.copy_(value)
+
+
+def _as_real(name: str, value: Any) -> Tensor:
+    try:
+        found = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_complex():
+        fail(
+            ModelError,
+            "assign",
+            f"write parameter {name!r}",
+            got=repr(value) if found is None else f"{found.dtype}",
+            because="a parameter is a real tensor",
+            fix="Let the update return tensors of the parameters' shapes.",
+        )
+    return found
 
 
 def _unconstrain(row: Row, value: Tensor) -> Tensor:

@@ -334,6 +334,9 @@ UPDATES = {
     "shape": (lambda s, p: {"loc": p["loc"][:2]}, r"shape \(2,\)"),
     "constraint": (lambda s, p: {"loc": p["loc"] + 1, "scale": -p["scale"]}, "'scale'.*outside"),
     "finite": (lambda s, p: {"scale": p["scale"] / 0}, "'scale'.*inf"),
+    "no number": (lambda s, p: {"scale": "one"}, "'scale': got 'one'"),
+    "complex": (lambda s, p: {"loc": p["loc"] + 1j}, r"'loc': got torch\.complex"),
+    "simplex": (lambda s, p: {"weights": 2 * p["weights"]}, r"'weights'.*outside Simplex"),
 }
 
 

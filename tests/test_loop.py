@@ -432,6 +432,38 @@ def test_sums_of_responsibilities_equal_sums_of_statistics(order):
             torch.testing.assert_close(direct[name], slow[name].to(direct[name]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"n_init": 3, "seed": 0}, {"accelerate": "squarem"}])
+def test_a_mixture_of_numbers_is_that_of_vectors_of_one(options):
+    x = IRIS[:, 2]
+
+    def numbers(x: Tensor) -> None:
+        weights = pyro.param("weights", f64(0.5, 0.5), constraint=constraints.simplex)
+        means = pyro.param("means", f64(2.0, 5.0))
+        scales = pyro.param("scales", f64(1.0, 1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(means[z], scales[z]), obs=x)
+
+    def vectors(x: Tensor) -> None:
+        weights = pyro.param("weights", f64(0.5, 0.5), constraint=constraints.simplex)
+        means = pyro.param("means", f64(2.0, 5.0)[:, None])
+        scales = pyro.param("scales", f64(1.0, 1.0)[:, None], constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(means[z], scales[z]).to_event(1), obs=x)
+
+    fits = []
+    for model, data in ((numbers, x), (vectors, x[:, None])):
+        pyro.clear_param_store()
+        em = EM(model, e_step="enumerated", m_step=steps.gaussian_mixture(2, "diagonal"))
+        fits.append(em.run(data, max_iter=60, stop=None, **options))
+    one, two = fits
+    assert one.objective == pytest.approx(two.objective, rel=1e-12)
+    for name, value in one.params.items():
+        assert value.shape == (2,)
+        torch.testing.assert_close(value, two.params[name].reshape(2), rtol=1e-9, atol=0)
+
+
 def test_mixtures_refuse_what_they_cannot_do():
     with pytest.raises(StepError, match=r"'diag'.*'diagonal'"):
         steps.gaussian_mixture(3, "diag")

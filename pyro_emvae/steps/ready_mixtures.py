@@ -171,7 +171,8 @@ def gaussian_mixture(
         latent: Name of the discrete latent.
         data: Which argument of the model holds the data ``(N, D)``: a position or a keyword.
         weights, means, scales: Names of the parameters: ``weights (K,)``, ``means (K, D)``, and ``scales``: Cholesky
-            factors ``(K, D, D)``, tied ``(D, D)``, or standard deviations ``(K, D)``, spherical ``(K,)``.
+            factors ``(K, D, D)``, tied ``(D, D)``, or standard deviations ``(K, D)``, spherical ``(K,)``. For numbers
+            ``(N,)``: ``means (K,)``, and standard deviations ``(K,)``, ``"diagonal"``.
         origin: Subtracted from the data before squares are summed. In float32, give a tensor near the data's mean if
             that is many standard deviations from zero.
         floor: A covariance whose smallest eigenvalue, in units of the data's variances, is below this is degenerate:
@@ -214,7 +215,7 @@ def gaussian_mixture(
         if covariance == "spherical":
             found = found.mean(-1)
         scale = torch.linalg.cholesky((found + found.mT) / 2) if matrix else found.sqrt()
-        return {weights: count / count.sum(), means: mean + origin, scales: scale}
+        return _shaped({weights: count / count.sum(), means: mean + origin, scales: scale}, params)
 
     def start(seed: int, params: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the means of clusters, and for all of them the covariance within clusters."""
@@ -229,12 +230,21 @@ def gaussian_mixture(
             scale = within.mean().sqrt()
         if covariance != "tied":
             scale = scale.expand(num_components, *scale.shape)
-        return {weights: count / count.sum(), means: mean + origin, scales: scale}
+        return _shaped({weights: count / count.sum(), means: mean + origin, scales: scale}, params)
 
     update.__name__, start.kinds = covariance, KINDS
     order = "products" if matrix else "squares"
     statistics = MixtureStatistics(num_components, latent, data, lambda x: x - origin, order)
     return ClosedForm(statistics, update, start=start)
+
+
+def _shaped(values: dict[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return values in the shapes of the parameters, where a mixture of numbers leaves out a dim of size 1."""
+    short = {name: params[name].shape for name in values if name in params}
+    return {
+        name: x.squeeze(-1) if x.shape[-1:] == (1,) and short.get(name) == x.shape[:-1] else x
+        for name, x in values.items()
+    }
 
 
 def _means(stats: Mapping[str, Tensor]) -> Tensor:

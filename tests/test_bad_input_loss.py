@@ -3,6 +3,7 @@ r"""Bad input to `MonteCarloELBO`: a clear error that states what was observed, 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 
 import pyro
@@ -119,6 +120,77 @@ def test_an_annotation_on_a_model_site():
 def test_number_of_particles(number):
     with pytest.raises(EmvaeError, match=rf"num_particles: got {number!r}\."):
         MonteCarloELBO(num_particles=number)
+
+
+# Every kind of misfit: what was seen, and an alternative that works ---------------------------------------------------
+
+
+def all_kinds() -> None:
+    b = pyro.sample("b", dist.Bernoulli(0.4))
+    pyro.sample("below", dist.Bernoulli(0.3 + 0.2 * b))
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    k = pyro.sample("k", dist.Categorical(torch.ones(3)))
+    pyro.sample("many", dist.Categorical(torch.ones(120_000)))
+    bits = pyro.sample("bits", dist.Bernoulli(torch.full((40,), 0.5)).to_event(1))
+    n = pyro.sample("n", dist.Poisson(2.0))
+    loc = torch.tensor([0.0, 1.0])[b.long()] + z + k + bits.sum(-1) + n
+    pyro.sample("x", dist.Normal(loc, 1.0), obs=torch.tensor(0.3))
+
+
+def all_kinds_guide() -> None:
+    logit = pyro.param("logit", lambda: torch.tensor(0.2))
+    b = pyro.sample("b", dist.Bernoulli(logits=logit))
+    pyro.sample("below", dist.Bernoulli(logits=logit * (1 + b)))
+    pyro.sample("z", dist.Normal(logit, 1.0))
+    pyro.sample("k", dist.Categorical(logits=torch.stack([logit, -logit, 0 * logit])))
+    pyro.sample("many", dist.Categorical(logits=logit * torch.ones(120_000)))
+    pyro.sample("bits", dist.Bernoulli(logits=logit * torch.ones(40)).to_event(1))
+    pyro.sample("n", dist.Poisson(logit.exp()))
+
+
+MISFITS = {  # the site, its estimator, options, and what was observed
+    "support, binary": ("k", "disarm", {}, r"site 'k': got Categorical\(batch_shape=\(2,\)\)"),
+    "support, categorical": ("b", "unordered_set", {}, r"site 'b': got Bernoulli"),
+    "support, discrete": ("z", "enumerated", {}, r"site 'z': got Normal"),
+    "rsample": ("k", "pathwise", {}, r"got Categorical.*with has_rsample=False"),
+    "noise of a normal": ("n", "antithetic", {}, r"got Poisson.*has_rsample=False"),
+    "upstream": ("below", "arms", {}, r"site 'below'.*depends on the draw of 'b'"),
+    "odd pairs": ("b", "disarm", {"num_particles": 3}, "their number is odd"),
+    "too few particles": ("b", "arms", {"num_particles": 1}, r"got num_particles=1\."),
+    "too few for a baseline": ("b", "leave_one_out", {"num_particles": 1}, r"got num_particles=1\."),
+    "too many outcomes": ("many", "enumerated", {}, "it has 120,000 outcomes"),
+    "too many outcomes of an event": ("bits", "enumerated", {}, r"an event of several elements has 1\.1e\+12 outcomes"),
+    "no finite support": ("n", "enumerated", {}, r"got Poisson"),
+    "an objective of several particles": ("b", "arms", {"objective": "iwae"}, "objective='iwae'"),
+    "an objective of terms": ("b", "vimco", {}, "objective='elbo'"),
+    "paths of one for several": ("z", "sticking_the_landing", {"objective": "iwae"}, "objective='iwae'"),
+    "dreg of terms": ("z", "dreg", {}, "objective='elbo'"),
+    "an index": ("b", "straight_through", {}, r"site 'b'.*the model's site 'x'.*cannot be differentiated"),
+    "an index in between": ("b", "gumbel_softmax", {}, r"site 'b'"),
+    "a bit downstream of a control variate": ("b", "rebar", {}, "guide site 'below' downstream"),
+    "relaxed integers": ("k", "reinmax", {}, r"site 'k'.*integers"),
+}
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_a_misfit_says_what_was_seen_and_its_alternative_works(case):
+    site, estimator, options, observed = MISFITS[case]
+    options = {"num_particles": 2, "max_plate_nesting": 0, "vectorize_particles": True, **options}
+
+    def gradient(**changed) -> None:
+        rows = dict.fromkeys(("b", "below", "z", "k", "many", "bits", "n"), "score") | changed["estimator"]
+        MonteCarloELBO(**{**options, **changed, "estimator": rows}).loss_and_grads(all_kinds, all_kinds_guide)
+
+    with pytest.raises(EstimatorError, match=observed) as caught:
+        gradient(estimator={site: estimator})
+    assert pyro.param("logit").unconstrained().grad is None
+    fix = str(caught.value).rsplit(". ", 1)[-1]
+    names, count = re.findall(r'"(\w+)"', fix), re.search(r"num_particles=(\d+)", fix)
+    assert names or count, fix
+    for name in names:
+        gradient(estimator={site: name})
+    if count:
+        gradient(estimator={site: estimator}, num_particles=int(count[1]))
 
 
 # Sites --------------------------------------------------------------------------------------------------------------

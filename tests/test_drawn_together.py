@@ -169,6 +169,21 @@ def test_draws_have_the_joint_law_that_the_proofs_use(estimator, num_particles, 
         assert_mean(hit[:, often], expected[often], detect=0.05)
 
 
+@pytest.mark.parametrize(("estimator", "rows", "uniform", "nodes"), [("disarm", 2, 1, 100_000), ("arms", 3, 3, 40)])
+def test_copulas_by_grid_integration_of_the_uniform(monkeypatch, estimator, rows, uniform, nodes):
+    """The share of a grid of uniform numbers that leads to each joint outcome is its probability by `joint`."""
+    grid = (torch.arange(nodes, dtype=F64) + 0.5) / nodes
+    grid = torch.cartesian_prod(*[grid] * uniform).reshape(-1, uniform).T
+    part, logits = create("estimator", estimator), tensor([0.0, 0.4, -1.7, 2.0])
+    monkeypatch.setattr(torch, "rand_like", lambda like: grid[..., None].expand(like.shape))
+    drawn = part.draw(dist.Bernoulli(logits=logits).expand((rows, grid.shape[1], 4)), rows).value
+    fn = dist.Bernoulli(logits=logits).expand((rows, 4))
+    for outcome in torch.cartesian_prod(*[tensor([0.0, 1.0])] * rows):
+        share = (drawn == outcome[:, None, None]).all(0).to(F64).mean(0)
+        joint = part.joint(fn, outcome[:, None].expand(rows, 4)).exp()
+        torch.testing.assert_close(share, joint, rtol=0, atol=2e-5 if uniform == 1 else 4e-3)
+
+
 @pytest.mark.parametrize("estimator", ["disarm", "arms"])
 @pytest.mark.parametrize("num_particles", [2, 4])
 def test_each_particle_alone_is_distributed_as_the_site(estimator, num_particles):

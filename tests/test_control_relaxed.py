@@ -158,13 +158,14 @@ def test_coefficients_are_learned_from_earlier_steps():
     ]
     found = []
     for rest, part in pairs:
-        state, coefficient = _learn(control, state, "c", rest, part)
+        state, (coefficient, again) = _learn(control, state, ["c", "d"], [rest, 2 * rest], [part, part])
+        assert float(again) == pytest.approx(2 * float(coefficient))  # each tensor has its own
         found.append(float(coefficient))
     covariance, square = 0.5 * -1.5, 0.5 * 1.25
     assert found[:2] == pytest.approx([0.0, -covariance / square])
     covariance, square = 0.5 * covariance + 0.5 * 0.7, 0.5 * square + 0.5 * 5.0
     assert found[2] == pytest.approx(-covariance / square)
-    assert float(_learn(dataclasses.replace(control, low=-0.01), state, "c", *pairs[0])[1]) == pytest.approx(-0.01)
+    assert float(_learn(dataclasses.replace(control, low=-0.01), state, ["c"], *([x] for x in pairs[0]))[1][0]) == pytest.approx(-0.01)
 
 
 @pytest.mark.parametrize("estimator", ["rao_blackwell_topk", "double_control_variate"])

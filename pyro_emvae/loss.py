@@ -41,7 +41,7 @@ from .particles import (
     quiet,
     summable,
 )
-from .probing import check_relaxed, differentiates, probe
+from .probing import check_relaxed, differentiates, price, probe
 from .surrogate import Composer, States, annealed, reweighted, total
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
@@ -57,7 +57,7 @@ class Resolution:
     """One row of the resolved table: the site, its estimator and why it was chosen; its cost; for what kind of site.
 
     The cost is the number of model evaluations of one gradient: particles, times the outcomes that are summed over, or
-    times one more than the further values that the estimator looks at (known after the first gradient).
+    times one more than the further values that the estimator looks at (`probing.price`).
     """
 
     site: str
@@ -117,8 +117,10 @@ class MonteCarloELBO(ELBO):
         max_iarange_nesting, strict_enumeration_warning, ignore_jit_warnings, jit_options, retain_graph,
             tail_adaptive_beta: As in `pyro.infer.ELBO`.
 
-    `evaluations` is the number of model evaluations of one gradient: particles, and further values that estimators
-    look at.
+    `evaluations` is the number of model evaluations of one gradient; None until model and guide have been run for the
+    first time (`prepare`, `loss`, a gradient). An evaluation is a run of guide and model, and its derivative, for one
+    particle. Outcomes that are summed over count as particles, and so do further values that an estimator looks at;
+    twice, if it needs second derivatives there.
 
     `loss`, `differentiable_loss` and `loss_and_grads` give the same number at the same seed. State of estimators (a
     decaying average) is kept here, in `state_dict`; only `loss_and_grads` changes it.
@@ -183,12 +185,13 @@ class MonteCarloELBO(ELBO):
         self._trials: dict[tuple, MonteCarloELBO] = {}
         self._plans: dict[tuple[Callable, Callable], Plan] = {}
         self.state: States = {}
-        self.evaluations = num_particles
+        self.evaluations: int | None = None
 
     def fresh(self) -> MonteCarloELBO:
         """Return a loss of the same options that has seen nothing: no resolved estimators, no state."""
         loss = copy.copy(self)
         loss._table, loss._plans, loss.state, loss._summable, loss._tried, loss._trials = {}, {}, {}, {}, {}, {}
+        loss.evaluations = None
         return loss
 
     # The estimators -------------------------------------------------------------------------------------------
@@ -464,7 +467,27 @@ class MonteCarloELBO(ELBO):
             plan.sites = sites
             if self._completed(plan, particles, model, guide, args, kwargs):  # a site that earlier runs did not have
                 particles = self._draw(plan, model, guide, args, kwargs)
+            self._count(plan, particles)
         return particles
+
+    def _rows(self, particles: Particles) -> list[tuple[Site, Estimator]]:
+        return [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+
+    def _count(self, plan: Plan, particles: Particles) -> None:
+        """Count model evaluations before the first gradient is taken; generators stay as they are."""
+        rows, counts = self._rows(particles), {}
+        if any(estimator.traits.probes != "no" for _, estimator in rows):
+            with quiet(), torch.no_grad():
+                _, terms, bound = self._objective(plan, particles, rows)
+                composer = Composer(particles, terms, bound, plan.depends or Dependence(), None, self._uniform)
+                counts = composer.count(rows, self.state)
+        self._account(particles, rows, counts)
+
+    def _account(self, particles: Particles, rows: list[tuple[Site, Estimator]], counts: Mapping[str, int]) -> None:
+        prices = {site.name: counts[site.name] * price(e) for site, e in rows if site.name in counts}
+        self.evaluations = self.num_particles * particles.num_outcomes * (1 + sum(prices.values()))
+        for name, further in prices.items():
+            self._table[name] = replace(self._table[name], cost=self.num_particles * (1 + further))
 
     def _completed(self, plan: Plan, particles: Particles, *pair: Any) -> bool:
         """Find out what the estimators of the sites need to know; return whether the particles have to be drawn anew.
@@ -482,7 +505,7 @@ class MonteCarloELBO(ELBO):
         plan.splits = plan.splits or splits
         if unknown:
             plan.depends = dependence(*pair)
-        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        rows = self._rows(particles)
         halfway = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.halfway]
         for site, estimator in halfway:
             check_relaxed(pair, self.objective, plan, particles, site, estimator)
@@ -610,13 +633,13 @@ class MonteCarloELBO(ELBO):
         """
         particles = self.particles(model, guide, args, kwargs)
         plan = self._plans[(model, guide)]
-        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        rows = self._rows(particles)
         objective, terms, bound = self._objective(plan, particles, rows, beta)
-        self.evaluations = self.num_particles * particles.num_outcomes
         plain = all(_is_plain(e) for _, e in rows)
         if plain and not self.objective.splits_paths:
             climbed = objective if beta is None else total(terms) / self.num_particles
             before = self.state if state is None else state
+            self._account(particles, rows, {})
             return Evaluation(objective, climbed, particles, accounted(before, state or {}, self.evaluations))
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
@@ -628,9 +651,7 @@ class MonteCarloELBO(ELBO):
         if order == 2 and not self.objective.splits_paths and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
         surrogate, following = composer.compose(rows, state)
-        self.evaluations *= 1 + sum(composer.probes.values())
-        for name, count in composer.probes.items():
-            self._table[name] = replace(self._table[name], cost=self.num_particles * (1 + count))
+        self._account(particles, rows, composer.probes)
         following = accounted(state, following, self.evaluations)
         return Evaluation(objective.detach(), surrogate, particles, following)
 
@@ -667,7 +688,7 @@ class MonteCarloELBO(ELBO):
     def loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> float:
         """Return minus the objective, in nats."""
         particles = self.particles(model, guide, args, kwargs)
-        rows = [(site, self._table[name].estimator) for name, site in particles.guide.items() if name in self._table]
+        rows = self._rows(particles)
         objective, _, _ = self._objective(self._plans[(model, guide)], particles, rows)
         return self._finite(Evaluation(objective, objective, particles, {}))
 

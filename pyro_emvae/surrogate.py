@@ -201,7 +201,28 @@ class Composer:
         parts = [self._beyond(s, e, state, s.name in bound.above) for s, e in scores]
         return surrogate + _sum(parts) / count
 
+    def count(self, rows: list[Row], state: States) -> dict[str, int]:
+        """Return how many further values each site asks for; the model is not run at them."""
+        found = {}
+        for site, estimator in rows:
+            if estimator.traits.probes != "no":
+                signal = self.signal(site, estimator) if estimator.traits.needs_signal else None
+                values = self._asked(site, estimator, None, signal, state)[1]
+                found[site.name] = 0 if values is None else len(values)
+        return found
+
     def _view(self, site: Site, estimator: Estimator, entropy, signal, state: States) -> SiteTerms:
+        view, values = self._asked(site, estimator, entropy, signal, state)
+        if values is None:
+            return view
+        self.probes[site.name] = len(values)
+        probed = self.probe(site, values, estimator, signal)
+        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
+
+    def _asked(
+        self, site: Site, estimator: Estimator, entropy, signal, state: States
+    ) -> tuple[SiteTerms, Tensor | None]:
+        """Return what an estimator sees of a site, and the further values that it asks for."""
         prior = self.particles.model.get(site.name)
         fields = {
             "entropy": entropy,
@@ -216,14 +237,9 @@ class Composer:
         if shape is not None:
             view = replace(view, noise=self.uniform(site.name, shape, site.log_prob))
         if estimator.traits.probes == "no":
-            return view
+            return view, None
         old = state.get(site.name) or estimator.init(view, signal)
-        values = estimator.probes(view, self.particles.num_particles, old)
-        if values is None:
-            return view
-        self.probes[site.name] = len(values)
-        probed = self.probe(site, values, estimator, signal)
-        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
+        return view, estimator.probes(view, self.particles.num_particles, old)
 
     def _keeps(self, site: Site, estimator: Estimator) -> bool:
         """Whether a site's log q stays beside its estimator: in a weight of several particles its mean is not zero."""

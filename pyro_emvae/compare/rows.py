@@ -47,8 +47,9 @@ class Row:
 
 
 def evaluations(loss: Any) -> int:
-    """Return how often one gradient of a loss runs the model: particles, and probes where an estimator needs them."""
-    return getattr(loss, "evaluations", loss.num_particles)
+    """Return the model evaluations of one gradient; of a loss that does not count them, its particles."""
+    found = getattr(loss, "evaluations", None)
+    return loss.num_particles if found is None else found
 
 
 def specifications(model, guide, args, kwargs, estimators, num_particles, objective) -> list[tuple[str, Any]]:

@@ -39,6 +39,7 @@ class Row:
     samples: dict[str, Tensor] = field(default_factory=dict)
     milliseconds: float = float("nan")
     looped: str = ""
+    too_dear: str = ""
 
     @property
     def evaluations(self) -> int:

@@ -36,6 +36,7 @@ from .particles import (
     draw,
     generators,
     is_annotated,
+    mixed_up,
     num_outcomes,
     plates_of,
     quiet,
@@ -91,6 +92,7 @@ class Plan:
     relaxed: dict[str, tuple[Situation, Estimator]] = field(default_factory=dict)
     followed: set[str] = field(default_factory=set)
     halfway: set[str] = field(default_factory=set)
+    alone: set[str] = field(default_factory=set)
 
 
 class MonteCarloELBO(ELBO):
@@ -321,11 +323,21 @@ class MonteCarloELBO(ELBO):
                     f"draw site {msg['name']!r} once per outcome",
                     got=f"{estimator} downstream of an enumerated site",
                     because="only pathwise draws are averaged over the outcomes before them",
-                    fix=f'Use estimator={{"{msg["name"]}": "enumerated"}}, or "leave_one_out" at all discrete sites.',
+                    fix=self._instead_of_sums(msg["name"], self._situation(msg["name"], msg["fn"], {}, plan, None)),
                 )
             return False
 
         return enumerates
+
+    def _instead_of_sums(self, name: str, at: Situation) -> str:
+        """Say what to write where a draw is downstream of a sum."""
+        summed = [row.site for row in self._table.values() if row.estimator.traits.draws == "enumerated"]
+        drawn = ", ".join(f'"{site}": "leave_one_out"' for site in summed)
+        if misfit(Enumerated(), replace(at, upstream=())) is None:
+            return f'Use estimator={{"{name}": "enumerated"}}, or draw what is upstream: estimator={{{drawn}}}.'
+        if at.fn.has_rsample:
+            return f'Use estimator={{"{name}": "pathwise"}}, or draw what is upstream: estimator={{{drawn}}}.'
+        return f"Draw what is upstream too: estimator={{{drawn}}} (two particles or more)."
 
     def _draw_above(self, plan: Plan, msg: dict, estimator: Estimator) -> Tensor:
         """Draw a global latent once for each group of local particles."""
@@ -510,6 +522,7 @@ class MonteCarloELBO(ELBO):
         for site, estimator in halfway:
             check_relaxed(pair, self.objective, plan, particles, site, estimator)
             plan.halfway.add(site.name)
+        self._check_sums(plan, particles, pair)
         relaxed = set(plan.relaxed) - plan.followed
         if relaxed:
             self._follow(plan, *pair)
@@ -522,6 +535,22 @@ class MonteCarloELBO(ELBO):
         with quiet(), torch.enable_grad():
             particles = self._draw(plan, model, guide, args, kwargs)
             require_paths(particles, self.objective.terms(particles), reached, plan.relaxed)
+
+    def _check_sums(self, plan: Plan, particles: Particles, pair: tuple) -> None:
+        """Refuse to sum over a site that was named for it where outcomes are mixed, as ``"auto"`` would not choose."""
+        names = [n for n in particles.enumerated if n not in plan.alone and not self._summable.get(n)]
+        wrong = mixed_up(pair, particles.max_plate_nesting, names) if names else None
+        if wrong is not None:
+            fail(
+                EstimatorError,
+                "enumerated",
+                f"sum over site {wrong!r}",
+                got="other densities at all outcomes together than at each of them alone",
+                because="outcomes lie in a dim left of the plates, and model and guide have to keep them apart",
+                fix="Index from the right in model and guide (sum over dim=-1, not over all dims; no Python branch on "
+                f'the value), or use estimator={{"{wrong}": "leave_one_out"}}.',
+            )
+        plan.alone |= set(names)
 
     def _seek_sums(self, plan: Plan, particles: Particles, pair: tuple) -> bool:
         """Find sites at which ``"auto"`` may sum and not draw; return whether there are any new ones."""

@@ -2,7 +2,7 @@ r"""Run the guide, replay the model: values, log p and log q per site."""
 
 from .checks import check_match, check_plates, choose_vectorize, subsample_values, vectorizable
 from .dependence import Dependence, dependence
-from .enumerable import BUDGET, summable
+from .enumerable import BUDGET, mixed_up, summable
 from .enumeration import MAX_OUTCOMES, is_annotated, num_outcomes
 from .handlers import Recorder, config_estimators, hold_batch, is_subsample, plates_of, with_own_mask
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
@@ -36,6 +36,7 @@ __all__ = [
     "is_subsample",
     "keep_buffers",
     "listen",
+    "mixed_up",
     "num_outcomes",
     "plates_of",
     "quiet",

@@ -310,7 +310,7 @@ def test_one_particle_alone_has_the_gradient_of_vectorized_values(estimator):
         loss.given = torch.rand(6, generator=torch.Generator().manual_seed(1), dtype=F64)
         pyro.set_rng_seed(3)
         loss.particles(problem.model, problem.guide, (), {})
-        plan = loss._plans[(problem.model, problem.guide)]
+        plan = loss.plans[(problem.model, problem.guide)]
         assert plan.probes[0]
         plan.probes = (vectorize, plan.probes[1])
         pyro.set_rng_seed(3)

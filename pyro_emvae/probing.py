@@ -14,12 +14,13 @@ from torch import Tensor
 from ._checks import EstimatorError, fail
 from .estimators.base import Estimator, Probed
 from .estimators.partial import has_score_parts
+from .estimators.relaxed import log_mass
 from .objectives import Objective, Term
 from .parameters import reach
-from .particles import Dependence, Particles, Site, draw, quiet, stack_runs, vectorizable
+from .particles import Dependence, Particles, Site, draw, is_messenger, quiet, run_model, stack_runs, vectorizable
 from .surrogate import annealed, group, reaches, reduced, reweighted, side_of, total
 
-__all__ = ["check_relaxed", "differentiates", "probe"]
+__all__ = ["check_relaxed", "differentiates", "price", "probe"]
 
 Pair = tuple[Callable, Callable, tuple, Mapping[str, Any]]
 
@@ -27,6 +28,16 @@ Pair = tuple[Callable, Callable, tuple, Mapping[str, Any]]
 def differentiates(estimator: Estimator) -> bool:
     """Whether the model is differentiated by the values that the estimator asks for."""
     return estimator.traits.probes in ("differentiable", "twice")
+
+
+def price(estimator: Estimator) -> int:
+    """Return how many model evaluations a further value of a particle counts as: two if it is differentiated twice.
+
+    An evaluation is a run of guide and model and its derivative by the parameters, for one particle. A further value is
+    run, and differentiated by the value at most (cheaper than by the parameters); that derivative's own derivative
+    takes as long again.
+    """
+    return 2 if estimator.traits.probes == "twice" else 1
 
 
 def probe(
@@ -72,16 +83,52 @@ def _terms(pair, objective, plan, particles, site, values, estimator, beta) -> l
     if particles.num_particles == 1 and plan.probes is None:
         plan.probes = vectorizable(*pair)[:2]
     vectorize, nesting = plan.probes or (plan.vectorize, particles.max_plate_nesting)
-    kept = {n: s for n, s in particles.guide.items() if n != site.name and not depends.moves(site.name, "guide", n)}
-    kept = {n: s for n, s in kept.items() if not s.is_observed and n not in particles.enumerated}
-    run = _together if vectorize else _one_by_one
-    probed = run(pair, particles, kept, site, values, nesting)
-    if particles.weights:
-        weights = {n: w.repeat(len(values), *(1,) * (w.dim() - 1)) for n, w in particles.weights.items()}
-        probed = replace(probed, weights=weights)
-    terms = reweighted(objective.terms(probed), probed, depends)
+    latents = {n: s for n, s in particles.guide.items() if n != site.name and not s.is_observed}
+    if vectorize and _model_alone(pair[1], objective, depends, particles, site):
+        terms, probed = _of_model(pair, particles, latents, site, values, nesting, differentiates(estimator))
+    else:
+        kept = {n: s for n, s in latents.items() if not depends.moves(site.name, "guide", n)}
+        kept = {n: s for n, s in kept.items() if n not in particles.enumerated}
+        run = _together if vectorize else _one_by_one
+        probed = run(pair, particles, kept, site, values, nesting)
+        if particles.weights:
+            weights = {n: w.repeat(len(values), *(1,) * (w.dim() - 1)) for n, w in particles.weights.items()}
+            probed = replace(probed, weights=weights)
+        terms = reweighted(objective.terms(probed), probed, depends)
     terms = terms if beta is None else annealed(terms, probed, beta)
     return [term for term in terms if reaches(depends, site.name, estimator, term)]
+
+
+def _model_alone(guide: Callable, objective: Objective, depends: Dependence, particles: Particles, site: Site) -> bool:
+    """Whether the guide says nothing new at other values of a site, so that only the model has to be run."""
+    summed = particles.enumerated or particles.weights or getattr(objective, "kl", "sampled") != "sampled"
+    reached = any(name != site.name and depends.moves(site.name, "guide", name) for name in particles.guide)
+    return not (summed or reached or site.runs or is_messenger(guide))
+
+
+def _of_model(
+    pair: Pair, particles: Particles, latents: Mapping, site: Site, values: Tensor, nesting: int, relaxed: bool
+) -> tuple[list[Term], Particles]:
+    """Run the model alone on all probes of all particles, probes first; log q of other sites is as it was."""
+    model, _, args, kwargs = pair
+    count = len(values) * particles.num_particles
+
+    def rows(x: Tensor) -> Tensor:
+        """Put probes and particles of a density, ``(probes, particles?, *plates)``, into one dim."""
+        plates = x.shape[1 + (particles.num_particles > 1) :]
+        return x.reshape(count, *(1,) * (nesting - len(plates)), *plates)
+
+    given = {n: (v, particles.guide[n].infer) for n, v in _given(particles, latents, site, values, nesting).items()}
+    sites = run_model(model, args, kwargs, given | _indices(particles), count, nesting)
+    log_q = log_mass(site.fn, values) if relaxed else None
+    own = replace(site, value=values, log_prob=rows(site.fn.log_prob(values) if log_q is None else log_q))
+    terms = [Term(n, "log_p", s.frames, s.scaled) for n, s in sites.items()]
+    terms.append(Term(site.name, "entropy", site.frames, -own.scaled))
+    for name, other in particles.guide.items():
+        if name != site.name:
+            again = particles.rows(other.scaled).expand(particles.num_particles, *(-1,) * nesting)
+            terms.append(Term(name, "entropy", other.frames, -again.repeat(len(values), *(1,) * nesting)))
+    return terms, replace(particles, model=sites)
 
 
 def check_relaxed(
@@ -140,6 +187,13 @@ def _refuse(site: Site, estimator: Estimator, got: str, what: str, cause: BaseEx
 
 def _together(pair: Pair, particles: Particles, kept: Mapping, site: Site, values: Tensor, nesting: int) -> Particles:
     """Run all probes of all particles under one particle plate, probes first."""
+    given = {name: (value, None) for name, value in _given(particles, kept, site, values, nesting).items()}
+    options = {"num_particles": len(values) * particles.num_particles, "vectorize": True, "max_plate_nesting": nesting}
+    return draw(*pair, **options, values=given | _indices(particles), enumerate_site=_again(particles))
+
+
+def _given(particles: Particles, kept: Mapping, site: Site, values: Tensor, nesting: int) -> dict[str, Tensor]:
+    """Return the values of a site and of the sites that keep theirs, for all probes of all particles."""
     count, given = len(values), {}
     for name, other in {**kept, site.name: site}.items():
         value = values if name == site.name else other.value.expand(count, *other.value.shape)
@@ -147,9 +201,8 @@ def _together(pair: Pair, particles: Particles, kept: Mapping, site: Site, value
         batch = other.value.shape[: other.value.dim() - other.fn.event_dim]
         batch = (1,) * (nesting + 1 - len(batch)) + tuple(batch)
         rows = value.reshape(count, *batch, *event).expand(count, particles.num_particles, *batch[1:], *event)
-        given[name] = (rows.reshape(-1, *batch[1:], *event) if rows.shape[:2] != (1, 1) else value[0], None)
-    options = {"num_particles": count * particles.num_particles, "vectorize": True, "max_plate_nesting": nesting}
-    return draw(*pair, **options, values=given | _indices(particles), enumerate_site=_again(particles))
+        given[name] = rows.reshape(-1, *batch[1:], *event) if rows.shape[:2] != (1, 1) else value[0]
+    return given
 
 
 def _one_by_one(pair: Pair, particles: Particles, kept: Mapping, site: Site, values: Tensor, nesting: int) -> Particles:

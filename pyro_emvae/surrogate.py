@@ -2,6 +2,7 @@ r"""The scalar whose gradient is the estimate: terms, weights, signals, paths an
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 States = dict[str, State]
+MOMENTS = ("covariance", "square")
 Row = tuple[Site, Estimator]
 
 
@@ -199,7 +201,28 @@ class Composer:
         parts = [self._beyond(s, e, state, s.name in bound.above) for s, e in scores]
         return surrogate + _sum(parts) / count
 
+    def count(self, rows: list[Row], state: States) -> dict[str, int]:
+        """Return how many further values each site asks for; the model is not run at them."""
+        found = {}
+        for site, estimator in rows:
+            if estimator.traits.probes != "no":
+                signal = self.signal(site, estimator) if estimator.traits.needs_signal else None
+                values = self._asked(site, estimator, None, signal, state)[1]
+                found[site.name] = 0 if values is None else len(values)
+        return found
+
     def _view(self, site: Site, estimator: Estimator, entropy, signal, state: States) -> SiteTerms:
+        view, values = self._asked(site, estimator, entropy, signal, state)
+        if values is None:
+            return view
+        self.probes[site.name] = len(values)
+        probed = self.probe(site, values, estimator, signal)
+        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
+
+    def _asked(
+        self, site: Site, estimator: Estimator, entropy, signal, state: States
+    ) -> tuple[SiteTerms, Tensor | None]:
+        """Return what an estimator sees of a site, and the further values that it asks for."""
         prior = self.particles.model.get(site.name)
         fields = {
             "entropy": entropy,
@@ -214,14 +237,9 @@ class Composer:
         if shape is not None:
             view = replace(view, noise=self.uniform(site.name, shape, site.log_prob))
         if estimator.traits.probes == "no":
-            return view
+            return view, None
         old = state.get(site.name) or estimator.init(view, signal)
-        values = estimator.probes(view, self.particles.num_particles, old)
-        if values is None:
-            return view
-        self.probes[site.name] = len(values)
-        probed = self.probe(site, values, estimator, signal)
-        return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
+        return view, estimator.probes(view, self.particles.num_particles, old)
 
     def _keeps(self, site: Site, estimator: Estimator) -> bool:
         """Whether a site's log q stays beside its estimator: in a weight of several particles its mean is not zero."""
@@ -261,7 +279,7 @@ class Composer:
         return {id(one.value) for site in sites for one in site.runs or (site,)}
 
     def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Tensor:
-        r"""Add $\sum_l a_l c_l$ with lagged coefficients, as $\langle g,\theta\rangle$ with g the whole gradient."""
+        r"""Add $\sum_l a_l c_l$ with lagged coefficients: a scalar whose gradient is the whole gradient so found."""
         leaves = leaves_of(surrogate, self.particles)
         found = torch.autograd.grad(surrogate, list(leaves.values()), retain_graph=True)
         grads = dict(zip(leaves, found, strict=True))
@@ -269,28 +287,49 @@ class Composer:
         for site, named in controls.items():
             for label, control in named.items():
                 term = _sum([control.term]) / self.particles.num_particles
-                parts = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, allow_unused=True)
-                for (name, _), part in zip(leaves.items(), parts, strict=True):
-                    if part is None:
-                        continue
-                    key, part = f"{label}|{name}", part.detach()
-                    new, coefficient = _learn(control, state.get(site, {}), key, base[name], part)
+                found = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, allow_unused=True)
+                parts = {name: part.detach() for name, part in zip(leaves, found, strict=True) if part is not None}
+                if not parts:
+                    continue
+                keys = [f"{label}|{name}" for name in parts]
+                rest = [base[name] for name in parts]
+                new, coefficients = _learn(control, state.get(site, {}), keys, rest, list(parts.values()))
+                for (name, part), coefficient in zip(parts.items(), coefficients, strict=True):
                     grads[name] = grads[name] + coefficient * part
-                    following.setdefault(site, {}).update(new)
-        return sum((grads[name].detach() * leaf).sum() for name, leaf in leaves.items())
+                following.setdefault(site, {}).update(new)
+        return _Known.apply(len(leaves), *(g.detach() for g in grads.values()), *leaves.values())
 
 
-def _learn(control: Control, old: State, key: str, rest: Tensor, part: Tensor) -> tuple[State, Tensor]:
-    """Return the next running moments, and the coefficient by the old ones."""
-    zero = torch.zeros_like(part.sum())
-    covariance, square = old.get(f"{key}|covariance", zero), old.get(f"{key}|square", zero)
-    coefficient = torch.where(square > 0, -covariance / square.clamp(min=torch.finfo(square.dtype).tiny), zero)
-    decay = control.decay
-    new = {
-        f"{key}|covariance": decay * covariance + (1 - decay) * (rest * part).sum(),
-        f"{key}|square": decay * square + (1 - decay) * (part * part).sum(),
-    }
-    return new, coefficient.clamp(control.low, control.high)
+class _Known(torch.autograd.Function):
+    """A scalar zero whose gradient by each leaf is given."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:count])
+        return tensors[-1].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        return (None, *(None for _ in given), *(out * g for g in given))
+
+
+def _learn(
+    control: Control, old: State, keys: list[str], rest: list[Tensor], parts: list[Tensor]
+) -> tuple[State, tuple[Tensor, ...]]:
+    """Return the next running moments of all parameter tensors, and their coefficients by the old ones."""
+    zero = parts[0].new_zeros(())
+    covariance, square = (torch.stack([old.get(f"{key}|{m}", zero) for key in keys]) for m in MOMENTS)
+    coefficients = torch.where(square > 0, -covariance / square.clamp(min=torch.finfo(square.dtype).tiny), zero)
+    found = torch.stack([_inner(one, part) for other in (rest, parts) for one, part in zip(other, parts, strict=True)])
+    new = control.decay * torch.cat([covariance, square]) + (1 - control.decay) * found
+    names = [f"{key}|{moment}" for moment in MOMENTS for key in keys]
+    return dict(zip(names, new.unbind(), strict=True)), coefficients.clamp(control.low, control.high).unbind()
+
+
+def _inner(one: Tensor, two: Tensor) -> Tensor:
+    """Return the inner product of two gradients."""
+    return (one * two).sum() if one.is_sparse or two.is_sparse else torch.dot(one.flatten(), two.flatten())
 
 
 def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
@@ -333,10 +372,8 @@ def reaches(depends: Dependence, name: str, estimator: Estimator, term: Term) ->
 
 
 def _sum(tensors: list[Tensor]) -> Tensor | float:
-    result: Tensor | float = 0.0
-    for tensor in tensors:
-        result = result + (tensor.sum() if tensor.dim() else tensor)
-    return result
+    totals = [tensor.sum() if tensor.dim() else tensor for tensor in tensors]
+    return functools.reduce(torch.add, totals) if totals else 0.0
 
 
 def group(terms: list[Term], detach: bool = True) -> dict[tuple, Tensor]:

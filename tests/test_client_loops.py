@@ -413,7 +413,7 @@ def test_wrapped_callables_do_not_pile_up():
     module, loss = Module(), MonteCarloELBO(2, vectorize_particles=False)
     for _ in range(40):
         loss.differentiable_loss(poutine.scale(module.model, 0.5), poutine.scale(module.guide, 0.5), X)
-    assert len(loss._plans) < 20
+    assert len(loss.plans) < 20
 
 
 # Hooks, modules, predictions ------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from pyro_emvae.compare.cost import _most_by_count
 from pyro_emvae.compare.replicates import split
 from pyro_emvae.compare.rows import Row
 from pyro_emvae.engine import Replicator, gradient, record
+from pyro_emvae.engine.replicates import BATCHED
 from pyro_emvae.estimators import LeaveOneOut, Score
 from pyro_emvae.objectives import ELBO, Objective
 from pyro_emvae.particles import hold_batch
@@ -589,6 +590,21 @@ def test_a_cost_that_does_not_divide_the_budget_is_less_and_said():
     assert "3 x 3" in str(table)
 
 
+def test_a_row_that_is_too_dear_is_nan_and_says_why():
+    """The other rows are as they are without it."""
+    rows = {"score": "score", "theirs": Trace_ELBO(num_particles=30), "rebar": "rebar"}
+    options = {"num_replicates": 200, "equal": "evaluations", "budget": 12}
+    table = compare(problems.bernoulli_vector(), estimators=rows, **options)
+    alone = compare(problems.bernoulli_vector(), estimators={"score": "score"}, **options).dataset
+    data = table.dataset
+    assert data.particles.values.tolist()[::2] == [12, 2] and data.evaluations.values.tolist()[::2] == [12, 10]
+    for name in ("particles", "evaluations", "repeats", "milliseconds", "variance_mean", "snr", "site_variance_mean"):
+        assert bool(data[name].sel(estimator="theirs").isnull().all()), name
+    assert torch.equal(*(torch.tensor(d.variance_mean.sel(estimator="score").values) for d in (data, alone)))
+    (why,) = data.attrs["too_dear"]
+    assert "'theirs' a cost of 12 evaluations: got 30" in why and "budget=30" in why and why in str(table)
+
+
 @pytest.mark.parametrize("vectorized", [True, False])
 def test_repeats_are_averages(vectorized):
     """The mean of m gradients has a variance of one m-th, whether replicates are vectorized or looped."""
@@ -619,6 +635,7 @@ def test_equal_milliseconds_are_the_most_particles_within_the_time(monkeypatch, 
     rows |= {"dear": emvae.MonteCarloELBO(90, estimator="score")} if budget is None else {}
     options = {"estimators": rows, "num_replicates": 5, "equal": "milliseconds", "budget": budget}
     if particles is None:
+        options["estimators"] = {"theirs": rows["theirs"]}
         with pytest.raises(emvae.EmvaeError, match=r"'theirs' a cost of 1.15 milliseconds: got 1.3 for 30 particles"):
             compare(problems.bernoulli(), **options)
         return
@@ -651,3 +668,49 @@ def test_cheap_rows_get_more_particles_for_the_same_time():
 def test_equal_costs_that_cannot_be(options, observed):
     with pytest.raises(emvae.EmvaeError, match=re.escape(observed)):
         compare(problems.bernoulli(), num_replicates=5, **options)
+
+
+IMPLICIT = {
+    "Gamma": (lambda a: dist.Gamma(a, 1.5), (3,)),
+    "Beta": (lambda a: dist.Beta(a, 1.0 + a), (3,)),
+    "Dirichlet": (lambda a: dist.Dirichlet(a), (2, 3)),
+    "StudentT": (lambda a: dist.StudentT(a, 0.3 * a), (3,)),
+}
+
+
+@pytest.mark.parametrize(("make", "shape"), IMPLICIT.values(), ids=IMPLICIT)
+def test_implicit_paths_are_vectorized_without_a_word(make, shape, capfd):
+    """`torch.vmap` loops where it has no rule, and writes of it to the terminal, past all filters of warnings."""
+    concentration = 1.0 + torch.rand(shape, dtype=torch.float64)
+
+    def model() -> None:
+        with pyro.plate("data", shape[0]):
+            z = pyro.sample("z", make(2.0 * torch.ones(shape, dtype=torch.float64)))
+            z = z.sum(-1) if len(shape) > 1 else z
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.zeros(shape[0], dtype=torch.float64))
+
+    def guide() -> None:
+        with pyro.plate("data", shape[0]):
+            pyro.sample("z", make(pyro.param("a", concentration.clone, constraint=dist.constraints.positive)))
+
+    problem = SimpleNamespace(model=model, guide=guide, args=())
+    capfd.readouterr()
+    data = compare(problem, estimators=["pathwise"], num_particles=2, num_replicates=100).dataset
+    assert data.attrs["looped"] == [] and "performance drop" not in capfd.readouterr().err
+
+
+def test_what_vmap_has_no_rule_for_is_the_same_in_a_loop():
+    a, z = 0.5 + torch.rand(4, 3, dtype=torch.float64), torch.rand(5, 4, 3, dtype=torch.float64)
+    z = z / z.sum(-1, keepdim=True)
+    gamma, dirichlet = BATCHED[torch.ops.aten._standard_gamma_grad.default], torch.ops.aten._dirichlet_grad.default
+    loop = torch.stack([torch.ops.aten._standard_gamma_grad(a, row) for row in z])
+    assert torch.equal(torch.vmap(gamma, (None, 0))(a, z), loop)
+    assert torch.equal(torch.vmap(gamma, (0, 1))(a, z), loop.movedim(1, 0))
+    assert torch.equal(
+        torch.vmap(gamma, (None, 0))(a[0], z), torch.ops.aten._standard_gamma_grad(a[0].expand(z.shape), z)
+    )
+    total = a.sum(-1, keepdim=True).expand(a.shape)
+    loop = torch.stack([dirichlet(row, a, total) for row in z])
+    assert torch.equal(torch.vmap(BATCHED[dirichlet], (0, None, None))(z, a, total), loop)
+    written = torch.vmap(lambda x: BATCHED[torch.ops.aten.clamp_.default](x.clone(), 0.2, max=0.4))(z)
+    assert torch.equal(written, z.clamp(0.2, 0.4))

@@ -20,7 +20,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import pyro_emvae as emvae
-from pyro_emvae import MonteCarloELBO
+from pyro_emvae import MonteCarloELBO, problems
 from pyro_emvae._checks import EmvaeError
 from pyro_emvae._registry import entries
 from pyro_emvae.diagnostics import explain
@@ -641,3 +641,16 @@ def test_seeds():
     draw(model, guide, (X,))
     one, two, three = (explain(model, guide, X, seed=seed) for seed in (0, 0, 1))
     assert one == two and one != three
+
+
+@pytest.mark.parametrize(("make", "loss", "shown"), [
+    (problems.categorical, None, ("Enumerated", "3 model runs")),
+    (problems.categorical, MonteCarloELBO(2, estimator="leave_one_out"), ("LeaveOneOut", "2 model runs, vectorized")),
+    (problems.bernoulli_vector, MonteCarloELBO(estimator="rebar"), ("Rebar", "5 model runs")),
+    (problems.discrete_two_level, None, ("Enumerated", "2 model runs")),
+])  # fmt: skip
+def test_the_cost_counts_outcomes_and_further_values(make, loss, shown):
+    problem = make()
+    row = explain(problem.model, problem.guide, *problem.args, loss=loss, seed=0).sites
+    drawn = [site for site in row if site.estimator]
+    assert (drawn[-1].estimator, drawn[-1].cost) == shown

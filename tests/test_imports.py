@@ -36,7 +36,11 @@ LAYERS = (
     (
         "loss",
         "choosing",
+        "drawing",
         "probing",
+        "resolving",
+        "settling",
+        "trials",
         "surrogate",
         "engine",
         "batches",

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_emvae import MonteCarloELBO, config_estimators
-from pyro_emvae._checks import EstimatorError, ModelError
+from pyro_emvae import MonteCarloELBO, config_estimators, problems
+from pyro_emvae._checks import EmvaeError, EstimatorError, ModelError
+from pyro_emvae._registry import create, entries
+from pyro_emvae.estimators import Rebar, Relax
 from pyro_emvae.particles import vectorizable
 
 # One loss, several models; structure that changes -----------------------------------------------------------------
@@ -191,3 +193,38 @@ def test_models_that_mix_particles_are_found_whatever_is_drawn(discrete, scale):
 def test_annotations_in_bulk_need_a_mapping_or_a_function():
     with pytest.raises(EstimatorError, match="'score'"):
         config_estimators(lambda: None, "score")
+
+
+COUNTED = [e.name for e in entries("estimator") if not e.traits.arguments]
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_evaluations_are_counted_before_the_first_gradient(name):
+    """None before anything is run; then what a gradient finds, and no generator moves for it."""
+    estimator = create("estimator", name)
+    for problem in (problems.normal_normal(), problems.bernoulli_vector(), problems.categorical()):
+        pyro.clear_param_store()
+        count = max(2, estimator.traits.min_particles)
+        loss = MonteCarloELBO(count, problem.max_plate_nesting, estimator=estimator)
+        assert loss.evaluations is None
+        before = torch.get_rng_state()
+        try:
+            loss.prepare(problem.model, problem.guide, problem.args, {})
+        except EmvaeError:
+            continue
+        counted, costs = loss.evaluations, [row.cost for row in loss.table]
+        assert counted >= count and torch.equal(torch.get_rng_state(), before)
+        loss.loss_and_grads(problem.model, problem.guide, *problem.args)
+        assert (loss.evaluations, [row.cost for row in loss.table]) == (counted, costs)
+        assert loss.fresh().evaluations is None
+        return
+    assert not {"elbo", "any"} & set(estimator.traits.objectives)  # it is made for several particles
+
+
+def test_what_is_differentiated_twice_counts_twice():
+    problem, found = problems.bernoulli_vector(), {}
+    for estimator in (Rebar(), Rebar(lr=0.0), Relax(model=False)):
+        loss = MonteCarloELBO(2, problem.max_plate_nesting, estimator=estimator)
+        loss.prepare(problem.model, problem.guide, problem.args, {})
+        found[str(estimator)] = (loss.evaluations, loss.table[0].cost)
+    assert list(found.values()) == [(10, 10), (6, 6), (2, 2)]

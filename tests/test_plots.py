@@ -77,6 +77,13 @@ def test_elbo_line_and_phases():
 
 
 def test_elbo_with_evidence():
+    ax = plot_elbo(history(), label="EM")
+    ax = plot_elbo(history(), ax=ax, label="SVI", smooth=3)
+    assert [line.get_label() for line in ax.lines if not line.get_label().startswith("_")] == [
+        "EM",
+        "SVI, mean of 3 steps",
+    ]
+    assert ax.lines[0].get_color() != ax.lines[1].get_color() == ax.lines[2].get_color()
     assert plot_elbo(history(), log_evidence=-2.5).lines[-1].get_ydata() == [-2.5, -2.5]
     ax = plot_elbo(history(), log_evidence=SimpleNamespace(value=torch.tensor(-2.5), standard_error=0.25))
     assert ax.lines[-1].get_ydata() == [-2.5, -2.5]

@@ -53,13 +53,13 @@ def finished() -> tuple[MonteCarloELBO, torch.Tensor]:
 
 def test_it_keeps_the_least_square_times_cost(finished):
     loss, _ = finished
-    record, names = loss.state[PROBE], loss._tried["z"]
+    record, names = loss.state[PROBE], loss.resolver.tried["z"]
     scores = {n: float(record[f"z|{n}|mean"] * record[f"z|{n}|cost"]) for n in names}
     kept = min(scores, key=scores.__getitem__)
     assert best(record, "z", names) == kept != "score"
     assert scores["leave_one_out"] < scores["score"]
     (row,) = loss.table
-    assert type(row.estimator) is type(MonteCarloELBO(estimator=kept)._policy) and "least" in row.why
+    assert type(row.estimator) is type(MonteCarloELBO(estimator=kept).resolver.policy) and "least" in row.why
 
 
 def test_trials_take_a_twentieth(finished):

@@ -45,6 +45,13 @@ def test_entries_say_what_they_are(entry):
     assert all(lookup(entry.kind, alias) is entry for alias in entry.aliases)
 
 
+def test_the_table_of_estimators_is_the_registry():
+    rows = {row["estimator"]: row for row in emvae.estimators.table()}
+    assert set(rows) == {entry.name for entry in entries("estimator")}
+    assert rows["rebar"]["probes"] == "twice" and not rows["gumbel_softmax"]["unbiased"]
+    assert all(row["min_particles"] == lookup("estimator", name).traits.min_particles for name, row in rows.items())
+
+
 MADE_BY_NAME = [e for e in REGISTERED if e.kind != "problem" and not e.traits.arguments]
 
 

@@ -2,6 +2,7 @@ r"""Discrete sites summed out, in the guide and in the model, against Pyro's `Tr
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -170,7 +171,7 @@ def test_a_score_function_upstream_gets_the_conditional_expectation(score):
 
 def test_a_score_function_downstream_is_refused():
     loss = MonteCarloELBO(1, 1, estimator={"z": "enumerated", "w": "score"})
-    with pytest.raises(EstimatorError, match=r"'w'.*Score"):
+    with pytest.raises(EstimatorError, match=r"'w'.*Score.*\"w\": \"pathwise\".*\"z\": \"leave_one_out\""):
         loss.loss_and_grads(switched, switched_guide, DATA)
     assert not loss.state
 
@@ -213,6 +214,41 @@ def test_auto_looks_at_every_outcome_before_it_sums():
     loss = MonteCarloELBO(1, 1)
     loss.loss(wrong_under_dims, outside_guide, DATA)
     assert type(loss.resolved["z"]).__name__ == "DecayingAverage"
+
+
+def annotated_guide(x: torch.Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Bernoulli(logits=par("logits", 0.3, 0.1, -0.5)), infer=PARALLEL)
+
+
+@pytest.mark.parametrize(("guide", "estimator"), [(outside_guide, "enumerated"), (annotated_guide, "auto")])
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_a_sum_that_was_asked_for_is_looked_at_too(guide, estimator, num_particles):
+    """Pyro's `TraceEnum_ELBO` gives a wrong number here."""
+    loss = MonteCarloELBO(num_particles, 1, estimator=estimator)
+    before = torch.get_rng_state()
+    with (
+        pytest.warns() if num_particles > 1 else contextlib.nullcontext(),
+        pytest.raises(EstimatorError, match=r"sum over site 'z'.*other densities.*\"leave_one_out\"") as caught,
+    ):
+        loss.loss_and_grads(wrong_under_dims, guide, DATA)
+    assert "dim=-1" in str(caught.value) and loss.state == {} and torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_outcome_is_looked_at_once():
+    calls = []
+
+    def model(x: torch.Tensor) -> None:
+        calls.append(1)
+        mixture(x)
+
+    loss = MonteCarloELBO(1, 1, estimator="enumerated")
+    counts = []
+    for _ in range(3):
+        calls.clear()
+        loss.loss(model, mixture_guide, DATA)
+        counts.append(len(calls))
+    assert counts[0] > 3 and counts[1:] == [1, 1]
 
 
 def many_guide(x: torch.Tensor) -> None:

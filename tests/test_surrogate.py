@@ -96,7 +96,7 @@ def test_a_model_that_changes_is_looked_at_again():
 
     loss = MonteCarloELBO(2, estimator="leave_one_out")
     loss.loss_and_grads(model, guide)
-    (plan,) = loss._plans.values()
+    (plan,) = loss.plans.values()
     assert ("model", "x") not in plan.depends["b"]
     switch["on"] = True
     for _ in range(7):

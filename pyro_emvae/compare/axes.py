@@ -103,6 +103,7 @@ def combine(table: Mapping[tuple, Any], dims: Sequence[str]) -> Any:
     import xarray as xr
 
     names = ("dimension", "stage", "num_particles")
+    cells = list(table.values())
     looped = sorted({line for cell in table.values() for line in cell.attrs["looped"]})
     biased = sorted({name for cell in table.values() for name in cell.attrs["biased"]})
     for depth in (2, 1, 0):
@@ -122,6 +123,7 @@ def combine(table: Mapping[tuple, Any], dims: Sequence[str]) -> Any:
             table = {rest: members[0][1] for rest, members in groups.items()}
     combined = table[()]
     combined.attrs["looped"] = looped
+    combined.attrs["too_dear"] = sorted({line for cell in cells for line in cell.attrs.get("too_dear", [])})
     combined.attrs["biased"] = biased
     return combined.transpose(*dims, "estimator", "block", "site")
 

@@ -42,25 +42,45 @@ def check_equal(equal: Any, budget: Any) -> None:
 
 
 def equalize(rows: list[Row], problem: Problem, equal: str, budget: float | None) -> float:
-    """Give each row as many particles, or repeats, as the budget allows; return the budget."""
+    """Give each row as many particles, or repeats, as the budget allows; return the budget.
+
+    A row whose least cost is beyond the budget is `too_dear`: it says so, and is not run. If all rows are, that is an
+    error.
+    """
     measure = _count if equal == "evaluations" else _time
     costs = [measure(row, problem) for row in rows]
     limit = max(costs) if budget is None else float(budget)
+    errors = []
     for row, cost in zip(rows, costs, strict=True):
-        if row.make is None:
-            row.repeats = int(limit // cost)
-            if not row.repeats:
-                _refuse(row.name, cost, row.loss.num_particles, equal, limit)
-        elif equal == "evaluations":
-            _most_by_count(row, problem, limit)
-        else:
-            _most_by_time(row, problem, cost, limit)
+        try:
+            _give(row, problem, cost, equal, limit)
+        except _TooDear as error:
+            row.too_dear = str(error)
+            errors.append(error)
+    if len(errors) == len(rows):
+        raise errors[0]
     return limit
+
+
+class _TooDear(EmvaeError):
+    """A row's least cost is beyond the budget."""
+
+
+def _give(row: Row, problem: Problem, cost: float, equal: str, limit: float) -> None:
+    if row.make is None:
+        repeats = int(limit // cost)
+        if not repeats:
+            _refuse(row.name, cost, row.loss.num_particles, equal, limit)
+        row.repeats = repeats
+    elif equal == "evaluations":
+        _most_by_count(row, problem, limit)
+    else:
+        _most_by_time(row, problem, cost, limit)
 
 
 def _refuse(name: str, cost: float, particles: int, equal: str, limit: float) -> None:
     fail(
-        EmvaeError,
+        _TooDear,
         "compare_gradients",
         f"give row {name!r} a cost of {limit:.4g} {equal}",
         got=f"{cost:.4g} for {particles} particle{'s' * (particles > 1)}, its least",

@@ -3,7 +3,7 @@ r"""From gradients to figures: bias, variance, signal-to-noise ratio, cosine; pe
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from statistics import NormalDist
 from typing import Any
 
@@ -67,7 +67,7 @@ def _cosine(g: Tensor, reference: Tensor) -> float:
 
 def least_variance(rows: list[Row]) -> Row | None:
     """Return the unbiased row of least variance, if one is unbiased."""
-    unbiased = [row for row in rows if row.unbiased]
+    unbiased = [row for row in rows if row.unbiased and not row.too_dear]
 
     def total(row: Row) -> float:
         return sum(float(samples.double().var(0).sum()) for samples in row.samples.values())
@@ -140,7 +140,8 @@ def assemble(
 
 def _limits(rows: list[Row], num_replicates: int) -> dict[str, Any]:
     """Return what tells figures from chance."""
-    count = sum(samples.shape[1] for samples in rows[0].samples.values())
+    live = next(row for row in rows if not row.too_dear)
+    count = sum(samples.shape[1] for samples in live.samples.values())
     return {
         "num_replicates": num_replicates,
         "bias_z_limit": NormalDist().inv_cdf(1 - 0.0005 / max(1, count)),
@@ -148,12 +149,15 @@ def _limits(rows: list[Row], num_replicates: int) -> dict[str, Any]:
         "snr_noise": NOISE / math.sqrt(num_replicates),
         "coordinates": count,
         "looped": [f"{row.name}: {row.looped}" for row in rows if row.looped],
+        "too_dear": [row.too_dear for row in rows if row.too_dear],
         "biased": [row.name for row in rows if row.biased],
     }
 
 
 def _group(row: Row, columns: Mapping[str, Any], exact: Mapping, other: Row | None, known: dict) -> dict[str, float]:
     """Return the figures of some columns of some blocks; those of whole blocks are taken once."""
+    if row.too_dear:
+        return dict.fromkeys(METRICS, math.nan)
     key = (id(row), *columns) if all(isinstance(index, slice) for index in columns.values()) else None
     if key is None or key not in known:
         samples = _gather(row.samples, columns)
@@ -182,9 +186,13 @@ def _costs(rows: list[Row], variables: Mapping[str, Any], minibatch: bool) -> di
     """Return what a gradient of each row costs, and the products of cost and noise."""
     tail = [math.nan] if minibatch else []
     ms = torch.tensor([row.milliseconds for row in rows] + tail, dtype=torch.float64).numpy()
-    calls = torch.tensor([float(row.evaluations) for row in rows] + tail, dtype=torch.float64).numpy()
-    particles = torch.tensor([float(row.loss.num_particles) for row in rows] + tail, dtype=torch.float64).numpy()
-    repeats = torch.tensor([float(row.repeats) for row in rows] + tail, dtype=torch.float64).numpy()
+
+    def column(of: Callable[[Row], float]) -> Any:
+        cells = [math.nan if row.too_dear else float(of(row)) for row in rows]
+        return torch.tensor(cells + tail, dtype=torch.float64).numpy()
+
+    calls, particles = column(lambda row: row.evaluations), column(lambda row: row.loss.num_particles)
+    repeats = column(lambda row: row.repeats)
     variance, moment = variables["variance_mean"][1], variables["second_moment"][1]
     return {
         "milliseconds": ("estimator", ms),

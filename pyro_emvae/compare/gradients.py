@@ -86,8 +86,8 @@ def compare_gradients(
     Parameters, buffers, ``.grad`` and generators are bit-for-bit as before.
 
     Raises:
-        EmvaeError: There is no row, no parameter, or a row that cannot keep to the budget; a reference that does not
-            fit the parameters.
+        EmvaeError: There is no row, no parameter, or no row that can keep to the budget (if some can, the others are
+            NaN, and the table says why); a reference that does not fit the parameters.
 
     Source: Mohamed et al. 2020, section 8, for the design; Rainforth et al. 2018 for the signal-to-noise ratio;
     Geffner and Domke 2020, "A rule for gradient estimator selection", for E|g|^2 x cost.
@@ -149,7 +149,7 @@ def measure(
         base = int(torch.randint(2**31, ()))
         with hold_batch(batch):
             limit = _run(rows, problem, objective, num_replicates, memory, base, equal, budget)
-        best = least_variance(rows) or rows[0]
+        best = least_variance(rows) or next(row for row in rows if not row.too_dear)
         minibatch = minibatch_variance(best, problem, num_replicates) if batch else None
     dataset = assemble(rows, problem.coordinates, parameters.moving, exact, minibatch, num_replicates)
     if equal:
@@ -162,6 +162,7 @@ def _run(rows: list[Row], problem: Problem, objective, num_replicates, memory, b
     for row in rows:
         warm_up(row, *problem.pair)
     limit = equalize(rows, problem, equal, budget) if equal else None
+    rows = [row for row in rows if not row.too_dear]
     for row in rows:
         row.unbiased = is_unbiased(row, *problem.pair, objective)
         own = isinstance(row.loss, MonteCarloELBO)

@@ -42,6 +42,7 @@ class GradientComparison:
         )
         if "equal" in attrs:
             lines.append(f"each gradient may cost {attrs['budget']:.4g} {attrs['equal']}")
+        lines += self.dataset.attrs.get("too_dear", [])
         if weak := self.weak_signals():
             lines.append(
                 f"an snr below {attrs['snr_floor']:.2g} cannot be told from 0 with so many replicates "

@@ -39,6 +39,7 @@ class Row:
     samples: dict[str, Tensor] = field(default_factory=dict)
     milliseconds: float = float("nan")
     looped: str = ""
+    too_dear: str = ""
 
     @property
     def evaluations(self) -> int:
@@ -47,8 +48,9 @@ class Row:
 
 
 def evaluations(loss: Any) -> int:
-    """Return how often one gradient of a loss runs the model: particles, and probes where an estimator needs them."""
-    return getattr(loss, "evaluations", loss.num_particles)
+    """Return the model evaluations of one gradient; of a loss that does not count them, its particles."""
+    found = getattr(loss, "evaluations", None)
+    return loss.num_particles if found is None else found
 
 
 def specifications(model, guide, args, kwargs, estimators, num_particles, objective) -> list[tuple[str, Any]]:

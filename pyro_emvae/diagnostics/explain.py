@@ -245,7 +245,7 @@ def _site_rows(case: Case) -> tuple[SiteRow, ...]:
                 " / ".join(masks),
                 _short(estimator),
                 why,
-                _cost(case) if name in case.estimators else "",
+                _cost(case, name) if name in case.estimators else "",
             )
         )
     return tuple(rows)
@@ -269,12 +269,14 @@ def _short(estimator: Any) -> str:
     return type(estimator).__name__ if estimator == default else repr(estimator)
 
 
-def _cost(case: Case) -> str:
+def _cost(case: Case, name: str) -> str:
+    """Return how many model evaluations a gradient is: particles, outcomes that are summed over, further values."""
     number = getattr(case.loss, "num_particles", 1)
-    if number == 1:
-        return "1 model run"
+    rows = case.loss.table if isinstance(case.loss, MonteCarloELBO) else ()
+    count = max([number, *(row.cost for row in rows if row.site == name)])
     vectorized = getattr(case.loss, "vectorize_particles", None) is not False and case.vectorizes[0]
-    return f"{number} model runs, {'vectorized' if vectorized else 'one by one'}"
+    how = "" if number == 1 else ", vectorized" if vectorized else ", one by one"
+    return f"{count} model run{'s' * (count > 1)}{how}"
 
 
 def _parameter_rows(case: Case) -> tuple[ParameterRow, ...]:

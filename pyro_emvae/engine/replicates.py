@@ -2,6 +2,7 @@ r"""Many independent replicates of a recorded gradient in one vectorized run."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -78,7 +79,38 @@ def _cross_entropy(logits: Tensor, target: Tensor, weight: Any = None, pos_weigh
     return (1 - target) * logits - aten.log_sigmoid_forward.default(logits)[0]
 
 
-BATCHED = {aten.binary_cross_entropy_with_logits.default: _cross_entropy}
+class _Elementwise(torch.autograd.Function):
+    """A function of elements for which `torch.vmap` has no rule: it would loop over replicates, and say so."""
+
+    @staticmethod
+    def forward(op: Any, *tensors: Tensor) -> Tensor:
+        return op(*tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, op: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+        most = max(x.dim() - (dim is not None) for x, dim in zip(tensors, in_dims[1:], strict=True))
+        moved = [x if dim is None else x.movedim(dim, 0) for x, dim in zip(tensors, in_dims[1:], strict=True)]
+        moved = [
+            x if dim is None else x.reshape(len(x), *(1,) * (most + 1 - x.dim()), *x.shape[1:])
+            for x, dim in zip(moved, in_dims[1:], strict=True)
+        ]
+        return _Elementwise.apply(op, *torch.broadcast_tensors(*moved)), 0
+
+
+def _clamp_(x: Tensor, *bounds: Any, **named: Any) -> Tensor:
+    return x.copy_(x.clamp(*bounds, **named))
+
+
+ELEMENTWISE = (aten._standard_gamma_grad.default, aten._dirichlet_grad.default)
+BATCHED = {
+    aten.binary_cross_entropy_with_logits.default: _cross_entropy,
+    **{op: functools.partial(_Elementwise.apply, op) for op in ELEMENTWISE},
+    aten.clamp_.default: _clamp_,
+}
 
 
 def _claim(size: int) -> None:

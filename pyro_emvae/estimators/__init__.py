@@ -15,7 +15,7 @@ from .measure_valued import MeasureValued
 from .neural_baseline import NeuralBaseline
 from .partial import PartialPathwise
 from .pathwise import AdaptiveSticking, Analytic, Full, Pathwise, StickTheLanding
-from .policies import POLICIES, auto_table
+from .policies import POLICIES, auto_table, table
 from .reinmax import ReinMax
 from .relax import Rebar, Relax
 from .score import Score, ScoreFunction
@@ -65,4 +65,5 @@ __all__ = [
     "StraightThrough",
     "UnorderedSet",
     "auto_table",
+    "table",
 ]

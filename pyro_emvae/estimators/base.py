@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -158,6 +158,13 @@ class SiteTerms:
     prior: Any = None
     particles: Particles | None = field(default=None, repr=False)
     noise: Tensor | None = None
+    found: dict[str, tuple[Any, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, key: str, state: Any, make: Callable[[], Any]) -> Any:
+        """Return ``make()``, which is called once for this evaluation and this state."""
+        if key not in self.found or self.found[key][0] is not state:
+            self.found[key] = (state, make())
+        return self.found[key][1]
 
 
 class Estimator(ABC):

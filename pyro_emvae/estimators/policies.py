@@ -13,7 +13,7 @@ from .partial import PartialPathwise, has_score_parts
 from .pathwise import Pathwise
 from .score import Score
 
-__all__ = ["POLICIES", "auto", "auto_table", "candidates", "from_user", "probe", "pyro"]
+__all__ = ["POLICIES", "auto", "auto_table", "candidates", "from_user", "probe", "pyro", "table"]
 
 PLACES = {"arms": 15}
 """Candidates of auto whose traits do not give them a place."""
@@ -104,6 +104,29 @@ def _why_summed(at: Situation) -> str:
 
 
 POLICIES: dict[str, Policy] = {"pyro": pyro, "auto": auto, "probe": probe}
+
+
+def table() -> list[dict[str, Any]]:
+    """Return all registered estimators, one row each: name, traits, a line about it, and its source.
+
+    ``evaluations`` at further values and outcomes are counted by a loss: see `MonteCarloELBO.evaluations`.
+
+    Example:
+        >>> [row["estimator"] for row in table() if not row["unbiased"]][:2]
+        ['gumbel_rao', 'gumbel_softmax']
+    """
+    shown = ("unbiased", "support", "needs_rsample", "draws", "probes", "min_particles", "objectives", "higher_order")
+    shown += ("controls", "stateful", "arguments")
+    return [
+        {
+            "estimator": e.name,
+            "aliases": e.aliases,
+            **{name: getattr(e.traits, name) for name in shown},
+            "summary": e.summary,
+            "source": e.source,
+        }
+        for e in sorted(entries("estimator"), key=lambda entry: entry.name)
+    ]
 
 
 def auto_table() -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@ r"""Score function with a control variate made from the relaxed Bernoulli draw: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,10 +13,11 @@ from torch.nn.functional import softplus
 from .._checks import EstimatorError, fail
 from .._registry import Traits, register
 from .base import Control, Estimator, SiteTerms, State
-from .bernoulli import element_logits, lift
+from .bernoulli import element_logits, lift, summed
 
 __all__ = ["Rebar", "Relax"]
 
+NETWORK = ("weight_in", "bias_in", "weight_out")
 CONTROL = "relaxed"  # the name of the control variate, with which its learned moments start
 
 
@@ -32,8 +33,9 @@ class Rebar(Estimator):
     gradients of the variance, $\nabla_\lambda|\hat g|^2$ by the logits, with the estimator's own rate and Adam.
 
     When to use: Bernoulli sites of a model that is smooth in their values, with one particle or more; logits may
-    depend on other draws. Unbiased. Cost: 3K model and guide runs, two backwards and one for the coefficient, and the
-    second derivative for the temperature: about half as much again.
+    depend on other draws. Unbiased. Cost: 5K model evaluations: the draws, and two relaxed values each that are
+    differentiated twice, by the values and for the temperature; 3K with ``lr=0``. Backwards: one more, for the
+    coefficient.
 
     Args:
         temperature: $\lambda$ at first.
@@ -68,18 +70,23 @@ class Rebar(Estimator):
 
     def init(self, site: SiteTerms, signal: Tensor | None) -> State:
         start = torch.full_like(signal.sum(), self.temperature).log()
-        return {"log_temperature": start, **_moments({"log_temperature": start})}
+        return {"log_temperature": start, **_moments([start])}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
         return relaxed(site).at(state)
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
-        draws = relaxed(site)
-        return _surrogate(site, signal, draws, *_model(site, draws, state))
+        return _surrogate(site, self._parts(site, signal, state))
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        own = {name: value for name, value in state.items() if not name.startswith(CONTROL)}
-        return _descend(site, signal, own, ("log_temperature",), _model, self.lr)[0]
+        own = _own(state)
+        if not self.lr:
+            return own
+        parts = self._parts(site, signal, state)
+        return own | _adam(own, {"log_temperature": _by_temperature(site, parts, state)}, self.lr)
+
+    def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> Parts:
+        return site.once("parts", state, lambda: _parts(site, signal, *_model(site, relaxed(site), state)))
 
 
 @dataclass(frozen=True)
@@ -95,7 +102,7 @@ class Relax(Estimator):
     first.
 
     When to use: as `Rebar`; with ``model=False`` the model is never run at relaxed values, so that it may index by
-    them. Unbiased. Cost: 3K model and guide runs, or K with ``model=False``; backwards as `Rebar`.
+    them. Unbiased. Cost: that of `Rebar`, or K model evaluations with ``model=False``.
 
     Args:
         hidden: Number of units.
@@ -131,7 +138,7 @@ class Relax(Estimator):
 
     @property
     def _names(self) -> tuple[str, ...]:
-        return ("log_temperature",) * self.model + ("weight_in", "bias_in", "weight_out")
+        return ("log_temperature",) * self.model + NETWORK
 
     def noise(self, site: SiteTerms) -> tuple[int, ...] | None:
         return (2, *site.value.shape)
@@ -147,36 +154,54 @@ class Relax(Estimator):
             "bias_in": spread[: self.hidden],
             "weight_out": torch.zeros_like(spread[: self.hidden]),
         }
-        return {**weights, **_moments({n: weights[n] for n in self._names}), "average": zero, "seen": zero}
+        return {**weights, **_moments([weights[n] for n in self._names]), "average": zero, "seen": zero}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
         return relaxed(site).at(state) if self.model else None
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
-        draws = relaxed(site)
-        return _surrogate(site, signal, draws, *self._c(site, draws, state))
+        return _surrogate(site, self._parts(site, signal, state)[0])
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        own = {name: value for name, value in state.items() if not name.startswith(CONTROL)}
-        new, c = _descend(site, signal, own, self._names, self._c, self.lr)
-        left = (signal - c).mean() + self._average(own)
-        average = self.beta * own["average"] + (1 - self.beta) * left
-        return {**new, "average": average, "seen": self.beta * own["seen"] + (1 - self.beta)}
+        parts, (weights, values) = self._parts(site, signal, state)
+        own = _own(state)
+        average = own["average"].lerp((signal - parts.c).mean() + self._average(own), 1 - self.beta)
+        new = own | {"average": average, "seen": self.beta * own["seen"] + (1 - self.beta)}
+        if not self.lr:
+            return new
+        given = [by.reshape(value.shape) for by, value in zip(parts.slopes(site), values, strict=True)]
+        found = torch.autograd.grad(values, list(weights.values()), given)
+        grads = dict(zip(weights, found, strict=True))
+        if self.model:
+            grads = {"log_temperature": _by_temperature(site, parts, state), **grads}
+        return new | _adam(own, grads, self.lr)
+
+    def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, tuple[State, tuple]]:
+        """Return the gradient's parts; and the network's weights and values, with the paths between them."""
+        return site.once("parts", state, lambda: self._find(site, signal, state))
+
+    def _find(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, tuple[State, tuple]]:
+        draws = relaxed(site)
+        weights = {name: state[name].detach().requires_grad_(self.lr > 0) for name in NETWORK}
+        with torch.set_grad_enabled(self.lr > 0):
+            value, slope = values = _network(site, draws, weights)
+        c = value.detach() + self._average(state)
+        if not self.model:
+            return _parts(site, signal, c, slope), (weights, values)
+        model_c, model_slope = _model(site, draws, state)
+        return _parts(site, signal, c + model_c, slope.detach() + model_slope), (weights, values)
 
     def _average(self, state: State) -> Tensor:
         return state["average"] / state["seen"].clamp(min=1 - self.beta)
 
-    def _c(self, site: SiteTerms, draws: Draws, state: State) -> tuple[Tensor, Tensor]:
-        """Return c at the second draw, ``(particles?, *plates)``, and its derivative by both draws."""
-        s = draws.z.sigmoid()
-        flat = (2 * s - 1).reshape(*s.shape[: s.dim() - site.fn.event_dim], -1)
-        units = (flat @ state["weight_in"] + state["bias_in"]).tanh()
-        value = units[1] @ state["weight_out"] + self._average(state)
-        slope = (((1 - units**2) * state["weight_out"]) @ state["weight_in"].mT).reshape(s.shape) * 2 * s * (1 - s)
-        if not self.model:
-            return value, slope
-        model_value, model_slope = _model(site, draws, state)
-        return value + model_value, slope + model_slope
+
+def _network(site: SiteTerms, draws: Draws, weights: State) -> tuple[Tensor, Tensor]:
+    """Return r at the second draw, ``(particles?, *plates)``, and its derivative by both draws."""
+    s = draws.z.sigmoid()
+    flat = (2 * s - 1).reshape(*s.shape[: s.dim() - site.fn.event_dim], -1)
+    units = (flat @ weights["weight_in"] + weights["bias_in"]).tanh()
+    slope = ((1 - units**2) * weights["weight_out"]) @ weights["weight_in"].mT
+    return units[1] @ weights["weight_out"], slope.reshape(s.shape) * (2 * s * (1 - s))
 
 
 class Draws(NamedTuple):
@@ -196,71 +221,93 @@ class Draws(NamedTuple):
 
 def relaxed(site: SiteTerms) -> Draws:
     """Return the draws of z that the site's uniform numbers stand for."""
-    logits, value = element_logits(site).detach(), site.value.detach()
+    return site.once("draws", None, lambda: _relaxed(element_logits(site).detach(), site.value.detach(), site.noise))
+
+
+def _relaxed(logits: Tensor, value: Tensor, noise: Tensor) -> Draws:
     sign = 2 * value - 1
-    inner = torch.logit(site.noise) + softplus(sign * logits)
-    given = inner[1].sigmoid() * (sign * logits).sigmoid()
+    outwards = sign * logits
+    inner = torch.logit(noise) + softplus(outwards)
+    given = inner[1].sigmoid() * outwards.sigmoid()
     return Draws(sign * softplus(inner), torch.stack([torch.ones_like(given), given]), value - logits.sigmoid())
+
+
+class Parts(NamedTuple):
+    """The gradient by each logit, of the score and of the control variate; its draws, and c at the second."""
+
+    draws: Draws
+    score: Tensor
+    control: Tensor
+    c: Tensor
+
+    def slopes(self, site: SiteTerms) -> tuple[Tensor, Tensor]:
+        """Return the derivatives of the squared gradient by c and by its slopes."""
+        twice = 2 * (self.score + self.control)
+        by_slope = twice * self.draws.slope
+        return -summed(twice * self.draws.residual, site.fn), torch.stack([by_slope[0], -by_slope[1]])
+
+
+def _parts(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor) -> Parts:
+    draws, c = relaxed(site), c.detach()
+    paths = slope.detach() * draws.slope
+    score, baseline = ((lift(f, site.fn) * draws.residual).reshape(draws.residual.shape) for f in (signal, c))
+    return Parts(draws, score, paths[0] - paths[1] - baseline, c)
 
 
 def _model(site: SiteTerms, draws: Draws, state: State) -> tuple[Tensor, Tensor]:
     r"""Return $f(\sigma(z/\lambda))$ at the second draw, and its derivative by both draws."""
-    x = draws.at(state)
-    return site.probed.signal[1], site.probed.gradient * x * (1 - x) / state["log_temperature"].exp()
+    return site.probed.signal[1].detach(), site.probed.gradient.detach() * _spread(site, state)
 
 
-def _by_logits(site: SiteTerms, signal: Tensor, draws: Draws, c: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradient by each logit: the score's part, and the control variate."""
-    paths = slope * draws.slope
-    control = paths[0] - paths[1] - lift(c, site.fn) * draws.residual
-    return lift(signal, site.fn) * draws.residual, control
+def _spread(site: SiteTerms, state: State) -> Tensor:
+    r"""Return $x(1-x)/\lambda$, the derivative of the relaxed values by z."""
+    x = site.probes.detach()
+    return x * (1 - x) / state["log_temperature"].exp()
 
 
-def _surrogate(site: SiteTerms, signal: Tensor, draws: Draws, c: Tensor, slope: Tensor) -> dict[str, Any]:
-    score, control = (part.detach() for part in _by_logits(site, signal, draws, c, slope))
+def _by_temperature(site: SiteTerms, parts: Parts, state: State) -> Tensor:
+    r"""Return the derivative of the squared gradient by $\log\lambda$, which moves the relaxed values x.
+
+    With $s=x(1-x)/\lambda$, x moves by $-sz$ and s by $-s(1+(1-2x)z/\lambda)$.
+    """
+    x, z, s = site.probes.detach(), parts.draws.z, _spread(site, state)
+    by_c, by_slope = parts.slopes(site)
+    gradient = site.probed.gradient
+    pairs = [(site.probed.signal[1], by_c), (gradient, by_slope * s)]
+    pairs = [(value, by.reshape(value.shape)) for value, by in pairs if value.requires_grad]
+    direct = -(by_slope * gradient.detach() * s * (1 + (1 - 2 * x) * z / state["log_temperature"].exp())).sum()
+    if not pairs:  # a linear model
+        return direct
+    (by_x,) = torch.autograd.grad([value for value, _ in pairs], site.probes, [by for _, by in pairs])
+    return direct - (by_x * s * z).sum()
+
+
+def _surrogate(site: SiteTerms, parts: Parts) -> dict[str, Any]:
     logits = element_logits(site)
-    term = (score + control) * logits
-    return {"value": term, "guide": term, "controls": {CONTROL: Control(control * logits, low=-1.0, high=1.0)}}
+    term = (parts.score + parts.control) * logits
+    return {"value": term, "guide": term, "controls": {CONTROL: Control(parts.control * logits, low=-1.0, high=1.0)}}
 
 
-def _descend(
-    site: SiteTerms, signal: Tensor, state: State, names: tuple[str, ...], function: Callable[..., Any], lr: float
-) -> tuple[State, Tensor]:
-    """Return the state after one step of Adam down the squared gradient by the logits, and c at the second draw."""
-    draws = relaxed(site)
-    if not lr:
-        return state, function(site, draws, state)[0].detach()
-    leaves = {name: state[name].detach().requires_grad_() for name in names}
-    with torch.enable_grad():
-        c, slope = function(site, draws, {**state, **leaves})
-        score, control = _by_logits(site, signal, draws, c, slope)
-        squares = ((score + control) ** 2).sum()
-        wanted = [*leaves.values(), *([site.probes] if site.probes is not None else [])]
-        found = torch.autograd.grad(squares, wanted, retain_graph=True, allow_unused=True, materialize_grads=True)
-        grads = dict(zip(leaves, found, strict=False))
-        if site.probes is not None:  # the model moves with the temperature through the values that it was run at
-            x = draws.at(leaves)
-            (through,) = torch.autograd.grad((x * found[-1].detach()).sum(), leaves["log_temperature"])
-            grads["log_temperature"] = grads["log_temperature"] + through
-    return {**state, **_adam(state, grads, lr)}, c.detach()
+def _own(state: State) -> State:
+    return {name: value for name, value in state.items() if not name.startswith(CONTROL)}
 
 
-def _moments(params: Mapping[str, Tensor]) -> State:
-    """Return Adam's state before the first step."""
-    zeros = {f"{n}|{kind}": torch.zeros_like(p) for n, p in params.items() for kind in ("mean", "square")}
-    return {**zeros, "count": torch.zeros_like(next(iter(params.values())).sum())}
+def _moments(params: list[Tensor]) -> State:
+    """Return Adam's state before the first step, of all parameters in one vector."""
+    zero = torch.cat([torch.zeros_like(p).flatten() for p in params])
+    return {"mean": zero, "square": zero, "count": zero[0]}
 
 
 def _adam(state: State, grads: Mapping[str, Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> State:
     """Return parameters and moments after one step of Adam (Kingma and Ba 2015)."""
     count = state["count"] + 1
-    new: State = {"count": count}
-    for name, grad in grads.items():
-        mean = betas[0] * state[f"{name}|mean"] + (1 - betas[0]) * grad
-        square = betas[1] * state[f"{name}|square"] + (1 - betas[1]) * grad**2
-        step = mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + 1e-8)
-        new |= {name: state[name] - lr * step, f"{name}|mean": mean, f"{name}|square": square}
-    return new
+    grad = torch.cat([g.flatten() for g in grads.values()])
+    mean = state["mean"].lerp(grad, 1 - betas[0])
+    square = state["square"].lerp(grad * grad, 1 - betas[1])
+    step = lr * mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + 1e-8)
+    moves = step.split([g.numel() for g in grads.values()])
+    moved = {name: state[name] - move.view_as(state[name]) for name, move in zip(grads, moves, strict=True)}
+    return moved | {"count": count, "mean": mean, "square": square}
 
 
 def _twice(learns: bool, model: bool = True) -> Traits:

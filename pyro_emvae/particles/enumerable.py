@@ -16,7 +16,7 @@ from .quiet import quiet
 from .run import draw
 from .sites import Particles, Site
 
-__all__ = ["BUDGET", "summable"]
+__all__ = ["BUDGET", "mixed_up", "summable"]
 
 BUDGET = 64  # outcomes that meet in one density, per element of its plates
 
@@ -48,6 +48,22 @@ def summable(pair: Pair, nesting: int, counts: Mapping[str, int], depends: Depen
     return names
 
 
+def mixed_up(pair: Pair, nesting: int, names: list[str]) -> str | None:
+    """Return the first of some summed sites at whose outcomes the densities are others together than alone, or None.
+
+    At most `BUDGET` outcomes of a site are looked at. Nothing is changed.
+    """
+    with quiet(train=False, validate=False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        indices = subsample_values(*pair)
+        one = draw(*pair, max_plate_nesting=nesting, values=indices)
+        if any("summed_out" in site.infer for site in one.model.values()):
+            return None  # the model's densities are then sums over its own latents
+        if _same_alone(pair, one, names, indices):
+            return None
+        return next((name for name in names if not _same_alone(pair, one, [name], indices)), names[0])
+
+
 def _cheap(one: Particles, counts: Mapping[str, int], depends: Dependence, follow: Collection) -> list[str]:
     names = [name for name in counts if name in one.guide and not one.guide[name].is_observed]
     places = [(side, site) for side in ("guide", "model") for site in getattr(one, side).values()]
@@ -77,7 +93,8 @@ def _same_alone(pair: Pair, one: Particles, names: list[str], indices: Mapping[s
     if set(dims) != set(names):
         return False
     for name in names:
-        for outcome in range(every.enumerated[name]):
+        count = every.enumerated[name]
+        for outcome in sorted({i * count // BUDGET for i in range(BUDGET)}):
             at = {n: outcome if n == name else 0 for n in names}
             given = {n: (_value(every.guide[n], dims[n], i, one.guide[n]), None) for n, i in at.items()}
             alone = draw(*pair, **how, values=values | given)

@@ -18,7 +18,7 @@ from .enumeration import Average, Enumerate, averaged, is_annotated, marginalize
 from .handlers import PARTICLE_PLATE, Recorder, is_subsample, plates_of
 from .sites import Particles, Site
 
-__all__ = ["draw", "replay", "run_pair", "stack_runs"]
+__all__ = ["draw", "is_messenger", "replay", "run_model", "run_pair", "stack_runs"]
 
 
 def draw(
@@ -92,6 +92,26 @@ def replay(
     )
 
 
+def run_model(
+    model: Callable,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    values: Mapping[str, Any],
+    num_particles: int,
+    max_plate_nesting: int,
+) -> dict[str, Site]:
+    """Run the model alone, on values of all sites that the guide draws, in one run of so many particles."""
+    wrapped = plate_wrapper(num_particles, max_plate_nesting)(model)
+    run, _, latents, nesting = _run_model(wrapped, args, kwargs, values, num_particles, max_plate_nesting, {}, False)
+    sites = {name: make_site(msg) for name, msg in run.messages.items() if not is_subsample(msg)}
+    return marginalized(sites, latents, nesting + (num_particles > 1), nesting) if latents else sites
+
+
+def is_messenger(guide: Callable) -> bool:
+    """Whether a guide is an effect handler around the model, so that both are one run."""
+    return isinstance(poutine.unwrap(guide), Messenger)
+
+
 def plate_wrapper(num_particles: int, nesting: int | None) -> Callable[[Callable], Callable]:
     if num_particles == 1:
         return lambda fn: fn
@@ -111,10 +131,9 @@ def run_pair(
     sampler=None,
     enumerate_site=None,
 ) -> Particles:
-    messenger = poutine.unwrap(guide)
     keep = None if nesting is None else nesting + (num_particles > 1)
     guide_run, summed = Recorder(values, treat, sampler), None
-    if isinstance(messenger, Messenger):
+    if is_messenger(guide):
         with guide_run:
             result = guide(*args, **kwargs)
         model_msgs, guide_msgs = split_messenger_guide(guide_run.messages)

@@ -14,7 +14,13 @@ PHASES = {0: ("E", "tab:blue"), 1: ("M", "tab:orange")}
 BANDS = 150  # more changes of phase than that are too thin to see
 
 
-def plot_elbo(fit_or_history: Any, ax: Any = None, log_evidence: Any = None, smooth: int | None = None) -> Any:
+def plot_elbo(
+    fit_or_history: Any,
+    ax: Any = None,
+    log_evidence: Any = None,
+    smooth: int | None = None,
+    label: str = "ELBO",
+) -> Any:
     r"""Plot the ELBO over gradient steps, with E- and M-phases shaded.
 
     Args:
@@ -22,6 +28,7 @@ def plot_elbo(fit_or_history: Any, ax: Any = None, log_evidence: Any = None, smo
         ax: Axes to draw into.
         log_evidence: A number, or anything with ``.value`` (and ``.standard_error``): a line that
             the ELBO stays below, but for Monte Carlo error.
+        label: What the legend calls the line, to tell several runs in one figure apart.
         smooth: Window of a centred running mean in steps; the steps themselves are then drawn faintly.
 
     Phases that change too often to be seen are named below the axis and not shaded. If the first tenth of the steps
@@ -40,12 +47,14 @@ def plot_elbo(fit_or_history: Any, ax: Any = None, log_evidence: Any = None, smo
     chains = np.atleast_2d(np.asarray(history["elbo"], dtype=float))
     ax = axes("plot_elbo", ax, figsize=(7.0, 4.0))
     steps = np.arange(1, chains.shape[1] + 1)
+    drawn = len({line.get_color() for line in ax.lines})  # of earlier calls
+    colors = [f"C{drawn + i}" for i in range(len(chains))]
     for i, elbo in enumerate(chains):
-        label = "ELBO" if len(chains) == 1 else f"ELBO, chain {i}"
+        name = label if len(chains) == 1 else f"{label}, chain {i}"
         if smooth is not None and smooth > 1:
-            ax.plot(steps, elbo, color=f"C{i}", alpha=0.3, linewidth=0.8)
-            elbo, label = _running_mean(elbo, smooth), f"{label}, mean of {smooth} steps"
-        ax.plot(steps, elbo, color=f"C{i}", label=label)
+            ax.plot(steps, elbo, color=colors[i], alpha=0.3, linewidth=0.8)
+            elbo, name = _running_mean(elbo, smooth), f"{name}, mean of {smooth} steps"
+        ax.plot(steps, elbo, color=colors[i], label=name)
     phases = _shade(ax, steps, np.atleast_2d(np.asarray(history["phase"]))[0]) if "phase" in history else ""
     if log_evidence is not None:
         _line(ax, log_evidence)

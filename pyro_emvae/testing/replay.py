@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from .. import particles
 from .._checks import EmvaeError, EstimatorError, fail
 from .._registry import Traits, create
+from ..drawing import treat as treated
 from ..engine import trace
 from ..estimators.base import Estimator, Situation, base, is_point_mass, misfit
 from ..estimators.draws import from_noise, is_normal
@@ -285,7 +286,7 @@ class Expectation(Replay):
         problem, loss = self.problem, self.loss
         with self._dictated(noise, leaves):
             particles = loss.particles(problem.model, problem.guide, problem.args, {})
-            objective, _, _ = loss._objective(loss._plans[(problem.model, problem.guide)], particles, [])
+            objective, _, _ = loss._objective(loss.plans[(problem.model, problem.guide)], particles, [])
         logs = [self._log_probability(name, particles) for name in self.sizes]
         probability = torch.stack(logs).sum().exp() if logs else torch.ones((), dtype=self.dtype)
         return Evaluation(objective, probability * objective, particles, {}), torch.ones_like(probability).detach()
@@ -366,13 +367,13 @@ class _Dictated(MonteCarloELBO):
         self.asked: dict[str, tuple[int, ...]] = {}
 
     def _draw(self, plan: Any, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> Particles:
-        how = self._treat(plan)
+        how = treated(self, plan)
 
         def treat(msg: dict) -> str:
             if msg["name"] in self.noise:
                 rule = from_noise if is_normal(msg["fn"]) else _from_index
                 msg["value"] = rule(msg["fn"], self.noise[msg["name"]])
-                estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan.depends)
+                estimator = self.resolve(msg["name"], msg["fn"], msg["infer"], plan)
                 if estimator.traits.draws == "relaxed":
                     msg["value"] = estimator.relax(msg["fn"], msg["value"])
             return how(msg)

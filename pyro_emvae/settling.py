@@ -1,0 +1,176 @@
+r"""What a loss finds out about model and guide before it takes the first gradient, and what it refuses."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ._checks import EstimatorError, fail, nearest
+from .estimators.base import Situation, misfit
+from .estimators.enumerated import Enumerated
+from .estimators.policies import POLICIES
+from .estimators.relaxed import require_paths
+from .objectives import MultiSample
+from .particles import (
+    BUDGET,
+    Particles,
+    Site,
+    check_match,
+    check_plates,
+    choose_vectorize,
+    dependence,
+    mixed_up,
+    num_outcomes,
+    quiet,
+    summable,
+)
+from .probing import check_relaxed, differentiates
+from .resolving import Plan, follows
+
+__all__ = ["announce", "check", "complete", "make_plan"]
+
+logger = logging.getLogger("pyro_emvae")
+
+
+def make_plan(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
+    pair = (model, guide, args, kwargs)
+    chosen = choose_vectorize(
+        "MonteCarloELBO", loss.vectorize_particles, loss.num_particles, loss._nesting, pair, stacklevel=5
+    )
+    return Plan(*chosen, splits=False, depends=dependence(*pair) if loss.num_particles > 1 else None)
+
+
+def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
+    """Find out what the estimators of the sites need to know; return whether the particles have to be drawn anew.
+
+    To look at what depends on what restores buffers, which the graph of the present draws may hold.
+    """
+    traits = [loss.resolver.table[name].estimator.traits for name in particles.guide if name in loss.resolver.table]
+    splits = (loss.objective.splits_paths or any(t.splits_paths for t in traits)) and not plan.splits
+    sought = _seek_sums(loss, plan, particles, pair)
+    summed = sought or (plan.nesting is None and _sums(particles, traits))
+    if summed:
+        plan.nesting = particles.max_plate_nesting
+    several = isinstance(loss.objective, MultiSample)
+    unknown = plan.depends is None and (several or any(t.needs_signal for t in traits))
+    plan.splits = plan.splits or splits
+    if unknown:
+        plan.depends = dependence(*pair)
+    rows = loss.resolver.rows(particles)
+    halfway = [row for row in rows if differentiates(row[1]) and row[0].name not in plan.halfway]
+    for site, estimator in halfway:
+        check_relaxed(pair, loss.objective, plan, particles, site, estimator)
+        plan.halfway.add(site.name)
+    _check_sums(loss, plan, particles, pair)
+    relaxed = set(plan.relaxed) - plan.followed
+    if relaxed:
+        _follow(loss, plan, *pair)
+        plan.followed |= relaxed
+    return splits or unknown or summed or bool(halfway) or bool(relaxed)
+
+
+def _follow(loss: Any, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> None:
+    """Raise if the model drops the path of a relaxed value."""
+    reached = dependence(model, guide, args, kwargs, direct=True)
+    with quiet(), torch.enable_grad():
+        particles = loss._draw(plan, model, guide, args, kwargs)
+        require_paths(particles, loss.objective.terms(particles), reached, plan.relaxed)
+
+
+def _check_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> None:
+    """Refuse to sum over a site that was named for it where outcomes are mixed, as ``"auto"`` would not choose."""
+    names = [n for n in particles.enumerated if n not in plan.alone and not loss.resolver.summable.get(n)]
+    wrong = mixed_up(pair, particles.max_plate_nesting, names) if names else None
+    if wrong is not None:
+        fail(
+            EstimatorError,
+            "enumerated",
+            f"sum over site {wrong!r}",
+            got="other densities at all outcomes together than at each of them alone",
+            because="outcomes lie in a dim left of the plates, and model and guide have to keep them apart",
+            fix="Index from the right in model and guide (sum over dim=-1, not over all dims; no Python branch on "
+            f'the value), or use estimator={{"{wrong}": "leave_one_out"}}.',
+        )
+    plan.alone |= set(names)
+
+
+def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
+    """Find sites at which ``"auto"`` may sum and not draw; return whether there are any new ones."""
+    rows = [loss.resolver.table[name] for name in particles.guide if name in loss.resolver.table]
+    counts = {}
+    for row in rows if loss.objective.name in Enumerated.traits.objectives else ():
+        site = particles.guide[row.site]
+        asked = loss.resolver.spec(row.site, site.infer)[0] in (POLICIES["auto"], POLICIES["probe"])
+        if asked and row.site not in loss.resolver.summable and misfit(Enumerated(), _plain(loss, site)) is None:
+            counts[row.site] = num_outcomes(site.fn)
+    counts = {n: c for n, c in counts.items() if c <= BUDGET and n not in particles.enumerated}
+    if not counts:
+        return False
+    plan.depends = plan.depends or dependence(*pair)
+    follow = [row.site for row in rows if follows(row.estimator)]
+    names = summable(pair, particles.max_plate_nesting, counts, plan.depends, follow)
+    loss.resolver.summable |= {name: name in names for name in counts}
+    for name in names:  # to be chosen anew
+        loss.resolver.table[name] = replace(loss.resolver.table[name], kind=())
+    return bool(names)
+
+
+def _plain(loss: Any, site: Site) -> Situation:
+    return Situation(site.name, site.fn, loss.num_particles, loss.objective.name, site.infer)
+
+
+def _sums(particles: Particles, traits: list) -> bool:
+    """Whether a site is enumerated, for which the number of plate dims has to be known beforehand."""
+    latents = any("summed_out" in site.infer for site in particles.model.values())
+    return latents or any(t.draws == "enumerated" for t in traits)
+
+
+def check(loss: Any, particles: Particles) -> None:
+    check_match(particles)
+    check_plates(particles)
+    for row in loss.resolver.table.values():
+        wanted = row.estimator.traits.draws == "enumerated"
+        if wanted and row.site in particles.guide and row.site not in particles.enumerated:
+            fail(
+                EstimatorError,
+                "enumerated",
+                f"sum over site {row.site!r}",
+                got="a value that was drawn or given by another handler",
+                because="the guide has to be a function of pyro.sample statements, and no effect handler",
+                fix=f'Use estimator={{"{row.site}": "leave_one_out"}}.',
+            )
+    for name, site in particles.guide.items():
+        if site.is_observed and not site.fn.has_rsample:  # a factor of draws that are no pyro.sample
+            loss.resolve(name, site.fn, site.infer, None, site.frames)
+    for name in loss.resolver.by_site:
+        if name not in particles.guide and name not in particles.model:
+            fail(
+                EstimatorError,
+                "MonteCarloELBO",
+                f"set the estimator of site {name!r}",
+                got="no such site in the guide",
+                because="estimators belong to the guide's sites",
+                fix=nearest(name, particles.guide),
+            )
+    for name in particles.ignored if loss.annotations else ():
+        fail(
+            EstimatorError,
+            "MonteCarloELBO",
+            f"obey the estimator annotation at site {name!r}",
+            got='infer={"estimator": ...} in the model',
+            because="draws are made by the guide, whose site has no such annotation",
+            fix=f'Move it to the guide\'s pyro.sample({name!r}, ...), or write estimator={{"{name}": ...}}.',
+        )
+
+
+def announce(loss: Any) -> None:
+    """Log the resolved table, once; that of a loss that is only tried, not at all."""
+    rows = (f"  {row.site}: {row.estimator} ({row.why}; cost {row.cost})" for row in loss.table)
+    text = "\n".join(rows)
+    if text != loss.announced and not loss.is_trial:
+        loss.announced = text
+        logger.info("estimators per guide site:\n%s", text)

@@ -206,6 +206,8 @@ class AutoAmortized(AutoGuide):
         if made_here:
             self.encoder = default_encoder(self._observed, self.local_sites, self._first, seen)
         flows = [module for site in self.local_sites for module in site.family.modules()]
+        for module in flows:
+            module.to(next(self._modules["encoder"].parameters(), torch.zeros(())))
         self.flows = nn.ModuleList(flows) if flows else None
         if self.dependence == "structured":
             earlier = [earlier_of(nodes[name], None) for name in others]

@@ -99,6 +99,7 @@ def encoder_of(model: Callable, family: str, rows: int = 2 * COPIES) -> Rows:
     return encoder
 
 
+BIASED = ("the gradient is biased", "the value is not the ELBO's")
 NARROW = {"log_normal": LogNormal(0.3), "student_t": StudentT(init_df=30.0)}  # so that a mean has a normal error
 FAMILY_GUIDES: dict[str, Callable[[Callable, str], Any]] = {
     "AutoMeanField": lambda model, family: AutoMeanField(model, NARROW.get(family, family)),

@@ -207,6 +207,8 @@ class AutoAmortized(AutoGuide):
         if made_here:
             self.encoder = default_encoder(self._observed, self.local_sites, self._first, seen)
         flows = [module for site in self.local_sites for module in site.family.modules()]
+        for module in flows:
+            module.to(next(self._modules["encoder"].parameters(), torch.zeros(())))
         self.flows = nn.ModuleList(flows) if flows else None
         read = seen_sites(self.dependence, list(local), list(others))
         if read:

@@ -319,12 +319,15 @@ class AutoAmortized(AutoGuide):
 
     def begin(self, args: tuple, kwargs: dict) -> Call:
         """Look at the model, open the plates, draw the latents outside the data plate, and encode the data."""
-        self.prepare(args, kwargs)
-        reading = self._look(args, kwargs)
+        reading = self._looks.get(signature((args, kwargs)))  # of arguments of known shapes, which are not empty
+        if reading is None:
+            self.prepare(args, kwargs)
+            reading = self._look(args, kwargs)
         if self.master is not None or self.create_plates is not None:
             plates = super()._create_plates(*args, **kwargs)
         else:
-            plates = self.plates = {name: self._open(plate) for name, plate in reading.plates.items()}
+            plates = {name: self._open(plate) for name, plate in reading.plates.items()}
+            self.__dict__["plates"] = plates  # past the checks of modules, which take longer than the rest
         values = {} if self.global_guide is None else dict(self.global_guide(*args, **kwargs))
         messages = self._messages(reading, args, kwargs, plates)
         _ = self.flows  # Pyro registers the parameters of a module when it is read
@@ -344,13 +347,20 @@ class AutoAmortized(AutoGuide):
         result, seen = dict(call.values), dict(call.values)
         for site in self.local_sites:
             fn = self.distribution(site, contexts, seen)
-            with contextlib.ExitStack() as stack:
-                for name in site.plates:
-                    stack.enter_context(call.plates[name])
-                if site.is_masked:
-                    stack.enter_context(poutine.mask(mask=call.masks[site.name]))
+            with self._around(site, call):
                 result[site.name], seen[site.name] = sample_site(site, fn)
         return result
+
+    def _around(self, site: LocalSite, call: Call) -> Any:
+        """Return a context with the plates of a site, and its mask."""
+        if len(site.plates) == 1 and not site.is_masked:
+            return call.plates[next(iter(site.plates))]
+        with contextlib.ExitStack() as stack:
+            for name in site.plates:
+                stack.enter_context(call.plates[name])
+            if site.is_masked:
+                stack.enter_context(poutine.mask(mask=call.masks[site.name]))
+            return stack.pop_all()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every site; takes the arguments of the model.

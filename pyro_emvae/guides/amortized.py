@@ -70,6 +70,11 @@ class AutoAmortized(AutoGuide):
     * Anything else, such as a size that an attribute of the model decides: ``create_plates=``, as in all of Pyro's
       autoguides.
 
+    * Two data plates, such as users and items, take one guide each, in Pyro's `AutoGuideList`, whose model hides the
+      latents of the other: ``guide = AutoGuideList(model)``, then
+      ``guide.append(AutoAmortized(poutine.block(model, hide=["item"]), encoder))`` and, for a matrix of ratings,
+      ``guide.append(AutoAmortized(poutine.block(model, hide=["user"]), other, encoder_input=lambda x: x.T))``.
+
     **Without an encoder** the guide makes one at the first call that reads the observed values in the data plate, in
     the model's order, and their masks; ``print(guide)`` shows it. Where a value is an argument, or the rows of one that
     a plate has in use, it is read there. Otherwise every call runs the model once more to see it; a recorded step then

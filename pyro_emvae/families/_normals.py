@@ -1,4 +1,4 @@
-r"""What the normals share: where they start, one vector in the shape of the value, marginal quantiles."""
+r"""What the normals share: where they start, one vector in the shape of the value, marginals."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor
 
 from ._maps import flat, limited
+from ._quantiles import marginals
 from .base import Family
 
 __all__ = ["VectorNormal", "loading", "reshaped"]
@@ -38,15 +39,5 @@ class VectorNormal(Family):
         loc = flat(value, event_shape)
         return torch.cat([loc, zeros[..., loc.shape[-1] :]], -1)
 
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return _marginals(fn).icdf(level)
-
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
-        return _marginals(fn).cdf(value)
-
-
-def _marginals(fn: Any) -> Any:
-    """Return the normals of the coordinates of a multivariate normal, reshaped or not."""
-    base = getattr(fn, "base_dist", fn)
-    loc, std = (part.reshape(fn.batch_shape + fn.event_shape) for part in (base.mean, base.variance.sqrt()))
-    return dist.Normal(loc, std)
+        return marginals(fn).cdf(value)

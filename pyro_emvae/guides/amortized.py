@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._checks import require_data
 from ..families import Family
 from ..particles import quiet
+from ._base import state_of
 from ._dependence import Dependence, earlier_of
 from ._draw import (
     Call,
@@ -418,11 +419,7 @@ class AutoAmortized(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the model; unlike in Pyro, this guide keeps it."""
-        model, master = self._model, self.master
-        try:
-            state = dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
+        state = state_of(self)
         if self.global_guide is not None:
             state["_modules"] = {**state["_modules"], "global_guide": bare(self._modules["global_guide"])}
         return {**state, "_reader": None, "_opened": {}, "plates": {}}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._checks import EmvaeError, ModelError, RecordingError, fail, number
 from ..families import Family
 from ..particles import vectorizable
+from ._base import state_of
 from ._draw import Call
 from ._refine import Refiner, refuse_undrawn
 from .amortized import AutoAmortized
@@ -195,12 +196,7 @@ class AutoSemiAmortized(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the model; unlike in Pyro, this guide keeps it."""
-        model, master = self._model, self.master
-        try:
-            state = dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
-        return state
+        return state_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -716,6 +716,24 @@ def test_two_data_plates_both_amortized():
         AutoAmortized(users_and_items)(DATA)
 
 
+def test_two_data_plates_reach_the_means_of_the_posterior():
+    """All of it is Gaussian, so that a factorised guide has its means: those of the linear equations."""
+    x = DATA.double()
+    guide = AutoGuideList(users_and_items)
+    guide.append(AutoAmortized(poutine.block(users_and_items, hide=["v"]), linear(3, 2).double()))
+    items = poutine.block(users_and_items, hide=["u"])
+    guide.append(AutoAmortized(items, linear(5, 2).double(), encoder_input=lambda x: x.T))
+    optim = pyro.optim.ClippedAdam({"lr": 0.1, "lrd": 0.01 ** (1 / 600)})
+    loss = MonteCarloELBO(8, estimator="sticking_the_landing", vectorize_particles=True)
+    svi = emvae.SVI(users_and_items, guide, optim, loss, backend="graph")
+    for _ in range(600):
+        svi.step(x)
+    design = torch.cat([torch.eye(5).repeat_interleave(3, 0), torch.eye(3).repeat(5, 1)], 1).double()
+    exact = torch.linalg.solve(torch.eye(8).double() + 4 * design.T @ design, 4 * design.T @ x.flatten())
+    found = guide.median(x)
+    assert torch.allclose(torch.cat([found["u"].flatten(), found["v"]]), exact, atol=0.02)
+
+
 # Pyro's contract --------------------------------------------------------------------------------------------------
 
 

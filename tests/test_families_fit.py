@@ -10,6 +10,7 @@ import torch
 from family_sites import DISCRETE, FAMILIES, SUPPORT, bound, draw, site
 from torch.distributions import biject_to
 
+from pyro_emvae._checks import EmvaeError
 from pyro_emvae._registry import create
 from pyro_emvae.families import (
     Dirichlet,
@@ -93,7 +94,12 @@ def at_zeros(name):
 
 
 def has_quantiles(name):
-    return create("family", name).quantile.__func__ is not Family.quantile
+    fn = at_zeros(name)
+    try:
+        bound(name)[0].quantile(fn, torch.full(fn.shape(), 0.5))
+    except EmvaeError:
+        return False
+    return True
 
 
 SCALAR = [name for name in FAMILIES if SUPPORT[name] not in (*DISCRETE, "simplex") and has_density(name)]

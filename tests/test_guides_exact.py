@@ -75,6 +75,23 @@ def switching_rates(x):
         pyro.sample("n", dist.Poisson(rate), obs=x.abs().round())
 
 
+def local_switching(x):
+    """A class per datum, one of three values given it, and a normal given both; some data are missing."""
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(at(0.4)))
+        c = pyro.sample("c", dist.Categorical(torch.stack([1.0 + k, 2.0 - k, 0.7 + 0 * k], -1)))
+        z = pyro.sample("z", dist.Normal(2.0 * k - 0.5 * c, 0.5 + k))
+        with poutine.mask(mask=x < 1.0):
+            pyro.sample("x", dist.Normal(z, 0.8), obs=x)
+
+
+def local_rates(x):
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Bernoulli(at(0.4)))
+        rate = pyro.sample("rate", dist.Gamma(2.0 + a, 1.0 + 3 * a))
+        pyro.sample("n", dist.Poisson(rate), obs=x.abs().round())
+
+
 def chain(x):
     z = pyro.sample("z_0", dist.Bernoulli(torch.tensor(0.3, dtype=x.dtype)))
     for t in range(len(x)):
@@ -83,9 +100,10 @@ def chain(x):
 
 
 MODELS = {"mixture": mixture, "linear": linear, "conjugate": conjugate, "chain": chain}
-MODELS |= {"switching": switching, "rates": switching_rates}
+MODELS |= {"switching": switching, "rates": switching_rates, "of each": local_switching, "rates of each": local_rates}
 KINDS = {"mixture": "enumerated", "linear": "gaussian", "conjugate": "conjugate", "chain": "enumerated"}
 KINDS |= {"switching": "given discrete latents, gaussian", "rates": "given discrete latents, conjugate"}
+KINDS |= {"of each": KINDS["switching"], "rates of each": KINDS["rates"]}
 
 
 def elbo(model, guide, *args, loss=Trace_ELBO):
@@ -132,6 +150,49 @@ def test_no_gap_for_any_loss_or_number_of_particles(name):
 @pytest.mark.parametrize("name", ["mixture", "linear", "conjugate", "switching"])
 def test_proves_itself(name):
     check_guide(AutoExact, MODELS[name], (X[:1],), num_samples=40_000, trains=False)
+
+
+LOADINGS = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
+CENTRES = torch.tensor([[0.0, 0.0, 0.0], [2.0, 1.0, 0.0]], dtype=torch.float64)
+
+
+def factor_mixture(x):
+    """A mixture of two factor models: a class and a vector per datum."""
+    shift = pyro.param("shift", at(0.3))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(at(0.3))).unsqueeze(-1)
+        z = pyro.sample("z", dist.Normal(shift * k.expand(-1, 2), 1.0 + k).to_event(1))
+        pyro.sample("x", dist.Normal(z @ LOADINGS + CENTRES[k.long().squeeze(-1)], 0.7).to_event(1), obs=x)
+
+
+def test_a_mixture_of_factor_models_in_closed_form():
+    """Evidence, classes, the vectors' means and the gradient by a parameter."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    shift, log_joint, means = at(0.3).requires_grad_(), [], []
+    for k, prior in ((0, 0.7), (1, 0.3)):
+        variance, loc = (1.0 + k) ** 2, shift * k * torch.ones(2).to(x)
+        covariance = variance * LOADINGS.T @ LOADINGS + 0.49 * torch.eye(3).to(x)
+        residual = x - CENTRES[k] - loc @ LOADINGS
+        log_joint.append(math.log(prior) + dist.MultivariateNormal(torch.zeros(3).to(x), covariance).log_prob(residual))
+        means.append(loc + variance * residual @ torch.linalg.inv(covariance) @ LOADINGS.T)
+    log_joint, means = torch.stack(log_joint), torch.stack(means)
+    evidence, weights = log_joint.logsumexp(0).sum(), log_joint.softmax(0)
+    value = float(evidence.detach())
+    guide = AutoExact(factor_mixture)
+    posterior = guide.posterior(x)
+    assert guide.kind == "given discrete latents, gaussian"
+    assert math.isclose(posterior.log_evidence, value, rel_tol=1e-12)
+    assert all(math.isclose(elbo(factor_mixture, guide, x), value, rel_tol=1e-12) for _ in range(3))
+    assert torch.allclose(posterior.marginal("k").mean, weights[1], rtol=1e-10)
+    exact = (weights[..., None] * means).sum(0).detach()
+    assert torch.allclose(posterior.support().expect(lambda values: values["z"]), exact, rtol=1e-10)
+    with pyro.plate("draws", 12_000, dim=-2):
+        drawn = guide(x)
+    assert_mean(drawn["k"], weights[1].detach(), detect=0.1, what="the classes")
+    assert_mean(drawn["z"].flatten(1), exact.flatten(), detect=0.3, what="the vectors")
+    leaf = pyro.param("shift").unconstrained()
+    found = torch.autograd.grad(posterior.expected_log_joint(), leaf)[0]
+    assert torch.allclose(found, torch.autograd.grad(evidence, shift)[0], rtol=1e-10)
 
 
 def test_discrete_vectors_are_listed():
@@ -406,10 +467,20 @@ def vector(x):
 
 
 def local_switch(x):
+    """A normal that all data share, beside a class for each."""
+    z = pyro.sample("z", dist.Normal(at(0.0), at(1.0)))
+    with pyro.plate("data", len(x)):
+        k = pyro.sample("k", dist.Bernoulli(at(0.4)))
+        pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
+
+
+def joined_switch(x):
+    """The vectors of all data meet in a site."""
     with pyro.plate("data", len(x)):
         k = pyro.sample("k", dist.Bernoulli(at(0.4)))
         z = pyro.sample("z", dist.Normal(k, at(1.0)))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+    pyro.sample("y", dist.Normal(z.sum(-1), 1.0), obs=x[0])
 
 
 def odd_switch(x):
@@ -428,6 +499,7 @@ REFUSED = [
     (count, r"site 'k': got Poisson, of infinitely many outcomes"),
     (vector, r"site 'k': got Bernoulli, of more than 4096 joint outcomes"),
     (local_switch, r"site 'z' out: got Normal beside the discrete 'k'\."),
+    (joined_switch, r"site '\w' out: got .*beside the discrete 'k'"),
     (odd_switch, r"site 'z' out: got Normal beside the discrete 'k'; given them, a log joint"),
     (no_latent, r"got a model without latents"),
 ]

@@ -393,9 +393,11 @@ def test_models_that_cannot_be_refined():
 def test_a_recording_is_refused():
     guide = AutoSemiAmortized(factor, encoder(), num_refinements=2)
     svi = emvae.SVI(factor, guide, pyro.optim.Adam({"lr": 0.01}), backend="graph")
-    with pytest.raises(RecordingError, match="branch"):
+    with pytest.raises(RecordingError, match=r"AutoSemiAmortized. cannot be recorded: got num_refinements=2"):
         for _ in range(3):
             svi.step(DATA)
+    guide.num_refinements = 0
+    assert math.isfinite(sum(svi.step(DATA + 1) for _ in range(3)))
 
 
 def test_paired_mean_of_the_elbo():

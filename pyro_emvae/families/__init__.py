@@ -5,6 +5,7 @@ parameters, an encoder, an encoder and some gradient steps.
 """
 
 from ._charts import Chart
+from ._quantiles import quantile as quantile_of
 from ._supports import support_of
 from .base import Family
 from .bernoulli import Bernoulli
@@ -41,5 +42,6 @@ __all__ = [
     "PointMass",
     "StudentT",
     "VonMises",
+    "quantile_of",
     "support_of",
 ]

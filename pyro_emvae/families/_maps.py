@@ -31,7 +31,8 @@ def check_setting(family: Any, name: str, low: float = 0.0, high: float = math.i
 
 def parts(context: Tensor, event_shape: torch.Size, count: int) -> tuple[Tensor, ...]:
     """Return a context's equal parts, one after another, each in the shape of the value."""
-    return tuple(part.reshape(part.shape[:-1] + event_shape) for part in context.chunk(count, -1))
+    chunks = context.chunk(count, -1)
+    return chunks if len(event_shape) == 1 else tuple(c.reshape(c.shape[:-1] + event_shape) for c in chunks)
 
 
 def flat(value: Tensor, event_shape: torch.Size) -> Tensor:

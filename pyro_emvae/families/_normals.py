@@ -1,4 +1,4 @@
-r"""What the normals share: one vector in the shape of the value, and its marginal quantiles."""
+r"""What the normals share: where they start, one vector in the shape of the value, marginals."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import torch
 from pyro.distributions.transforms import ReshapeTransform
 from torch import Tensor
 
-from ._maps import limited
+from ._maps import flat, limited
+from ._quantiles import marginals
+from .base import Family
 
-__all__ = ["loading", "marginals", "reshaped"]
+__all__ = ["VectorNormal", "loading", "reshaped"]
 
 
 def loading(w: Tensor) -> Tensor:
@@ -29,8 +31,13 @@ def reshaped(fn: Any, event_shape: torch.Size) -> Any:
     return dist.TransformedDistribution(fn, [ReshapeTransform(fn.event_shape, event_shape)])
 
 
-def marginals(fn: Any) -> Any:
-    """Return the normals of the coordinates of a multivariate normal, reshaped or not."""
-    base = getattr(fn, "base_dist", fn)
-    loc, std = (part.reshape(fn.batch_shape + fn.event_shape) for part in (base.mean, base.variance.sqrt()))
-    return dist.Normal(loc, std)
+class VectorNormal(Family):
+    """A multivariate normal whose context begins with the location: abstract."""
+
+    def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
+        zeros = super().start(value, event_shape)
+        loc = flat(value, event_shape)
+        return torch.cat([loc, zeros[..., loc.shape[-1] :]], -1)
+
+    def cdf(self, fn: Any, value: Tensor) -> Tensor:
+        return marginals(fn).cdf(value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._checks import EmvaeError, ModelError, fail
 from .._registry import Traits
 from ._charts import Chart
+from ._quantiles import quantile
 from ._supports import base_of, names_for, serves, support_of
 
 __all__ = ["Family"]
@@ -108,8 +109,13 @@ class Family(ABC):
         Args:
             fn: What `distribution` returned.
             level: Probabilities that broadcast against ``(*batch, *event)``.
+
+        By default those of the distribution's kind.
         """
-        self._lacks("give medians and quantiles", "the inverse distribution function")
+        found = quantile(fn, level)
+        if found is None:
+            self._lacks("give medians and quantiles", "the inverse distribution function")
+        return found
 
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         r"""Return the marginal distribution function of each coordinate: the inverse of `quantile`.

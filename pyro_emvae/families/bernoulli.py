@@ -13,7 +13,6 @@ from torch import Tensor
 from .._registry import Traits, register
 from ._charts import Chart, discrete_chart
 from ._maps import check_setting, parts
-from ._supports import base_of
 from .base import Family
 
 __all__ = ["Bernoulli"]
@@ -61,11 +60,6 @@ class Bernoulli(Family):
         logits = torch.stack([torch.zeros_like(context), context + self._offset], -1)
         outcomes = torch.arange(2, dtype=context.dtype, device=context.device)
         return discrete_chart(logits, outcomes, lambda eta: eta[..., 1] - eta[..., 0] - self._offset)
-
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        """Return the smallest value whose distribution function reaches the level: 0 or 1."""
-        fn = base_of(fn)
-        return (level > torch.sigmoid(-fn.logits)).to(fn.logits.dtype)
 
 
 register(

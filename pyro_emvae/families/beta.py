@@ -80,10 +80,6 @@ class Beta(Family):
 
         return Chart(eta, back, statistics)
 
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        fn = base_of(fn)
-        return special("betaincinv", fn.concentration1, fn.concentration0, level)
-
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         fn = base_of(fn)
         return special("betainc", fn.concentration1, fn.concentration0, value)

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import EmvaeError, fail, positive_int
 from .._registry import Traits, register
 from ._charts import Chart, discrete_chart
-from ._supports import base_of, cardinality
+from ._supports import cardinality
 from .base import Family
 
 __all__ = ["Categorical"]
@@ -91,11 +91,6 @@ class Categorical(Family):
         logits = context.unflatten(-1, (math.prod(event_shape), self.num_categories))
         outcomes = torch.arange(self.num_categories, device=context.device)
         return discrete_chart(logits, outcomes, lambda eta: eta.log_softmax(-1).flatten(-2))
-
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        """Return the smallest value whose distribution function reaches the level, in the order of the numbers."""
-        below = base_of(fn).probs.cumsum(-1)[..., :-1]
-        return (below < level.unsqueeze(-1)).sum(-1)
 
 
 register(

@@ -75,10 +75,6 @@ class Dirichlet(Family):
 
         return Chart(concentration.unflatten(-1, shape) - 1, back, statistics)
 
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        """Return the quantiles of each entry, which is Beta distributed; they need not add up to 1."""
-        return special("betaincinv", *_marginals(fn), level)
-
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         return special("betainc", *_marginals(fn), value)
 

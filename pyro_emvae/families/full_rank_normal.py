@@ -12,15 +12,14 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from ._charts import Chart, vector_chart
-from ._maps import check_setting, flat, raw_scale, scale, unlimited
-from ._normals import loading, marginals, reshaped
-from .base import Family
+from ._maps import check_setting, raw_scale, scale, unlimited
+from ._normals import VectorNormal, loading, reshaped
 
 __all__ = ["FullRankNormal"]
 
 
 @dataclass(frozen=True)
-class FullRankNormal(Family):
+class FullRankNormal(VectorNormal):
     r"""Normals with any covariance.
 
     $$q(z\mid c)=N\big(z\mid a,\ LL^\top\big),\qquad
@@ -80,17 +79,6 @@ class FullRankNormal(Family):
             return torch.cat([loc, raw_scale(std, self.init_scale), below], -1)
 
         return vector_chart(*self._moments(context, n), event_shape, back)
-
-    def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
-        zeros = super().start(value, event_shape)
-        loc = flat(value, event_shape)
-        return torch.cat([loc, zeros[..., loc.shape[-1] :]], -1)
-
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return marginals(fn).icdf(level)
-
-    def cdf(self, fn: Any, value: Tensor) -> Tensor:
-        return marginals(fn).cdf(value)
 
 
 def _unit_lower(below: Tensor, n: int) -> Tensor:

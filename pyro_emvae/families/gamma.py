@@ -13,7 +13,6 @@ from torch import Tensor
 from .._registry import Traits, register
 from ._charts import Chart
 from ._maps import between, check_setting, flat, limited, parts, raw_of, unlimited
-from ._quantiles import special
 from ._supports import base_of
 from .base import Family
 
@@ -89,10 +88,6 @@ class Gamma(Family):
             return torch.cat([unlimited(shift, LOG_MEAN), raw_of(k, LOW, HIGH, self.init_concentration)], -1)
 
         return Chart(torch.stack([torch.full_like(k, -1.0), -k], -1), back, statistics)
-
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        fn = base_of(fn)
-        return special("gammaincinv", fn.concentration, level) / fn.rate
 
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         return base_of(fn).cdf(value)

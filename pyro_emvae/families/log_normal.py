@@ -78,9 +78,6 @@ class LogNormal(Family):
         chart = normal_chart(loc, std, back, lambda value: flat(value, event_shape).log())
         return dataclasses.replace(chart, log_base=lambda value: -flat(value, event_shape).log())
 
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return base_of(fn).icdf(level)
-
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         return base_of(fn).cdf(value)
 

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .._checks import positive_int
 from .._registry import Traits, register
-from ._maps import check_setting, flat, scale
-from ._normals import loading, marginals, reshaped
-from .base import Family
+from ._maps import check_setting, scale
+from ._normals import VectorNormal, loading, reshaped
 
 __all__ = ["LowRankNormal"]
 
@@ -22,7 +21,7 @@ START = 0.1
 
 
 @dataclass(frozen=True)
-class LowRankNormal(Family):
+class LowRankNormal(VectorNormal):
     r"""Normals with a diagonal and a few common factors.
 
     $$q(z\mid c)=N\big(z\mid a,\ S R S\big),\qquad R=\frac{I+WW^\top}{\text{its diagonal}},\qquad
@@ -76,17 +75,6 @@ class LowRankNormal(Family):
         std = scale(raw, self.init_scale)
         factor = factor * (std * own.sqrt()).unsqueeze(-1)
         return reshaped(dist.LowRankMultivariateNormal(loc, factor, std.square() * own), event_shape)
-
-    def start(self, value: Tensor, event_shape: torch.Size) -> Tensor:
-        zeros = super().start(value, event_shape)
-        loc = flat(value, event_shape)
-        return torch.cat([loc, zeros[..., loc.shape[-1] :]], -1)
-
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return marginals(fn).icdf(level)
-
-    def cdf(self, fn: Any, value: Tensor) -> Tensor:
-        return marginals(fn).cdf(value)
 
 
 def _cosines(n: int, rank: int, like: Tensor) -> Tensor:

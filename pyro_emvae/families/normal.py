@@ -76,9 +76,6 @@ class Normal(Family):
 
         return normal_chart(loc, scale(raw, self.init_scale), back, lambda value: flat(value, event_shape))
 
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        return base_of(fn).icdf(level)
-
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         return base_of(fn).cdf(value)
 

@@ -67,10 +67,6 @@ class StudentT(Family):
         loc = flat(value, event_shape)
         return torch.cat([loc, torch.zeros_like(loc), torch.zeros_like(loc)], -1)
 
-    def quantile(self, fn: Any, level: Tensor) -> Tensor:
-        fn = base_of(fn)
-        return fn.loc + fn.scale * special("stdtrit", fn.df, level)
-
     def cdf(self, fn: Any, value: Tensor) -> Tensor:
         fn = base_of(fn)
         return special("stdtr", fn.df, (value - fn.loc) / fn.scale)

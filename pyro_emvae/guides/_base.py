@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import ModelError, fail
 from ..particles import quiet
 
-__all__ = ["ModelGuide", "indices_of", "refuse_hidden_data"]
+__all__ = ["ModelGuide", "indices_of", "refuse_hidden_data", "state_of"]
 
 
 class ModelGuide(AutoGuide):
@@ -39,18 +39,22 @@ class ModelGuide(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state with the model and without what only a call needs."""
-        model, master = self._model, self.master
-        try:
-            state = dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
-        return {**state, "_model": model, "plates": {}}
+        return {**state_of(self), "_model": self._model, "plates": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelGuide:
         result = memo[id(self)] = self.__class__.__new__(self.__class__)
         result.__setstate__(copy.deepcopy({**self.__getstate__(), "_model": None}, memo))
         result._model = self._model
         return result
+
+
+def state_of(guide: AutoGuide) -> dict[str, Any]:
+    """Return what Pyro's autoguides pickle, without the model; unlike theirs, this guide keeps it."""
+    model, master = guide._model, guide.master
+    try:
+        return dict(AutoGuide.__getstate__(guide))
+    finally:
+        guide._model, guide.master = model, master
 
 
 def indices_of(plates: Mapping[str, Any]) -> dict[str, Tensor]:

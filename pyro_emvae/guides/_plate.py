@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
+from torch import Tensor
 
 from .._checks import ModelError, fail
 from .._pyro import Messenger
@@ -199,6 +200,8 @@ def cover(nodes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def signature(value: Any) -> Any:
     """Return a hashable key of what decides the size of plates: shapes, lengths, whole numbers, flags, names."""
+    if type(value) is Tensor:
+        return "Tensor", value.shape
     if isinstance(value, Mapping):
         return tuple((str(key), signature(item)) for key, item in value.items())
     if isinstance(value, (tuple, list)) and len(value) < 64:

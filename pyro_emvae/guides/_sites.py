@@ -199,7 +199,8 @@ def _several_plates(frames: dict[str, dict], plates: list[str]) -> None:
         "choose the data plate",
         got=f"latents in plates {plates}: {where}",
         because="the encoder's rows are the data of one plate",
-        fix=f"Write amortize={plates[0]!r}, or another of them.",
+        fix=f"Write amortize={plates[0]!r}, or another of them; or an AutoGuideList with one guide for each, made of "
+        "poutine.block(model, hide=[...]).",
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .._checks import require_data
 from ..families import Family
 from ..particles import quiet
+from ._base import state_of
 from ._dependence import Dependence, earlier_of
 from ._draw import (
     Call,
@@ -70,6 +71,11 @@ class AutoAmortized(AutoGuide):
       are indexed before the encoder reads them, other inputs are taken as they are.
     * Anything else, such as a size that an attribute of the model decides: ``create_plates=``, as in all of Pyro's
       autoguides.
+
+    * Two data plates, such as users and items, take one guide each, in Pyro's `AutoGuideList`, whose model hides the
+      latents of the other: ``guide = AutoGuideList(model)``, then
+      ``guide.append(AutoAmortized(poutine.block(model, hide=["item"]), encoder))`` and, for a matrix of ratings,
+      ``guide.append(AutoAmortized(poutine.block(model, hide=["user"]), other, encoder_input=lambda x: x.T))``.
 
     **Without an encoder** the guide makes one at the first call that reads the observed values in the data plate, in
     the model's order, and their masks; ``print(guide)`` shows it. Where a value is an argument, or the rows of one that
@@ -322,14 +328,17 @@ class AutoAmortized(AutoGuide):
 
     def begin(self, args: tuple, kwargs: dict) -> Call:
         """Look at the model, open the plates, draw the latents outside the data plate, and encode the data."""
-        self.prepare(args, kwargs)
-        reading = self._look(args, kwargs)
+        reading = self._looks.get(signature((args, kwargs)))  # of arguments of known shapes, which are not empty
+        if reading is None:
+            self.prepare(args, kwargs)
+            reading = self._look(args, kwargs)
         if self.master is not None or self.create_plates is not None:
             plates = super()._create_plates(*args, **kwargs)
             if self.create_plates is None and self.master().create_plates is None:
                 require_size(plates[reading.plate], reading.plates[reading.plate])
         else:
-            plates = self.plates = {name: self._open(plate) for name, plate in reading.plates.items()}
+            plates = {name: self._open(plate) for name, plate in reading.plates.items()}
+            self.__dict__["plates"] = plates  # past the checks of modules, which take longer than the rest
         values = {} if self.global_guide is None else dict(self.global_guide(*args, **kwargs))
         messages = self._messages(reading, args, kwargs, plates)
         _ = self.flows  # Pyro registers the parameters of a module when it is read
@@ -349,13 +358,20 @@ class AutoAmortized(AutoGuide):
         result, seen = dict(call.values), dict(call.values)
         for site in self.local_sites:
             fn = self.distribution(site, contexts, seen)
-            with contextlib.ExitStack() as stack:
-                for name in site.plates:
-                    stack.enter_context(call.plates[name])
-                if site.is_masked:
-                    stack.enter_context(poutine.mask(mask=call.masks[site.name]))
+            with self._around(site, call):
                 result[site.name], seen[site.name] = sample_site(site, fn)
         return result
+
+    def _around(self, site: LocalSite, call: Call) -> Any:
+        """Return a context with the plates of a site, and its mask."""
+        if len(site.plates) == 1 and not site.is_masked:
+            return call.plates[next(iter(site.plates))]
+        with contextlib.ExitStack() as stack:
+            for name in site.plates:
+                stack.enter_context(call.plates[name])
+            if site.is_masked:
+                stack.enter_context(poutine.mask(mask=call.masks[site.name]))
+            return stack.pop_all()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw every site; takes the arguments of the model.
@@ -408,11 +424,7 @@ class AutoAmortized(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the model; unlike in Pyro, this guide keeps it."""
-        model, master = self._model, self.master
-        try:
-            state = dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
+        state = state_of(self)
         if self.global_guide is not None:
             state["_modules"] = {**state["_modules"], "global_guide": bare(self._modules["global_guide"])}
         return {**state, "_reader": None, "_opened": {}, "plates": {}}

@@ -19,7 +19,7 @@ from ..posterior import EnumeratedPosterior, Posterior, plate_nesting, solve_con
 from ._base import ModelGuide, indices_of, refuse_hidden_data
 from ._outcomes import Product, base_of, is_finite, num_outcomes
 from ._quantiles import quantile
-from ._switching import MAX_SWITCHES, SwitchingPosterior
+from ._switching import MAX_SWITCHES, SwitchingPosterior, frames_of
 
 __all__ = ["AutoExact"]
 
@@ -37,7 +37,8 @@ class AutoExact(ModelGuide):
     | real, with a quadratic log joint: linear-Gaussian models | one Newton step, in blocks over the data |
     | conjugate to their likelihood: Beta, Gamma, Normal, Dirichlet, Normal-Gamma | from derivatives of the log joint |
 
-    A few discrete latents outside plates (64 joint outcomes) may come first: the others are then solved for given each.
+    A few discrete latents (64 joint outcomes) may come first: the others are then solved for given each. They are
+    outside plates, or in the same plates as all other latents, such as a mixture of factor models.
 
     Which row applies is found in the first call, and verified in every one, as the half-steps `steps.Enumerated`,
     `steps.Gaussian` and `steps.Conjugate` do it. The first call also verifies that the posterior is the same when
@@ -169,9 +170,12 @@ class AutoExact(ModelGuide):
         return [name for name, node in self.prototype_trace.iter_stochastic_nodes() if is_finite(node["fn"])]
 
     def _can_switch(self) -> bool:
-        """Whether the discrete latents are few and in no plate, so that the others can be solved for given each."""
+        """Whether the discrete latents are few, and in no plate or in the same ones as all: others are solved for."""
         nodes = [self.prototype_trace.nodes[name] for name in self._finite()]
-        if any(frame.vectorized for node in nodes for frame in node["cond_indep_stack"]):
+        plates = [{frame.name for frame in frames_of(node)} for node in nodes]
+        if any(plates):
+            plates += [{f.name for f in frames_of(node)} for _, node in self.prototype_trace.iter_stochastic_nodes()]
+        if any(own != plates[0] for own in plates):
             return False
         return math.prod(num_outcomes(node["fn"]) for node in nodes) <= MAX_SWITCHES
 
@@ -243,7 +247,8 @@ class AutoExact(ModelGuide):
             act,
             got=got,
             because="a posterior is exact here if all latents are finite and discrete, or the log joint is quadratic "
-            "in them, or each is conjugate to its likelihood, if need be given few discrete ones outside plates",
+            "in them, or each is conjugate to its likelihood, if need be given few discrete ones, outside plates or "
+            "in the same plates as all",
             fix=fix,
             cause=cause,
         )

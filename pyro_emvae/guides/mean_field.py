@@ -24,6 +24,7 @@ from .._checks import EmvaeError, ModelError, fail, nearest, require_data
 from .._registry import create
 from ..families import Family, Normal
 from ..particles import quiet
+from ._base import state_of
 from ._tables import Table, TableReader, table_of
 
 __all__ = ["AutoMeanField"]
@@ -263,12 +264,7 @@ class AutoMeanField(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the model; unlike in Pyro, this guide keeps it."""
-        model, master = self._model, self.master
-        try:
-            state = dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
-        return {**state, "_reader": self._reader.copy(), "plates": {}, "init_loc_fn": init_to_feasible}
+        return {**state_of(self), "_reader": self._reader.copy(), "plates": {}, "init_loc_fn": init_to_feasible}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AutoMeanField:
         result = memo[id(self)] = self.__class__.__new__(self.__class__)

@@ -13,9 +13,10 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from .._checks import EmvaeError, ModelError, fail, number
+from .._checks import EmvaeError, ModelError, RecordingError, fail, number
 from ..families import Family
 from ..particles import vectorizable
+from ._base import state_of
 from ._draw import Call
 from ._refine import Refiner, refuse_undrawn
 from .amortized import AutoAmortized
@@ -135,11 +136,20 @@ class AutoSemiAmortized(AutoGuide):
         call = self.amortized.begin(args, kwargs)
         if not self.num_refinements:
             return call, dict(call.contexts)
-        refine, calls = self._refiner(call), _particles(call, self.amortized)
-        refined = refine(call) if len(calls) == 1 else _stack([refine(one) for one in calls], self.amortized.nesting)
+        refined = self._refined(call)
         if not self.differentiable:
             refined = {n: c + (refined[n] - c).detach() for n, c in call.contexts.items()}
         return call, refined
+
+    def _refined(self, call: Call) -> dict[str, Tensor]:
+        refine, calls = self._refiner(call), _particles(call, self.amortized)
+        try:
+            found = [refine(one) for one in calls]
+        except RuntimeError as cause:
+            if "tracing tensor" in str(cause) or "data-dependent" in str(cause).lower():
+                _refuse_recording(self.num_refinements, cause)
+            raise
+        return found[0] if len(calls) == 1 else _stack(found, self.amortized.nesting)
 
     def _look(self, args: tuple, kwargs: dict) -> None:
         """See whether the guide draws all latents, and whether the model takes several draws in one run."""
@@ -186,12 +196,7 @@ class AutoSemiAmortized(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without the model; unlike in Pyro, this guide keeps it."""
-        model, master = self._model, self.master
-        try:
-            state = dict(super().__getstate__())
-        finally:
-            self._model, self.master = model, master
-        return state
+        return state_of(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -217,6 +222,18 @@ def _refuse_without_model() -> None:
         got="a guide that was unpickled, without its model",
         because="a step follows the gradient of the model's density",
         fix="Make the guide anew from the model and load its state: guide(*args); guide.load_state_dict(state).",
+    )
+
+
+def _refuse_recording(steps: int, cause: BaseException) -> None:
+    fail(
+        RecordingError,
+        "AutoSemiAmortized",
+        "be recorded",
+        got=f"num_refinements={steps}",
+        because="each of its steps rewinds the generator, to be judged by the same draws, and a recording cannot",
+        fix='Write backend="eager"; or record AutoAmortized, with num_refinements=0 until the encoder is trained.',
+        cause=cause,
     )
 
 

@@ -136,8 +136,9 @@ def table(results: list[Result]) -> str:
 def _row(result: Result) -> tuple[str, ...]:
     ratio, spread = f"{result.ratio:.3g}", f"({result.spread[0]:.3g} to {result.spread[1]:.3g})"
     name = f"`{result.case.name}`: {result.case.what}"
-    limit = f"{result.case.limit:.3g}"
-    return name, _ms(result.ours), _ms(result.theirs), f"{ratio} {spread}", limit, "yes" if result.ok else "**no**"
+    verdict = f"{result.case.limit:.3g}", "yes" if result.ok else "**no**"
+    verdict = verdict if math.isfinite(result.case.limit) else ("", "")
+    return name, _ms(result.ours), _ms(result.theirs), f"{ratio} {spread}", *verdict
 
 
 def _ms(seconds: float) -> str:

@@ -14,13 +14,13 @@ from pyro.distributions import constraints
 
 import pyro_emvae as emvae
 
-from . import exact_em
-from .svi import stepper, vae_problem
+from . import exact_em, vae
+from .svi import stepper
 from .timing import Call, Case
 
 
 def e_phase(ours: bool) -> Call:
-    model, guide, x = vae_problem()
+    (model, _, guide), x = vae.problem(), vae.images()
     if not ours:
         return stepper(True, model, guide, x)
     em = emvae.EM(model, guide, pyro.optim.Adam({"lr": 1e-3}))
@@ -30,7 +30,7 @@ def e_phase(ours: bool) -> Call:
 
 def hmc(ours: bool) -> Call:
     """One move of every datum's chain, 10 leapfrogs, against 10 gradients of the same model by the latents."""
-    model, _, x = vae_problem(batch=1000)
+    (model, _, _), x = vae.problem(), vae.images(1000)
     if ours:
         e_step = emvae.steps.MonteCarlo("hmc", num_particles=1, num_leapfrog=10, num_warmup=1)
         em = emvae.EM(model, None, pyro.optim.Adam({"lr": 1e-3}), e_step=e_step)

@@ -2,6 +2,7 @@ r"""Time of one gradient step: against Pyro's losses, a loop by hand, and what t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +17,18 @@ from torch import Tensor, nn
 import pyro_emvae as emvae
 from pyro_emvae._registry import entries
 
-from .timing import Call, Case, measure, table
+from .discrete_vae import objective_of
+from .timing import Call, Case, measure_all, table
 
 LIMIT = 1.3
 PIXELS, HIDDEN, BATCH = 196, 100, 64
-TEXT = """Both sides in turn in one process (`benchmarks/timing.py`): the median of the ratios with its quartiles.
-Implied is the same step with the plain estimator (`score`, or `pathwise` for normal latents) and as many particles as
-the estimator has model evaluations; each may take at most 1.3 times as long, eager and recorded. Against Pyro and
-against a loop by hand (no handlers, one backward) there is no limit. The models are variational autoencoders, {pixels}
-pixels, {hidden} hidden units, batch {batch}: 20 normal latents, 20 Bernoulli latents, and one of ten categories."""
+MINUTES = 11.0
+TEXT = """Both sides in turn in one process, warmed up, without the collector (`benchmarks/timing.py`): the median of
+the ratios with its quartiles. Implied is the same step with the plain estimator (`score`, or `pathwise` for normal
+latents; of `iwae` for the estimators of several samples) and as many particles as the estimator has model evaluations;
+each may take at most {limit:g} times as long, eager and recorded. Against Pyro and against a loop by hand (no handlers,
+one backward) there is no limit. The models are variational autoencoders, {pixels} pixels, {hidden} hidden units, batch
+{batch}: 20 normal latents, 20 Bernoulli latents, and one of ten categories."""
 
 
 class Nets(nn.Module):
@@ -82,8 +86,8 @@ def stepper(kind: str, loss: Callable[[], Any], backend: str = "eager", enumerat
     return lambda: svi.step(x)
 
 
-def ours(estimator: str, particles: int) -> Callable[[], Any]:
-    return lambda: emvae.MonteCarloELBO(particles, estimator=estimator)
+def ours(estimator: str, particles: int, objective: str = "elbo") -> Callable[[], Any]:
+    return lambda: emvae.MonteCarloELBO(particles, estimator=estimator, objective=objective)
 
 
 def by_hand(kind: str, particles: int) -> Call:
@@ -120,13 +124,14 @@ def evaluations(kind: str, estimator: str, most: int = 8) -> tuple[int, int] | N
     """Return the least particles (from 2 on) that an estimator takes here, and its model evaluations then."""
     model, guide, x, _ = vae(kind)
     for particles in range(2, most + 1):
-        loss = emvae.MonteCarloELBO(particles, estimator=estimator)
+        loss = ours(estimator, particles, objective_of(estimator))()
         try:
             with pyro.get_param_store().scope():
                 loss.prepare(model, guide, (x,), {})
+                loss.loss_and_grads(model, guide, x)  # only now is known at how many further values it looks
         except emvae.EmvaeError:
             continue
-        return particles, getattr(loss, "evaluations", particles)
+        return particles, loss.evaluations
     return None
 
 
@@ -135,22 +140,23 @@ def implied(kind: str, estimator: str, backend: str) -> Case | None:
     found = evaluations(kind, estimator)
     if found is None:
         return None
-    particles, count = found
+    (particles, count), objective = found, objective_of(estimator)
     plain = "pathwise" if kind == "normal" else "score"
 
     def setup(is_ours: bool) -> Call:
-        return stepper(kind, ours(estimator, particles) if is_ours else ours(plain, count), backend)
+        loss = ours(estimator, particles, objective) if is_ours else ours(plain, count, objective)
+        return stepper(kind, loss, backend)
 
     what = f"`{estimator}`, {particles} particles, {count} evaluations, {kind}, {backend}, against `{plain}`"
+    what += "" if objective == "elbo" else f", both of `{objective}`"
     return Case(f"{estimator}_{kind}_{backend}", what, LIMIT, setup)
 
 
 def implied_cases() -> list[Case]:
     """Return a case for each registered estimator, kind of latent and backend that go together."""
     names = [e.name for e in entries("estimator") if not e.traits.arguments and e.traits.recordable]
-    found = [
-        implied(k, n, b) for k in ("normal", "bernoulli", "categorical") for n in names for b in ("eager", "graph")
-    ]
+    pairs = [(k, n, b) for k in ("normal", "bernoulli", "categorical") for n in names for b in ("eager", "graph")]
+    found = [implied(*pair) for pair in pairs]
     return [case for case in found if case is not None]
 
 
@@ -191,10 +197,13 @@ def hand_cases() -> list[Case]:
     return found
 
 
-def section(quick: bool = False) -> str:
+def section(quick: bool = False, minutes: float = MINUTES) -> str:
     """Return the section's text and tables."""
-    seconds, parts = 0.2 if quick else 8.0, [TEXT.format(pixels=PIXELS, hidden=HIDDEN, batch=BATCH)]
-    titles = {"Implied by the evaluations": implied_cases, "Pyro's losses": pyro_cases, "By hand": hand_cases}
-    for title, cases in titles.items():
-        parts.append(f"**{title}**\n\n{table([measure(case, seconds) for case in cases()])}")
+    tables = {"Implied by the evaluations": implied_cases, "Pyro's losses": pyro_cases, "By hand": hand_cases}
+    made = {title: cases() for title, cases in tables.items()}
+    cases = [case for some in made.values() for case in some]
+    results = iter(measure_all(cases, 0.01 * len(cases) if quick else minutes))
+    parts = [TEXT.format(pixels=PIXELS, hidden=HIDDEN, batch=BATCH, limit=LIMIT)]
+    for title, some in made.items():
+        parts.append(f"**{title}**\n\n{table(list(itertools.islice(results, len(some))))}")
     return "\n\n".join(parts)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pyro
 import pyro.distributions as dist
@@ -22,37 +21,14 @@ from torch import Tensor, nn
 
 import pyro_emvae as emvae
 
+from . import vae
 from .timing import Call, Case
 
 
-def network(*widths: int) -> nn.Sequential:
-    layers = [module for a, b in itertools.pairwise(widths) for module in (nn.Linear(a, b), nn.SiLU())]
-    return nn.Sequential(*layers[:-1])
-
-
-def problem(pixels: int, hidden: int, latents: int) -> tuple[Callable, nn.Module, Callable]:
-    """Return a VAE's model, an encoder, and the guide by hand."""
-    decoder, encoder = network(latents, hidden, pixels), network(pixels, hidden, 2 * latents)
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(latents), x.new_ones(latents)).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z), validate_args=False).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            loc, scale = encoder(x).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, nn.functional.softplus(scale)).to_event(1))
-
-    return model, encoder, guide
-
-
 def amortized(ours: bool, pixels: int = 784, hidden: int = 400, latents: int = 20, batch: int = 128) -> Call:
-    model, encoder, guide = problem(pixels, hidden, latents)
+    model, encoder, guide = vae.problem(pixels, hidden, latents)
     guide = emvae.guides.AutoAmortized(model, encoder) if ours else guide
-    svi, x = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()), torch.rand(batch, pixels).round()
+    svi, x = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()), vae.images(batch, pixels)
     return lambda: svi.step(x)
 
 
@@ -62,25 +38,18 @@ def amortized_small(ours: bool) -> Call:
 
 def default_encoder(ours: bool, pixels: int = 784, latents: int = 20) -> Call:
     """The default encoder against the same network in a guide by hand."""
-    model, _, _ = problem(pixels, 400, latents)
-    encoder = network(pixels, 128, 128, 2 * latents)
-
-    def by_hand(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            loc, scale = encoder((x - 0.5) / 0.5).chunk(2, -1)
-            pyro.sample("z", dist.Normal(loc, nn.functional.softplus(scale)).to_event(1))
-
-    guide = emvae.guides.AutoAmortized(model) if ours else by_hand
-    svi, x = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()), torch.rand(128, pixels).round()
+    model, _, _ = vae.problem(pixels, 400, latents)
+    guide = vae.by_hand(vae.network(pixels, 128, 128, 2 * latents), lambda x: (x - 0.5) / 0.5)
+    guide = emvae.guides.AutoAmortized(model) if ours else guide
+    svi, x = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()), vae.images(128, pixels)
     return lambda: svi.step(x)
 
 
 def encode(ours: bool, rows: int = 1_000_000) -> Call:
     """Draw the latents of a million data."""
-    model, encoder, guide = problem(16, 32, 4)
+    model, encoder, guide = vae.problem(16, 32, 4)
     guide = emvae.guides.AutoAmortized(model, encoder) if ours else guide
-    x = torch.rand(rows, 16).round()
+    x = vae.images(rows, 16)
 
     def call() -> None:
         with torch.no_grad():
@@ -120,12 +89,12 @@ def held() -> int:
 
 def held_after(rows: Sequence[int], ours: bool = True) -> list[int]:
     """Return the bytes that are alive after a step on so many rows, one after the other, whose data are gone."""
-    model, encoder, guide = problem(16, 32, 4)
+    model, encoder, guide = vae.problem(16, 32, 4)
     guide = emvae.guides.AutoAmortized(model, encoder) if ours else guide
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO())
     result = []
     for count in rows:
-        svi.step(torch.rand(count, 16).round())
+        svi.step(vae.images(count, 16))
         result.append(held())
     return result
 

@@ -10,10 +10,11 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from torch import Tensor, nn
+from torch import nn
 
 import pyro_emvae as emvae
 
+from . import vae
 from .timing import Call, Case
 
 
@@ -25,38 +26,9 @@ def stepper(ours: bool, model: Callable, guide: Callable, *args: Any, **options:
     return lambda: svi.step(*args)
 
 
-class Encoder(nn.Module):
-    def __init__(self, pixels: int, hidden: int, latents: int) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(pixels, hidden)
-        self.loc, self.log_scale = nn.Linear(hidden, latents), nn.Linear(hidden, latents)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = nn.functional.softplus(self.hidden(x))
-        return self.loc(hidden), self.log_scale(hidden).exp()
-
-
-def vae_problem(pixels: int = 784, hidden: int = 400, latents: int = 20, batch: int = 128) -> tuple:
-    """The VAE of Pyro's tutorial on random images: model, guide, data."""
-    encoder = Encoder(pixels, hidden, latents)
-    decoder = nn.Sequential(nn.Linear(latents, hidden), nn.Softplus(), nn.Linear(hidden, pixels))
-
-    def model(x: Tensor) -> None:
-        pyro.module("decoder", decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(x.new_zeros(latents), x.new_ones(latents)).to_event(1))
-            pyro.sample("x", dist.Bernoulli(logits=decoder(z), validate_args=False).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        pyro.module("encoder", encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(*encoder(x)).to_event(1))
-
-    return model, guide, torch.rand(batch, pixels).round()
-
-
-def vae(ours: bool) -> Call:
-    return stepper(ours, *vae_problem())
+def vae_step(ours: bool) -> Call:
+    model, _, guide = vae.problem()
+    return stepper(ours, model, guide, vae.images())
 
 
 def eight_schools(ours: bool, **options: Any) -> Call:
@@ -109,7 +81,7 @@ def deep_network(ours: bool, layers: int = 150, width: int = 8) -> Call:
 
 
 CASES = (
-    Case("vae", "step of a VAE 784-400-20, batch 128", 1.0, vae),
+    Case("vae", "step of a VAE 784-400-20, batch 128", 1.0, vae_step),
     Case("eight_schools", "step of eight schools, AutoNormal", 1.0, eight_schools),
     Case("eight_schools_graph", 'the same, `backend="graph"` against Pyro\'s step', 0.6, eight_schools_graph),
     Case("many_sites", "step of 300 parameters in 150 sites, guide by hand", 0.9, many_sites),

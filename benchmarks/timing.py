@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -81,9 +83,38 @@ def measure(case: Case, seconds: float = 8.0) -> Result:
     each = [side.warm_up() for side in (ours, theirs)]
     calls = [max(1, round(seconds / 2 / TURNS / t)) for t in each]
     turns = max(5, min(TURNS, math.ceil(seconds / sum(each))))
-    times = [_turn(ours, theirs, calls, backwards=i % 2 == 1) for i in range(turns)]
+    with _uncollected():
+        times = [_turn(ours, theirs, calls, backwards=i % 2 == 1) for i in range(turns)]
     low, middle, high = quantiles([a / b for a, b in times], n=4)
     return Result(case, median(a for a, _ in times), median(b for _, b in times), middle, (low, high))
+
+
+def measure_all(cases: Sequence[Case], minutes: float, most: float = 8.0) -> list[Result]:
+    """Measure all cases within so many minutes, each in an equal share of what is left, setting up and warming up too.
+
+    A case of long calls may take more than its share, at the cost of the later ones; a case gets `most` seconds.
+    """
+    results: list[Result] = []
+    deadline, cost = time.perf_counter() + 60 * minutes, 2.0
+    for i, case in enumerate(cases):
+        share = (deadline - time.perf_counter()) / (len(cases) - i)
+        start, seconds = time.perf_counter(), max(0.5, min(most, share - cost))
+        results.append(measure(case, seconds))
+        cost = 0.5 * cost + 0.5 * max(0.0, time.perf_counter() - start - seconds)
+    return results
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect garbage now and not within."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _turn(ours: Side, theirs: Side, calls: list[int], backwards: bool) -> tuple[float, float]:
@@ -105,8 +136,9 @@ def table(results: list[Result]) -> str:
 def _row(result: Result) -> tuple[str, ...]:
     ratio, spread = f"{result.ratio:.3g}", f"({result.spread[0]:.3g} to {result.spread[1]:.3g})"
     name = f"`{result.case.name}`: {result.case.what}"
-    limit = f"{result.case.limit:.3g}"
-    return name, _ms(result.ours), _ms(result.theirs), f"{ratio} {spread}", limit, "yes" if result.ok else "**no**"
+    verdict = f"{result.case.limit:.3g}", "yes" if result.ok else "**no**"
+    verdict = verdict if math.isfinite(result.case.limit) else ("", "")
+    return name, _ms(result.ours), _ms(result.theirs), f"{ratio} {spread}", *verdict
 
 
 def _ms(seconds: float) -> str:

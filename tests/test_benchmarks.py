@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import pyro
 import pytest
 import torch
 
 import pyro_emvae as emvae
-from benchmarks import breast_cancer, discrete, discrete_vae, estimator_times, guides, page, snr, timing, variances
+from benchmarks import __main__ as command
+from benchmarks import (
+    breast_cancer,
+    discrete,
+    discrete_vae,
+    discrete_vae_text,
+    estimator_times,
+    guides,
+    page,
+    snr,
+    timing,
+    variances,
+)
 from pyro_emvae import problems
 from pyro_emvae.parameters import assign, discover
 from pyro_emvae.plots import snr_slopes
@@ -91,14 +104,21 @@ def test_the_toy_of_ratios_is_near_its_optimum():
     parameters = discover(model, guide, (x,))
     assert {row.name: row.block for row in parameters.rows} == {"mu": "model", "b": "guide"}
     near = emvae.elbo_gap(model, guide, x, num_particles=2000, seed=0).total
-    assign(parameters, {"b": x.mean(0) / 2 + 0.3})
+    b = pyro.param("mu").detach() / 2
+    assign(parameters, {"b": b + 0.3})
     assert near < emvae.elbo_gap(model, guide, x, num_particles=2000, seed=0).total
 
 
 def test_the_ratio_of_averages_rises_as_the_root_of_their_number():
     data = snr.measure("elbo", "pathwise", (1, 4, 16), 1000, num_data=4, dim=20, perturbation=0.3)
     assert float(snr_slopes(data).sel(block="guide", estimator="pathwise")) == pytest.approx(0.5, abs=0.05)
-    assert ("elbo", "pathwise", "guide", 0.5, 0.1) in snr.available()
+
+
+def test_rows_of_ratios_are_those_that_fit():
+    assert all(snr.fits(row) for row in snr.ROWS)
+    assert not snr.fits(snr.Row("iwae", "leave_one_out", "guide", "small"))
+    assert not snr.fits(snr.Row("elbo", "dreg", "guide", "small"))
+    assert not snr.fits(snr.Row("elbo", "unheard_of", "guide", "small"))
 
 
 # Discrete latents ---------------------------------------------------------------------------------------------------
@@ -130,6 +150,16 @@ def test_too_few_evaluations_are_a_dash():
     assert discrete.measure(discrete.toy(0.45, 2.0), "leave_one_out", 1, 10) is None
 
 
+def test_rows_of_the_discrete_tables():
+    """Exact means are said to be, whatever their rounding; what is biased is marked and seen."""
+    problem = discrete.toy(0.499, 2.0)
+    assert discrete._line(problem, "enumerated", 50) == ("`enumerated`", "0", "0", "0", "exact")
+    name, *_, z = discrete._line(problem, "straight_through", 2000)
+    assert name == "`straight_through` (biased)" and float(z) > 10
+    pyro.clear_param_store()
+    assert discrete._line(discrete.binary(1.0), "measure_valued", 50) == ("`measure_valued`", "-", "-", "-", "-")
+
+
 # Times --------------------------------------------------------------------------------------------------------------
 
 
@@ -143,11 +173,36 @@ def test_the_loop_by_hand_has_the_same_loss(kind, estimator):
     assert ours == pytest.approx(step(), rel=5e-3)
 
 
+def test_all_cases_are_measured_in_the_time_there_is(monkeypatch):
+    given = []
+    monkeypatch.setattr(timing, "measure", lambda case, seconds: given.append(seconds) or case)
+    assert timing.measure_all([1, 2, 3], 1.0, most=30.0) == [1, 2, 3] and given[0] == pytest.approx(18.0, abs=0.1)
+    assert given[1] == pytest.approx(29.0, abs=0.1) and given[2] == 30.0
+    assert timing.measure_all([1], 0.0) == [1] and given[-1] == 0.5
+
+
+def test_heavy_cases_run_with_one_thread_unless_named(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    plan = command.planned([], None)
+    assert list(plan) == [4, 1] and {case.name for case in plan[1]} == set(command.CASES)
+    assert "gmm" in command.HEAVY and {case.name for case in plan[4]} == set(command.CASES) - command.HEAVY
+    assert [case.name for case in plan[1]][: len(command.HEAVY)] == [n for n in command.CASES if n in command.HEAVY]
+    assert {n: [case.name for case in cases] for n, cases in command.planned(["gmm"], None).items()} == {
+        4: ["gmm"],
+        1: ["gmm"],
+    }
+
+
 def test_cases_of_time_run():
     assert estimator_times.evaluations("categorical", "leave_one_out") == (2, 2)
+    assert estimator_times.evaluations("bernoulli", "rebar") == (2, 6)
+    assert estimator_times.evaluations("bernoulli", "measure_valued") == (2, 82)
+    assert estimator_times.evaluations("bernoulli", "vimco") == (2, 2)
     assert estimator_times.evaluations("categorical", "pathwise") is None
-    names = {case.name for case in estimator_times.implied_cases()}
-    assert {"score_bernoulli_graph", "pathwise_normal_eager", "leave_one_out_categorical_eager"} <= names
+    case = estimator_times.implied("categorical", "leave_one_out", "eager")
+    assert case.name == "leave_one_out_categorical_eager" and timing.measure(case, 0.001).ratio > 0
+    assert "both of `iwae`" in estimator_times.implied("normal", "dreg", "graph").what
+    assert estimator_times.implied("normal", "arms", "graph") is None
     (case,) = [case for case in estimator_times.hand_cases() if case.name == "by_hand_bernoulli_graph"]
     assert timing.measure(case, 0.001).ratio > 0
 
@@ -155,23 +210,62 @@ def test_cases_of_time_run():
 # The discrete VAE ---------------------------------------------------------------------------------------------------
 
 
-def test_a_discrete_vae_is_trained_once_per_cell(tmp_path, monkeypatch):
+@pytest.fixture
+def short(monkeypatch):
+    """Few draws and turns."""
     monkeypatch.setattr(discrete_vae, "DRAWS", 20)
-    arguments = ["--seconds", "0.05", "--seeds", "2", "--latents", "3", "--estimators", "leave_one_out", "score"]
+    monkeypatch.setattr(discrete_vae, "MOST_TURNS", 2)
+
+
+def test_a_discrete_vae_is_calibrated_and_trained_once(tmp_path, monkeypatch, short):
+    arguments = ["--seconds", "0.02", "--seeds", "2", "--latents", "3", "--estimators", "leave_one_out", "score"]
     options = discrete_vae.parse([*arguments, "--path", str(tmp_path / "cells.json")])
     text = discrete_vae.section(options)
-    rows = [line.split("|") for line in text.splitlines() if line.startswith("| 3")]
-    assert [row[2].strip() for row in rows] == ["`leave_one_out`", "`score`"]
-    assert all(-70 < float(row[3].split("+-")[0]) <= float(row[4].split("+-")[0]) + 1 < 0 for row in rows)
+    rows = {line.split("|")[1].strip(): line.split("|") for line in text.splitlines() if line.startswith("| `")}
+    assert set(rows) == {"`leave_one_out`", "`score`"} and "**3 latents**" in text
+    for row in rows.values():
+        elbo, bound = (float(cell.split("+-")[0]) for cell in row[2:4])
+        assert -70 < elbo <= bound + 1 < 0 and int(row[-2].replace(",", "")) >= 1
     monkeypatch.setattr(discrete_vae, "run", None)
+    monkeypatch.setattr(discrete_vae, "calibrate", None)
     assert discrete_vae.section(options) == text
-    assert {"leave_one_out", "score"} <= set(discrete_vae.estimators())
+    assert {"leave_one_out", "score", "vimco"} <= set(discrete_vae.estimators())
+    assert discrete_vae.objective_of("vimco") == "iwae" and discrete_vae.objective_of("score") == "elbo"
 
 
-def test_training_a_discrete_vae_raises_its_bound(monkeypatch):
-    monkeypatch.setattr(discrete_vae, "DRAWS", 20)
-    before, after = (discrete_vae.run("leave_one_out", 5, 0, seconds) for seconds in (0.0, 0.3))
-    assert before["steps"] == 0 and after["steps"] > 10 and after["bound"] > before["bound"] + 2
+def test_equal_time_is_fewer_updates_of_the_dearer():
+    calibration = {"score": {"ms": 2.0, "ratio": 1.0}, "rebar": {"ms": 9.0, "ratio": 4.0}}
+    assert [discrete_vae.updates(calibration, name, 1.0) for name in calibration] == [500, 125]
+    assert discrete_vae.updates(calibration, "rebar", 1e-9) == 1
+
+
+def test_a_ratio_of_times_is_the_median_of_the_turns():
+    found = discrete_vae._timed([2.0, 6.0, 40.0], [1.0, 2.0, 10.0])
+    assert found["ratio"] == 3.0 and found["turns"] == 3 and found["ms"] == 6000.0 and found["low"] < 3 < found["high"]
+
+
+def test_training_a_discrete_vae_raises_its_bound(short):
+    before, after = (discrete_vae.run("leave_one_out", 5, 0, number) for number in (0, 40))
+    assert after["bound"] > before["bound"] + 2 and after["train"] > before["train"]
+    assert discrete_vae.run("leave_one_out", 5, 0, 40) == after
+
+
+def test_conclusions_are_drawn_from_the_figures():
+    runs = {
+        "leave_one_out": [{"elbo": -20.0 + noise} for noise in (0.0, 0.1, -0.1)],
+        "score": [{"elbo": -24.0 + noise} for noise in (0.0, 0.2, -0.1)],
+        "arms": [{"elbo": -20.0 + noise} for noise in (0.2, -0.1, 0.0)],
+        "disarm": [{"elbo": -19.0 + noise} for noise in (0.0, 0.1, -0.1)],
+        "straight_through": [{"elbo": -22.0 + noise} for noise in (0.0, 0.1, -0.1)],
+    }
+    text = discrete_vae_text._conclusion(runs, "elbo")
+    assert "best unbiased estimator is `disarm`, -19.00 +- 0.06. Within 2 standard errors of it: none" in text
+    assert (
+        "more than 2 standard errors: `disarm`; worse: `straight_through` (biased), `score`; not told from it: `arms`"
+        in text
+    )
+    assert "Places of the biased among 5: `straight_through` 4; the best of them is -3.00 +- 0.00 from the best" in text
+    assert discrete_vae_text.chance(5) == pytest.approx(0.116, abs=1e-3)
 
 
 def test_amortized_guides_hold_nothing_of_their_data():

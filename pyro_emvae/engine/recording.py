@@ -195,7 +195,8 @@ def _refuse_replaced(buffer: str | None) -> None:
 class _Recordable(TorchFunctionMode):
     """Let be recorded what torch makes a Python value of, without need.
 
-    These are ``x[k]`` with integer tensors k without dims, and whether a value lies in its support, which is asked by
+    These are ``x[k]`` with integer tensors k without dims; ``one_hot`` with a number of classes, which checks its
+    indices (the eager step before has done so), as `OneHotCategorical` draws; and whether a value lies in its support, which is asked by
     distributions that were made before validation was switched off, such as the prior of a `PyroSample`.
     """
 
@@ -204,7 +205,15 @@ class _Recordable(TorchFunctionMode):
             return True
         if func is Tensor.__getitem__:
             return index_unread(*args)
+        if func is torch.nn.functional.one_hot:
+            return _one_hot(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _one_hot(index: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 1:
+        return torch.nn.functional.one_hot(index, num_classes)
+    return (index.unsqueeze(-1) == torch.arange(num_classes, device=index.device)).long()
 
 
 def difference_of(one: Traced, two: Traced) -> str:

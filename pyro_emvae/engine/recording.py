@@ -195,9 +195,9 @@ def _refuse_replaced(buffer: str | None) -> None:
 class _Recordable(TorchFunctionMode):
     """Let be recorded what torch makes a Python value of, without need.
 
-    These are ``x[k]`` with integer tensors k without dims; ``one_hot`` with a number of classes, which checks its
-    indices (the eager step before has done so), as `OneHotCategorical` draws; and whether a value lies in its support, which is asked by
-    distributions that were made before validation was switched off, such as the prior of a `PyroSample`.
+    These are ``x[k]`` with integer tensors k without dims; ``one_hot`` with a number of classes, as `OneHotCategorical`
+    draws, which checks its indices (the eager step before has done so); and whether a value lies in its support, which
+    is asked by distributions that were made before validation was switched off, such as the prior of a `PyroSample`.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):

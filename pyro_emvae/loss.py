@@ -446,6 +446,7 @@ class MonteCarloELBO(ELBO):
             "sampler": self._sampler(plan, weights),
             "score": score_relaxed(plan.relaxed),
             "enumerate_site": self._enumerates(plan),
+            "same_batch": isinstance(self.objective, MultiSample),  # weights are compared datum by datum
         }
         with relaxed_run(plan.relaxed, plan.followed, lambda: dependence(model, guide, args, kwargs)):
             particles = draw(model, guide, args, kwargs, **options | dictated)

@@ -209,6 +209,7 @@ class MonteCarloELBO(ELBO):
             "sampler": sampler(self, plan, weights),
             "score": score_relaxed(plan.relaxed),
             "enumerate_site": enumerates(self, plan),
+            "same_batch": isinstance(self.objective, MultiSample),  # weights are compared datum by datum
         }
         with relaxed_run(plan.relaxed, plan.followed, lambda: dependence(model, guide, args, kwargs)):
             particles = draw(model, guide, args, kwargs, **options | dictated)

@@ -213,7 +213,7 @@ def _one_by_one(pair: Pair, particles: Particles, kept: Mapping, site: Site, val
             own = value[k].reshape(site.runs[k].value.shape) if site.runs else value
             given[site.name] = (own, None)
             options = {"max_plate_nesting": nesting, "enumerate_site": _again(particles)}
-            runs.append(draw(*pair, values=given | _indices(particles), **options))
+            runs.append(draw(*pair, values=given | _indices(particles, k), **options))
     return stack_runs(runs)
 
 
@@ -221,8 +221,10 @@ def _again(particles: Particles) -> Callable[[dict], bool]:
     return lambda msg: msg["name"] in particles.enumerated
 
 
-def _indices(particles: Particles) -> dict[str, tuple[Tensor, None]]:
-    return {name: (index, None) for name, index in particles.subsample.items()}
+def _indices(particles: Particles, run: int = 0) -> dict[str, tuple[Tensor, None]]:
+    """Return the minibatch of a particle as given values; particles that are run one by one differ in it."""
+    subsample = particles.batches[run] if particles.batches else particles.subsample
+    return {name: (index, None) for name, index in subsample.items()}
 
 
 def _unvalidated(off: bool) -> Any:

@@ -20,7 +20,7 @@ from pyro import poutine
 from pyro.infer import autoguide
 from torch import Tensor, nn
 
-from pyro_emvae import EM, SVI, MonteCarloELBO, problems
+from pyro_emvae import EM, SVI, EmvaeError, MonteCarloELBO, problems
 from pyro_emvae._checks import RecordingError, StepError
 from pyro_emvae._registry import entries
 from pyro_emvae.engine import record
@@ -145,6 +145,28 @@ def test_one_hot_draws_are_recorded(estimator):
 
     with pyro.validation_enabled(False):  # which adds up the paths through a one-hot density in another order
         assert_graph_equals_eager(model, guide, (x,), estimator={"z": estimator}, num_particles=2)
+
+
+def test_masks_of_a_minibatch_are_recorded_beside_a_kl_in_closed_form():
+    """Model and guide each take the rows of one mask: equal tensors, and two."""
+    x, keep = torch.tensor([0.3, -1.2, 2.1]), torch.tensor([True, False, True])
+
+    def pair(other: Tensor) -> tuple:
+        def model(x: Tensor) -> None:
+            with pyro.plate("data", 3, subsample_size=2) as index, pyro.poutine.mask(mask=keep[index]):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x[index])
+
+        def guide(x: Tensor) -> None:
+            loc = pyro.param("loc", lambda: torch.zeros(3))
+            with pyro.plate("data", 3, subsample_size=2) as index, pyro.poutine.mask(mask=other[index]):
+                pyro.sample("z", dist.Normal(loc[index], 1.0))
+
+        return model, guide
+
+    assert_graph_equals_eager(*pair(keep), (x,), estimator="analytic_kl", num_particles=2)
+    with pytest.raises(EmvaeError, match="a scale or mask that differs"):
+        trajectory(*pair(~keep), (x,), backend="graph", estimator="analytic_kl", num_particles=2)
 
 
 def classes() -> list:

@@ -172,6 +172,32 @@ def test_particles_run_one_by_one_have_distributions_of_their_own(monkeypatch, n
         torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
 
 
+def test_particles_run_one_by_one_have_minibatches_of_their_own():
+    """The sum over outcomes, by hand, on the data that each run has seen."""
+    x, logits = torch.tensor([0.3, -1.0, 2.0, 0.7]).double(), torch.tensor([0.5, -0.2, 0.8, -1.1]).double()
+
+    def model() -> None:
+        with pyro.plate("data", 4, subsample_size=2) as index:
+            b = pyro.sample("b", dist.Bernoulli(0.4 * ONE))
+            pyro.sample("x", dist.Normal(2 * b, ONE), obs=x[index])
+
+    def guide() -> None:
+        with pyro.plate("data", 4, subsample_size=2) as index:
+            pyro.sample("b", dist.Bernoulli(logits=pyro.param("logits", logits.clone)[index]))
+
+    pyro.set_rng_seed(0)
+    loss = MonteCarloELBO(5, 1, vectorize_particles=False, estimator="measure_valued")
+    evaluation = loss.evaluate(model, guide, (), {})
+    (found,) = torch.autograd.grad(evaluation.surrogate, pyro.param("logits").unconstrained())
+    q, p = dist.Bernoulli(logits=logits), dist.Bernoulli(0.4 * ONE)
+    one, zero = (dist.Normal(2 * b, ONE).log_prob(x) + p.log_prob(b) - q.log_prob(b) for b in (ONE, 0 * ONE))
+    runs = [run.fn.logits.detach() for run in evaluation.particles.guide["b"].runs]
+    seen = sum((logits[:, None] == run).any(-1).double() for run in runs)
+    assert len(set(seen.tolist())) > 1
+    right = seen / 5 * 2 * (one - zero) * q.probs * (1 - q.probs)
+    torch.testing.assert_close(found, right, rtol=1e-10, atol=1e-12)
+
+
 # Square and cosine of Mohamed et al. 2020, figures 2 and 3: mu and sigma, z ~ N(1, 1), one sample.
 INTEGRANDS = {
     "square": lambda z, k: (z - k) ** 2,

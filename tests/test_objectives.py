@@ -28,7 +28,7 @@ from pyro_emvae.objectives import IWAE, Chi2, MultiSample, Renyi
 from pyro_emvae.particles import quiet
 from pyro_emvae.problems import Problem
 from pyro_emvae.problems._problem import ProblemTraits
-from pyro_emvae.testing import Replay, exact_mean
+from pyro_emvae.testing import Replay, assert_mean, exact_mean
 
 DOUBLE = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:.compare_gradients. cannot tell signals:UserWarning")
@@ -795,6 +795,20 @@ def test_looped_particles_have_the_same_gradients(vectorize):
             leaf.grad = None
     x, target = torch.stack(rows), torch.cat([g.reshape(-1) for g in right.values()])
     assert float(((x.mean(0) - target) / (x.std(0) / len(x) ** 0.5)).abs().max()) < 4.5
+
+
+def test_looped_particles_of_a_minibatch_see_the_same_data():
+    """Weights are compared datum by datum: the mean is that of the bound, and one datum's parameters get a gradient."""
+    problem, values = bits(1), []
+    loss = MonteCarloELBO(3, 1, vectorize_particles=False, objective="iwae", estimator="ovis")
+    pyro.clear_param_store()
+    pyro.set_rng_seed(0)
+    for _ in range(300):
+        evaluation = loss.evaluate(problem.model, problem.guide, problem.args, {})
+        (gradient,) = torch.autograd.grad(evaluation.surrogate, pyro.param("logits").unconstrained())
+        assert int((gradient != 0).sum()) == 1
+        values.append(evaluation.objective)
+    assert_mean(torch.stack(values), bits_by_hand(dict(problem.params), iwae, 3), detect=1.5)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, -1.0])

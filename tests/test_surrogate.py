@@ -14,7 +14,7 @@ from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
 from pyro_emvae import EmvaeError, EstimatorError, MonteCarloELBO, Traits, compare_gradients
 from pyro_emvae.estimators import Control, Estimator, LeaveOneOut, Score
-from pyro_emvae.estimators.base import base
+from pyro_emvae.estimators.bernoulli import element_logits
 from pyro_emvae.particles import dependence
 from pyro_emvae.testing import check_estimator
 
@@ -114,7 +114,7 @@ class Difference(Estimator):
         return torch.stack([torch.ones_like(site.value), torch.zeros_like(site.value)])
 
     def surrogate(self, site, signal, rows, state):
-        term = (site.probed.signal[0] - site.probed.signal[1]) * base(site.fn).probs
+        term = (site.probed.signal[0] - site.probed.signal[1]) * element_logits(site).sigmoid()
         return {"value": term, "guide": term}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._checks import ModelError, NonFiniteError, fail
 from .._pyro import Messenger
 from .enumeration import Average, Enumerate, averaged, is_annotated, marginalized
-from .handlers import PARTICLE_PLATE, Recorder, is_subsample, plates_of
+from .handlers import PARTICLE_PLATE, Recorder, hold_batch, is_subsample, plates_of
 from .sites import Particles, Site
 
 __all__ = ["draw", "is_messenger", "replay", "run_model", "run_pair", "stack_runs"]
@@ -35,6 +35,7 @@ def draw(
     score: Callable[[str, Any, Tensor], Tensor | None] | None = None,
     sampler: Callable[[dict], Tensor | None] | None = None,
     enumerate_site: Callable[[dict], bool] | None = None,
+    same_batch: bool = False,
 ) -> Particles:
     r"""Run the guide and replay the model on its draws.
 
@@ -49,6 +50,7 @@ def draw(
         enumerate_site: Which sites of the guide are summed over and not drawn; they are drawn if `max_plate_nesting`
             is None. Sites of the model with ``infer={"enumerate": "parallel"}`` and without a value are always summed
             out: see `particles.enumeration.marginalized`.
+        same_batch: Whether K runs see the minibatch of the first, as those under a plate do; else each draws its own.
         score: Returns the log density of a site, by its name, distribution and value, or None for the distribution's
             own ``log_prob``.
 
@@ -65,7 +67,9 @@ def draw(
             *pair, args, kwargs, num_particles, max_plate_nesting, treat, values, score, sampler, enumerate_site
         )
     one = (model, guide, args, kwargs, 1, max_plate_nesting, treat, values, score, sampler, enumerate_site)
-    return stack_runs([run_pair(*one) for _ in range(num_particles)])
+    first = run_pair(*one)
+    with hold_batch(first.subsample) if same_batch else contextlib.nullcontext():
+        return stack_runs([first, *(run_pair(*one) for _ in range(num_particles - 1))])
 
 
 def replay(
@@ -308,6 +312,7 @@ def stack_runs(runs: list[Particles]) -> Particles:
         params=params,
         result=results,
         cuts=cuts,
+        batches=tuple(run.subsample for run in runs),
     )
 
 

@@ -81,7 +81,8 @@ class Particles:
         result: What the model returned.
         ignored: Model sites whose ``infer={"estimator": ...}`` the guide's replay replaced.
         constraints: What the parameter statements declared, by name.
-        subsample: Indices that plates drew at random, by plate.
+        subsample: Indices that plates drew at random, by plate; of particles run one by one, those of the first.
+        batches: The indices of each run, if particles were run one by one: each draws a minibatch of its own.
         weights: Of guide sites whose particles are weighted, by name, K times the weights: ``(particles, *plates)``.
         enumerated: Number of outcomes of the guide's sites that are summed over, by name.
         cuts: Per run, the pairs of a value as drawn and the leaf that stands for it downstream, in order.
@@ -97,6 +98,7 @@ class Particles:
     ignored: tuple[str, ...] = ()
     constraints: dict[str, Any] = field(default_factory=dict, repr=False)
     subsample: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    batches: tuple[dict[str, Tensor], ...] = field(default=(), repr=False)
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     enumerated: dict[str, int] = field(default_factory=dict, repr=False)
 

@@ -22,28 +22,30 @@ from pyro_emvae.problems import CountEncoder, batch_effects, count_model, simula
 pytestmark = pytest.mark.slow
 
 CELLS, GENES, BATCHES, LATENTS = 2000, 200, 3, 4
+HELD_OUT = 400
 STEPS, DRAWS, N = 3000, 400, 1000
 
 
-def fitted(data, num_steps=STEPS, **options):
+def fitted(data, num_steps=STEPS, width=128, weight_decay=3e-3, **options):
     """Return model and guide after steps on minibatches of 200 cells, as in examples/single_cell_counts.py."""
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = count_model(CELLS, GENES, BATCHES, LATENTS)
-    pyro.param("profile", ((data.x.sum(0) + 1) / (data.x.sum() + GENES)).log())
+    x, batch = data.x[:CELLS], data.batch[:CELLS]
+    pyro.param("profile", ((x.sum(0) + 1) / (x.sum() + GENES)).log())
     guide = emvae.guides.AutoAmortized(
         model,
-        CountEncoder(data.x, BATCHES, 2 * LATENTS),
+        CountEncoder(x, BATCHES, 2 * LATENTS, width),
         encoder_input=lambda x, batch, index=None: (x, batch),
         global_guide=partial(AutoNormal, init_scale=0.05),
         **options,
     )
-    optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.01 ** (1 / num_steps), "weight_decay": 3e-3})
+    optim = pyro.optim.ClippedAdam({"lr": 1e-2, "lrd": 0.01 ** (1 / num_steps), "weight_decay": weight_decay})
     svi = emvae.SVI(model, guide, optim, backend="graph")
     generator = torch.Generator().manual_seed(0)
     for _ in range(num_steps):
         index = torch.randint(CELLS, (200,), generator=generator)
-        svi.step(data.x[index], data.batch[index], index)
+        svi.step(x[index], batch[index], index)
     return model, guide
 
 
@@ -84,23 +86,31 @@ def hits(draws, truth):
 
 
 def test_latents_batches_and_intervals(record_result):
-    """Three simulated data sets. Intervals: 1,000 cells, and 1,000 of the 1,200 effects, drawn at random."""
-    found = {name: [] for name in ("sizes", "effects", "narrowed sizes", "narrowed effects")}
+    """Three simulated data sets. Intervals: 1,000 cells, and 1,000 of the 1,200 effects, drawn at random.
+
+    Sizes of cells that the guide was trained on, and of others; it sees z, which is correlated with them.
+    """
+    names = ("sizes", "effects", "new sizes")
+    found = {f"{prefix}{name}": [] for name in names for prefix in ("", "narrowed ")}
     correlations, areas = [], []
     for seed in range(3):
-        data = simulate_counts(CELLS, GENES, BATCHES, LATENTS, seed=seed)
-        _, guide = fitted(data)
-        z = guide.median(data.x, data.batch)["z"].detach()
-        correlations.append(float(canonical_correlations(z, data.z).min()))
-        areas.append(told_from(z, data.batch))
+        data = simulate_counts(CELLS + HELD_OUT, GENES, BATCHES, LATENTS, seed=seed)
+        _, guide = fitted(data, width=32, weight_decay=1e-2, dependence=("z",))
+        x, batch = data.x[:CELLS], data.batch[:CELLS]
+        z = guide.median(x, batch)["z"].detach()
+        correlations.append(float(canonical_correlations(z, data.z[:CELLS]).min()))
+        areas.append(told_from(z, batch))
+        rest = (data.x[CELLS:], data.batch[CELLS:], torch.arange(HELD_OUT))
         with torch.no_grad():
-            draws = [guide(data.x, data.batch) for _ in range(DRAWS)]
+            draws = [guide(x, batch) for _ in range(DRAWS)]
+            new = torch.stack([guide(*rest)["size"].log() for _ in range(DRAWS)])
             loadings = pyro.param("loadings").detach()
         log_sizes = torch.stack([draw["size"].log() for draw in draws])
-        effects = torch.stack([batch_effects(d["intercept"], loadings, d["z"], data.batch) for d in draws])
-        truth = batch_effects(data.intercept, data.loadings, data.z, data.batch)
+        effects = torch.stack([batch_effects(d["intercept"], loadings, d["z"], batch) for d in draws])
+        truth = batch_effects(data.intercept, data.loadings, data.z[:CELLS], batch)
         for prefix, change in (("", lambda x: x), ("narrowed ", narrowed)):
-            found[f"{prefix}sizes"].append(hits(change(log_sizes), data.size.log()))
+            found[f"{prefix}sizes"].append(hits(change(log_sizes), data.size[:CELLS].log()))
+            found[f"{prefix}new sizes"].append(hits(change(new), data.size[CELLS:].log()))
             found[f"{prefix}effects"].append(hits(change(effects), truth))
     generator = torch.Generator().manual_seed(0)
     share = {}
@@ -112,8 +122,8 @@ def test_latents_batches_and_intervals(record_result):
         f"{min(correlations):.3f}, {max(areas):.3f}",
     )
     record_result(
-        "its 90 % intervals at n = 1,000: library sizes, batch effects; of a guide half as wide",
-        f"{share['sizes']:.3f}, {share['effects']:.3f}; {share['narrowed sizes']:.3f}, {share['narrowed effects']:.3f}",
+        "its 90 % intervals at n = 1,000: library sizes, batch effects, sizes of new cells; of a guide half as wide",
+        "; ".join(", ".join(f"{share[p + name]:.3f}" for name in names) for p in ("", "narrowed ")),
     )
     assert min(correlations) >= 0.95
     assert max(areas) < 0.6

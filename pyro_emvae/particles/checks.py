@@ -41,12 +41,14 @@ def vectorizable(
         nesting = first.max_plate_nesting
         indices = subsample_values(model, guide, args, kwargs)
         loops = [run_pair(model, guide, args, kwargs, 1, nesting, None, indices) for _ in range(2)]
-        moved = _apart(*loops)
+        computed = _computed(*loops)
+        moved = {n: value for n, value in _apart(*loops).items() if n not in computed}
         if moved:  # two equal draws would not show that particles are mixed
-            again = {n: (s.value, None) for n, s in loops[1].guide.items() if not s.is_observed}
+            again = {n: (s.value, None) for n, s in loops[1].guide.items() if not (s.is_observed or n in computed)}
             loops[1] = run_pair(model, guide, args, kwargs, 1, nesting, None, indices | again | moved)
         looped = stack_runs(loops)
-        given = {n: (s.value, None) for n, s in looped.guide.items() if not s.is_observed} | indices
+        drawn = {n: s.value for n, s in looped.guide.items() if not (s.is_observed or n in computed)}
+        given = {n: (value, None) for n, value in drawn.items()} | indices
         try:
             together = draw(
                 model, guide, args, kwargs, num_particles=2, vectorize=True, max_plate_nesting=nesting, values=given
@@ -59,6 +61,12 @@ def vectorizable(
                 if other is None or not _same(site, other, looped, rtol):
                     return False, nesting, f"log density of the {side}'s site {name!r}"
     return True, nesting, ""
+
+
+def _computed(one: Particles, two: Particles) -> set[str]:
+    """Return the point masses that follow other draws: replayed, they would be scored at values off by rounding."""
+    found = {n for n, s in two.guide.items() if type(_inner(s.fn)).__name__ == "Delta" and not s.is_observed}
+    return {n for n in found if not torch.equal(one.guide[n].value, two.guide[n].value)}
 
 
 def _apart(one: Particles, two: Particles) -> dict[str, tuple[Tensor, None]]:

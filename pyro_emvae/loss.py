@@ -21,7 +21,7 @@ from .estimators.base import Estimator, Probed, base
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES
 from .estimators.relaxed import relaxed_run, score_relaxed
-from .objectives import Bound, Objective, Term
+from .objectives import Bound, MultiSample, Objective, Term
 from .particles import Dependence, ModuleWatch, Particles, Site, dependence, draw, generators, quiet
 from .probing import probe
 from .resolving import Plan, Resolution, Resolver, remember

@@ -34,7 +34,9 @@ class Mixture(Family):
     gradients, and stay equal for ever.
 
     When to use: posteriors of several modes. Not reparameterised, for the component is drawn; estimators by score, such
-    as ``"leave_one_out"``. Cost: a draw of each component, and each one's density.
+    as ``"leave_one_out"``. Cost: a draw of each component, and each one's density. Of a constrained site, whose draw is
+    an auxiliary site, the gradient of Pyro's `Trace_ELBO` is biased: its score function leaves log densities of
+    auxiliary sites out. `TraceGraph_ELBO`, `TraceEnum_ELBO` and `MonteCarloELBO` have them.
 
     Args:
         components: Registered names or instances, two at least.

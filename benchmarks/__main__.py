@@ -4,8 +4,8 @@
     python -m benchmarks estimators | discrete_vae | guides [--help]
 
 Every case runs with torch's default number of threads and with one, but for the heavy ones of EM, which run with one
-unless they are named. The exit status is 1 if a limit is exceeded. The
-second line makes pages of their own: the first two `docs/estimators_benchmark.md`, `guides` what it prints.
+unless they are named. The exit status is 1 if a limit is exceeded. The second line makes pages of their own: the first
+two `docs/estimators_benchmark.md`, `guides` what it prints.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 r"""A VAE with Bernoulli latents on the digits, trained with each estimator for equal time: held-out bounds.
 
-    python -m benchmarks discrete_vae [--seconds 10] [--seeds 5] [--latents 20 200] [--estimators NAME ...] [--write]
+    python -m benchmarks discrete_vae [--seconds 6] [--seeds 5] [--latents 20 200] [--estimators NAME ...] [--write]
 
 Equal time is a number of updates for each estimator: the seconds over those of one update, which are measured once,
 all estimators in turn in one process, and kept. Training then takes as long as it takes, and its figures can be had
@@ -212,19 +212,19 @@ def cells(options: argparse.Namespace, names: Sequence[str]) -> tuple[dict[int, 
 
 
 def _write(path: Path, known: Mapping[str, Any]) -> None:
-    """Write the file with one line per entry, whole or not at all."""
+    """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     waiting = path.with_name(f".{path.name}.tmp")
-    waiting.write_text(_dump(known, 2) + "\n", encoding="utf-8")
+    waiting.write_text(_dump(known) + "\n", encoding="utf-8")
     os.replace(waiting, path)
 
 
-def _dump(value: Mapping[str, Any], depth: int) -> str:
-    rows = [
-        f"{json.dumps(key)}: {_dump(item, depth - (key == 'runs') - 1) if depth and item else json.dumps(item)}"
-        for key, item in value.items()
-    ]
-    return "{\n" + ",\n".join(rows) + "\n}" if depth >= 0 and isinstance(value, Mapping) else json.dumps(value)
+def _dump(value: Any) -> str:
+    """Return JSON with a line for each innermost mapping."""
+    if not isinstance(value, Mapping) or not any(isinstance(item, Mapping) for item in value.values()):
+        return json.dumps(value)
+    rows = (f"{json.dumps(key)}: {_dump(item)}" for key, item in value.items())
+    return "{\n" + ",\n".join(rows) + "\n}"
 
 
 def section(options: argparse.Namespace) -> str:
@@ -248,7 +248,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks discrete_vae", description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each run, at the speed of the calibration")
+    parser.add_argument("--seconds", type=float, default=6.0, help="of each run, at the speed of the calibration")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--latents", type=int, nargs="+", default=[20, 200])
     parser.add_argument("--estimators", nargs="*", help="by default all that are registered and fit")

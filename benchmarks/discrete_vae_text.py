@@ -21,8 +21,8 @@ or the nearest number that an estimator takes, recorded steps; the ELBO, or `iwa
 
 Equal time: each estimator makes as many updates as fit {seconds:g} seconds of one thread at {reference} milliseconds
 of an update of `score` with {latents} latents. Times relative to that are medians over {turns} turns in one process, in
-which each came in turn; their largest standard error is {error:.0%}. Calibration and figures of all runs are in
-`benchmarks/discrete_vae.json`.
+which each came in turn; their largest standard error is {error:.0%}. The figures are of what can be had in that time,
+not at convergence. Calibration and figures of all runs are in `benchmarks/discrete_vae.json`.
 
 Means over {seeds} seeds and their standard errors, nats per image; runs of a seed have one start, one order of images
 and one noise of pixels, so that comparisons are of differences by seed, as "less `{baseline}`" is. The bound is the log

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import pyro
 import pytest
 import torch
@@ -14,6 +17,7 @@ from benchmarks import (
     discrete_vae,
     discrete_vae_text,
     estimator_times,
+    estimators,
     guides,
     page,
     snr,
@@ -248,6 +252,22 @@ def test_training_a_discrete_vae_raises_its_bound(short):
     before, after = (discrete_vae.run("leave_one_out", 5, 0, number) for number in (0, 40))
     assert after["bound"] > before["bound"] + 2 and after["train"] > before["train"]
     assert discrete_vae.run("leave_one_out", 5, 0, 40) == after
+
+
+def test_the_page_of_the_discrete_vae_says_what_the_figures_are():
+    """The file holds every run of its calibrated estimators for five seeds, and the page is written from it."""
+    made = json.loads(discrete_vae.PATH.read_text())
+    options = discrete_vae.parse([])
+    clocks = {latents: made["calibration"][str(latents)] for latents in options.latents}
+    names = list(clocks[20])
+    assert {"leave_one_out", "vimco", "straight_through"} <= set(names) == set(clocks[200])
+    runs = {}
+    for latents, name, seed in itertools.product(options.latents, names, range(options.seeds)):
+        number = discrete_vae.updates(clocks[latents], name, options.seconds)
+        run = made["runs"][f"{name}, {latents} latents, {number} updates, seed {seed}"]
+        runs[name, latents, seed] = {"updates": number, **run}
+    text = discrete_vae_text.section(options, names, clocks, runs)
+    assert page.read(estimators.TARGET)[discrete_vae.TITLE] == text
 
 
 def test_conclusions_are_drawn_from_the_figures():

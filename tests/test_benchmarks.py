@@ -199,7 +199,7 @@ def test_heavy_cases_run_with_one_thread_unless_named(monkeypatch):
 
 def test_cases_of_time_run():
     assert estimator_times.evaluations("categorical", "leave_one_out") == (2, 2)
-    assert estimator_times.evaluations("bernoulli", "rebar") == (2, 6)
+    assert estimator_times.evaluations("bernoulli", "rebar") == (2, 10)
     assert estimator_times.evaluations("bernoulli", "measure_valued") == (2, 82)
     assert estimator_times.evaluations("bernoulli", "vimco") == (2, 2)
     assert estimator_times.evaluations("categorical", "pathwise") is None

@@ -303,8 +303,9 @@ def test_a_family_of_the_users():
     own = Laplace()
     assert create("family", own).for_site("z", site("positive")) is own and not own.direct and own.modules() == ()
     assert torch.equal(own.start(torch.ones(4, 2), torch.Size([2])), torch.zeros(4, 4))
+    assert torch.equal(own.quantile(dist.Laplace(torch.ones(2), 3.0), torch.tensor(0.5)), torch.ones(2))
     with pytest.raises(EmvaeError, match="`Laplace` cannot give medians"):
-        own.quantile(None, torch.tensor(0.5))
+        own.quantile(dist.VonMises(torch.zeros(2), 1.0), torch.tensor(0.5))
     with pytest.raises(EmvaeError, match="`Laplace` cannot give probabilities"):
         own.cdf(None, torch.tensor(0.5))
     with pytest.raises(ModelError, match="`Laplace` cannot serve site 'k': got Bernoulli"):

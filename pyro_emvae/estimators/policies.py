@@ -42,8 +42,9 @@ def auto(at: Situation) -> Choice:
        for every objective, so that the default draws and differentiates what `Trace_ELBO` does, number for number.
        What it leaves: on the package's problems the variance of `Analytic` is 0.33 to 0.99 of that at the start and
        0.26 to 0.91 after training, where torch has the pair; of `AdaptiveSticking` 0.001 to 0.67 and 0.00004 to 0.25,
-       for 1.34 times the time of a step of the VAE of ``benchmarks/svi.py`` (36.9 and 49.3 ms, one thread). Doubly
-       reparameterised gradients are better near the posterior and worse far from it.
+       for 1.34 times the time of a step of the VAE of ``benchmarks/svi.py`` (36.9 and 49.3 ms, one thread). With a KL
+       in closed form the objective's values have noise where q is the posterior, and with draws none: rules that stop a
+       run look at these. Doubly reparameterised gradients are better near the posterior and worse far from it.
     3. For Bernoulli sites whose logits depend on no draw, particles by a copula (`Arms`).
     4. Leave-one-out, for whatever else has two particles; of objectives of several particles, the better of `VIMCO`
        and `OVIS`. Not `RaoBlackwellTopK`: its particles are weighted, and one site alone of a guide can have such.

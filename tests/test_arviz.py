@@ -14,6 +14,7 @@ import torch
 import xarray as xr
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal, AutoNormalMessenger
+from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from torch import nn
 
 import pyro_emvae as emvae
@@ -207,6 +208,26 @@ def test_deterministic_value_that_mixes_particles_is_run_one_by_one(size):
     data = to_arviz(model, guide, num_samples=9, seed=0)["posterior"]
     np.testing.assert_allclose(data["mean"], data["z"].mean("data"), rtol=1e-6)
     assert data["z"].dims == ("chain", "draw", "data")
+
+
+def test_what_reparam_computes_is_no_data():
+    """`pyro.infer.reparam` leaves an observed point mass of a latent: its draws belong to the posterior."""
+
+    def model():
+        with pyro.plate("data", 3):
+            z = pyro.sample("z", dist.Normal(1.0, 2.0))
+            lognormal = dist.TransformedDistribution(dist.Normal(0.0, 1.0), [dist.transforms.ExpTransform()])
+            y = pyro.sample("y", lognormal)
+            pyro.sample("x", dist.Normal(z + y, 1.0), obs=torch.zeros(3))
+
+    moved = poutine.reparam(model, {"z": LocScaleReparam(0.0), "y": TransformReparam()})
+    guide = AutoNormal(moved)
+    guide()
+    data = to_arviz(moved, guide, num_samples=7, seed=0)
+    posterior = data["posterior"]
+    assert set(data["observed_data"].data_vars) == {"x"}
+    np.testing.assert_allclose(posterior["z"], 1.0 + 2.0 * posterior["z_decentered"], rtol=1e-5)
+    np.testing.assert_allclose(posterior["y"], np.exp(posterior["y_base"]), rtol=1e-5)
 
 
 def test_model_that_mixes_particles_is_run_one_by_one():

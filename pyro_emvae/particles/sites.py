@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -65,7 +66,9 @@ class Site:
 
     @property
     def is_deterministic(self) -> bool:
-        return bool(self.infer.get("_deterministic"))
+        """Whether the value was computed: by `pyro.deterministic`, or by `pyro.infer.reparam` from another latent."""
+        computed = self.is_observed and isinstance(self.fn, dist.MaskedDistribution) and self.fn._mask is False
+        return bool(self.infer.get("_deterministic")) or (computed and isinstance(self.fn.base_dist, dist.Delta))
 
 
 @dataclass(frozen=True)

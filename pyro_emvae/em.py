@@ -392,7 +392,8 @@ class EM(Inference):
 
     def _check_annealing(self, asked: Mapping[str, Any]) -> None:
         """Refuse what does not go with a factor; steps that cannot have one say so when they are made."""
-        unfit = [p for p in self.phases if p.slot == "E" and p.takes_gradients and not isinstance(p.step, Gradient)]
+        steps = [p.step for p in self.phases if p.slot == "E" and (p.takes_gradients or p.step.traits.free_guide)]
+        unfit = [step for step in steps if not (isinstance(step, Gradient) or step.traits.tempers)]
         for name, misfit in (asked | {repr(unfit): unfit}).items():
             if misfit:
                 fail(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._checks import EstimatorError, fail
+from ._pyro import scale_and_mask
 from .estimators.base import Estimator, Probed
 from .estimators.partial import has_score_parts
 from .estimators.relaxed import log_mass
@@ -84,7 +85,7 @@ def _terms(pair, objective, plan, particles, site, values, estimator, beta) -> l
         plan.probes = vectorizable(*pair)[:2]
     vectorize, nesting = plan.probes or (plan.vectorize, particles.max_plate_nesting)
     latents = {n: s for n, s in particles.guide.items() if n != site.name and not s.is_observed}
-    if vectorize and _model_alone(pair[1], objective, depends, particles, site):
+    if vectorize and plan.shortcut.get(site.name) and _model_alone(pair[1], objective, depends, particles, site):
         terms, probed = _of_model(pair, particles, latents, site, values, nesting, differentiates(estimator))
     else:
         kept = {n: s for n, s in latents.items() if not depends.moves(site.name, "guide", n)}
@@ -106,6 +107,34 @@ def _model_alone(guide: Callable, objective: Objective, depends: Dependence, par
     return not (summed or reached or site.runs or is_messenger(guide))
 
 
+def find_shortcut(pair: Pair, objective: Objective, plan: Any, particles: Particles, site: Site, e: Estimator) -> bool:
+    """Note in the plan whether a run of the model alone says at two more draws what one of guide and model says.
+
+    It does not where the guide leaves the model something that is no site. Return whether anything was run.
+    """
+    if not _model_alone(pair[1], objective, plan.depends or Dependence(), particles, site):
+        plan.shortcut[site.name] = False
+        return False
+    found = []
+    with quiet(seed=0, train=False), torch.no_grad():
+        values = torch.stack([site.fn.sample(), site.fn.sample()])
+        for plan.shortcut[site.name] in (True, False):  # a run of the guide would leave what the model finds
+            try:
+                terms = _terms(pair, objective, plan, particles, site, values, e, None)
+            except Exception:  # any failure of a run that the user did not ask for is the answer
+                terms = []
+            found.append({(term.site, term.kind): term.value for term in terms})
+    alone, both = found
+    plan.shortcut[site.name] = (
+        bool(both) and both.keys() == alone.keys() and all(map(_alike, both.values(), alone.values()))
+    )
+    return True
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.allclose(one, two, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 def _of_model(
     pair: Pair, particles: Particles, latents: Mapping, site: Site, values: Tensor, nesting: int, relaxed: bool
 ) -> tuple[list[Term], Particles]:
@@ -121,9 +150,9 @@ def _of_model(
     given = {n: (v, particles.guide[n].infer) for n, v in _given(particles, latents, site, values, nesting).items()}
     sites = run_model(model, args, kwargs, given | _indices(particles), count, nesting)
     log_q = log_mass(site.fn, values) if relaxed else None
-    own = replace(site, value=values, log_prob=rows(site.fn.log_prob(values) if log_q is None else log_q))
+    own = rows(scale_and_mask(site.fn.log_prob(values) if log_q is None else log_q, site.scale, site.mask))
     terms = [Term(n, "log_p", s.frames, s.scaled) for n, s in sites.items()]
-    terms.append(Term(site.name, "entropy", site.frames, -own.scaled))
+    terms.append(Term(site.name, "entropy", site.frames, -own))
     for name, other in particles.guide.items():
         if name != site.name:
             again = particles.rows(other.scaled).expand(particles.num_particles, *(-1,) * nesting)

@@ -52,6 +52,7 @@ class Plan:
     followed: set[str] = field(default_factory=set)
     halfway: set[str] = field(default_factory=set)
     alone: set[str] = field(default_factory=set)
+    shortcut: dict[str, bool] = field(default_factory=dict)
 
 
 class Resolver:
@@ -75,6 +76,7 @@ class Resolver:
         """Know nothing of any model."""
         self.table: dict[str, Resolution] = {}
         self.summable: dict[str, bool] = {}
+        self.looks: dict[str, int] = {}
         self.tried: dict[str, tuple[str, ...]] = {}
 
     def fresh(self) -> Resolver:

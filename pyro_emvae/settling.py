@@ -28,12 +28,15 @@ from .particles import (
     quiet,
     summable,
 )
-from .probing import check_relaxed, differentiates
+from .probing import check_relaxed, differentiates, find_shortcut
 from .resolving import Plan, follows
 
 __all__ = ["announce", "check", "complete", "make_plan"]
 
 logger = logging.getLogger("pyro_emvae")
+
+LOOKS = 16
+"""For how many models, such as one that is wrapped anew in each step, a sum is looked at outcome by outcome."""
 
 
 def make_plan(loss: Any, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Plan:
@@ -51,7 +54,7 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     """
     traits = [loss.resolver.table[name].estimator.traits for name in particles.guide if name in loss.resolver.table]
     splits = (loss.objective.splits_paths or any(t.splits_paths for t in traits)) and not plan.splits
-    sought = _seek_sums(loss, plan, particles, pair)
+    known, sought = plan.depends, _seek_sums(loss, plan, particles, pair)
     summed = sought or (plan.nesting is None and _sums(particles, traits))
     if summed:
         plan.nesting = particles.max_plate_nesting
@@ -65,12 +68,15 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     for site, estimator in halfway:
         check_relaxed(pair, loss.objective, plan, particles, site, estimator)
         plan.halfway.add(site.name)
-    _check_sums(loss, plan, particles, pair)
+    looked = _check_sums(loss, plan, particles, pair)
+    for site, estimator in rows:
+        if estimator.traits.probes != "no" and site.name not in plan.shortcut:
+            looked = find_shortcut(pair, loss.objective, plan, particles, site, estimator) or looked
     relaxed = set(plan.relaxed) - plan.followed
     if relaxed:
         _follow(loss, plan, *pair)
         plan.followed |= relaxed
-    return splits or unknown or summed or bool(halfway) or bool(relaxed)
+    return splits or plan.depends is not known or summed or looked or bool(halfway) or bool(relaxed)
 
 
 def _follow(loss: Any, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> None:
@@ -81,11 +87,20 @@ def _follow(loss: Any, plan: Plan, model: Callable, guide: Callable, args: tuple
         require_paths(particles, loss.objective.terms(particles), reached, plan.relaxed)
 
 
-def _check_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> None:
-    """Refuse to sum over a site that was named for it where outcomes are mixed, as ``"auto"`` would not choose."""
-    names = [n for n in particles.enumerated if n not in plan.alone and not loss.resolver.summable.get(n)]
-    wrong = mixed_up(pair, particles.max_plate_nesting, names) if names else None
-    if wrong is not None:
+def _check_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
+    """Refuse to sum over a site that was named for it where outcomes are mixed; return whether any were looked at.
+
+    Where ``"auto"`` found a sum right for another model and it is not for this one, the site is drawn from now on.
+    """
+    names = [n for n in particles.enumerated if n not in plan.alone and loss.resolver.looks.get(n, 0) < LOOKS]
+    looked = bool(names)
+    while names and (wrong := mixed_up(pair, particles.max_plate_nesting, names)) is not None:
+        if loss.resolver.summable.get(wrong):
+            names.remove(wrong)
+            loss.resolver.summable[wrong] = False
+            loss.resolver.table[wrong] = replace(loss.resolver.table[wrong], kind=())
+            plan.depends = plan.depends or dependence(*pair)
+            continue
         fail(
             EstimatorError,
             "enumerated",
@@ -96,6 +111,12 @@ def _check_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> Non
             f'the value), or use estimator={{"{wrong}": "leave_one_out"}}.',
         )
     plan.alone |= set(names)
+    loss.resolver.looks |= {name: loss.resolver.looks.get(name, 0) + 1 for name in names}
+    return looked
+
+
+def _asks_auto(loss: Any, site: Site) -> bool:
+    return loss.resolver.spec(site.name, site.infer)[0] in (POLICIES["auto"], POLICIES["probe"])
 
 
 def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
@@ -104,8 +125,8 @@ def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool
     counts = {}
     for row in rows if loss.objective.name in Enumerated.traits.objectives else ():
         site = particles.guide[row.site]
-        asked = loss.resolver.spec(row.site, site.infer)[0] in (POLICIES["auto"], POLICIES["probe"])
-        if asked and row.site not in loss.resolver.summable and misfit(Enumerated(), _plain(loss, site)) is None:
+        new = _asks_auto(loss, site) and row.site not in loss.resolver.summable
+        if new and misfit(Enumerated(), _plain(loss, site)) is None:
             counts[row.site] = num_outcomes(site.fn)
     counts = {n: c for n, c in counts.items() if c <= BUDGET and n not in particles.enumerated}
     if not counts:
@@ -114,6 +135,7 @@ def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool
     follow = [row.site for row in rows if follows(row.estimator)]
     names = summable(pair, particles.max_plate_nesting, counts, plan.depends, follow)
     loss.resolver.summable |= {name: name in names for name in counts}
+    plan.alone |= set(names)
     for name in names:  # to be chosen anew
         loss.resolver.table[name] = replace(loss.resolver.table[name], kind=())
     return bool(names)

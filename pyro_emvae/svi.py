@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro.infer
+import torch
 from pyro.infer import ELBO
 
 from . import checkpoint, driver, restarts
@@ -275,14 +276,16 @@ MEANT = {
 
 def _check_names(model: Callable, kwargs: Mapping[str, Any]) -> None:
     """Refuse a keyword argument that the model does not take, or that is nearly an option of the run."""
+    called = model.forward if isinstance(model, torch.nn.Module) else model
     try:
-        known = inspect.signature(model).parameters
+        signatures = [inspect.signature(called, follow_wrapped=follow).parameters for follow in (True, False)]
     except (TypeError, ValueError):
         return
+    known = signatures[0]
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for name in kwargs:
         near = difflib.get_close_matches(name, OPTIONS, 1, 0.8)
-        if name in known or (takes_any and not near):
+        if any(name in known for known in signatures) or (takes_any and not near):
             continue
         fail(
             EmvaeError,

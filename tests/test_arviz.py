@@ -230,6 +230,21 @@ def test_what_reparam_computes_is_no_data():
     np.testing.assert_allclose(posterior["y"], np.exp(posterior["y_base"]), rtol=1e-5)
 
 
+def test_data_that_reparam_moves_stay_data():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 3):
+            lognormal = dist.TransformedDistribution(dist.Normal(z, 1.0), [dist.transforms.ExpTransform()])
+            pyro.sample("y", lognormal, obs=torch.tensor([0.5, 1.0, 3.0]))
+
+    moved = poutine.reparam(model, {"y": TransformReparam()})
+    guide = AutoNormal(moved)
+    guide()
+    data = to_arviz(moved, guide, num_samples=7, seed=0)
+    assert set(data["posterior"].data_vars) == {"z"}
+    np.testing.assert_allclose(data["observed_data"]["y"], [0.5, 1.0, 3.0])
+
+
 def test_model_that_mixes_particles_is_run_one_by_one():
     def model():
         with pyro.plate("data", 3):

@@ -275,3 +275,35 @@ def test_a_rate_of_zeros_alone_leads_to_the_boundary_and_that_of_counts_does_not
         with pytest.raises(ModelError, match=r"got 0\.0") if falls else contextlib.nullcontext():
             check_boundary(theta, error, lambda count=count: count * leaf - leaf.exp())
         assert leaf.item() == 0.0
+
+
+@pytest.mark.filterwarnings("ignore:`EM` cannot raise the objective")
+@pytest.mark.parametrize("mean", [3.0, 10.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_singular_mixture_is_degenerate_whatever_rounding_makes_of_its_variance(mean, dtype):
+    """Moments about zero lose the variance of a component on one datum, and a little of its location."""
+    found = []
+    for seed in range(6):
+        pyro.clear_param_store()
+        x = (mean + 0.5 * normals(seed, 12, 1)[:, 0]).to(dtype)
+
+        def model(x: Tensor) -> None:
+            weights = pyro.param("weights", x.new_tensor([0.1, 0.9]), constraint=constraints.simplex)
+            loc = pyro.param("loc", torch.stack([x[0], x.mean()]))
+            scale = pyro.param("scale", x.new_tensor([0.02, 0.5]), constraint=constraints.positive)
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Categorical(weights))
+                pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+        def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+            r = one_hot(values["z"], 2).to(x)
+            return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
+
+        def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+            loc = s["x"] / s["n"]
+            variance = (s["xx"] / s["n"] - loc.square()).clamp_min(0.0)
+            return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
+
+        em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(statistics, update))
+        found.append(em.run(x, max_iter=60, on_decrease="warn", progress_bar=False).status)
+    assert found.count("DEGENERATE") >= 2

@@ -914,3 +914,20 @@ def test_ten_components_of_a_dirichlet_process(record_result):
         "mean field: bound of a Bayesian mixture with ten components, against scikit-learn",
         f"{bound:.4f} against {theirs.lower_bound_:.4f} nats, {live} live components",
     )
+
+
+def test_a_model_that_stops_being_conjugate_is_climbed_from_then_on():
+    """With a coefficient of zero the update is exact; the first M-step moves it."""
+
+    def model(x: Tensor) -> None:
+        slope = pyro.param("slope", x.new_zeros(()))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Gamma(x.new_tensor(2.0), 0.5))
+            pyro.sample("x", dist.Poisson(z * (slope * z).exp()), obs=x)
+
+    pyro.clear_param_store()
+    x = torch.tensor([3.0, 1.0, 4.0], dtype=torch.float64)
+    step = steps.MeanField(update="natural_gradient")
+    em = EM(model, e_step=step, m_step=steps.Gradient(), optim=pyro.optim.Adam({"lr": 0.01}))
+    fit = em.run(x, max_iter=5, stop=None)
+    assert fit.num_iterations == 5 and float(fit.params["slope"]) != 0.0

@@ -9,7 +9,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_emvae import EM, families, guides, steps
+from pyro_emvae import EM, annealing, families, guides, steps
+from pyro_emvae._checks import EmvaeError
 from pyro_emvae._registry import create, entries
 from pyro_emvae.posterior import MeanFieldPosterior
 from pyro_emvae.testing import assert_mean, check_step
@@ -389,3 +390,66 @@ def test_steps_are_shorter_where_they_lead_to_no_density():
     guide = moved(model, families.Normal(init_scale=0.5), X, rate=1.0, num_particles=100)
     q = q_of(guide, X)
     assert bool(torch.isfinite(q.mean).all()) and bool((q.stddev > 0).all())
+
+
+# Scales and errors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [3, 3000])
+def test_a_bit_goes_as_far_in_a_minibatch(size):
+    """The plate's scale says nothing of its rows, however large it is."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", size, subsample=torch.arange(3)):
+            z = pyro.sample("z", dist.Bernoulli(x.new_tensor(0.5)))
+            pyro.sample("x", dist.Normal(2 * z - 1, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    x = torch.tensor([3.0, -3.0, 0.5], dtype=torch.float64)
+    em = EM(
+        model, guides.AutoMeanField(model, "bernoulli"), e_step=steps.NaturalGradient(rate=1.0), m_step=steps.Fixed()
+    )
+    em.step(x)
+    assert torch.allclose(em.posterior(x).marginal("z").logits.double(), 2 * x, atol=1e-5)
+
+
+def test_the_entropy_counts_with_the_guides_scale():
+    """Under a prior that counts a tenth, the optimum of the ELBO has the precision 0.1 + 3."""
+
+    def model(x: Tensor) -> None:
+        with poutine.scale(scale=0.1):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        with pyro.plate("data", 3):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    pyro.clear_param_store()
+    x = torch.tensor([0.3, -1.2, 0.9], dtype=torch.float64)
+    em = EM(model, guides.AutoMeanField(model, "normal"), e_step=steps.NaturalGradient(rate=1.0), m_step=steps.Fixed())
+    em.step(x)
+    q = em.posterior(x).marginal("z")
+    assert float(q.variance.detach()) == pytest.approx(1 / 3.1, rel=1e-6)
+    assert float(q.mean.detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_after_an_error_the_guide_is_as_before():
+    fails = [False]
+
+    def model(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(x.new_zeros(()), 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        late = fails[0] and b.requires_grad
+        pyro.sample("x", dist.Normal(b * (torch.nan if late else 1.0), 1.0), obs=x[0])
+
+    pyro.clear_param_store()
+    guide = guides.AutoMeanField(model, "normal")
+    em = EM(model, guide, e_step=steps.NaturalGradient(num_steps=2), m_step=steps.Fixed())
+    em.step(X)
+    before = {name: value.clone() for name, value in guide.state_dict().items()}
+    fails[0] = True
+    with pytest.raises(ValueError, match="invalid values"):
+        em.step(X)
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
+    fails[0] = False
+    with pytest.raises(EmvaeError, match=r"anneal= with \[NaturalGradient"):
+        em.run(X, max_iter=20, anneal=annealing.Geometric(10))
+    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())

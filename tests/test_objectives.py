@@ -904,3 +904,28 @@ def test_annealing_is_refused():
     loss = MonteCarloELBO(2, objective="iwae", estimator="score")
     with pytest.raises(EmvaeError, match="objective='iwae'"):
         loss.evaluate(problem.model, problem.guide, problem.args, {}, beta=tensor(0.5))
+
+
+def test_masks_that_are_not_compared_are_not_taken_as_equal():
+    """Without validation, as in a recording, no value is looked at: the KL is NaN where masks differ."""
+    keep, other = torch.tensor([True, True, False]), torch.tensor([True, False, False])
+
+    def model(mask: Tensor, _: Tensor) -> None:
+        with pyro.plate("data", 3):
+            with pyro.poutine.mask(mask=mask):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=torch.ones(3))
+
+    def guide(_: Tensor, mask: Tensor) -> None:
+        with pyro.plate("data", 3), pyro.poutine.mask(mask=mask):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(3)), 1.0))
+
+    pyro.clear_param_store()
+    loss = MonteCarloELBO(1, 1, objective="elbo_analytic_kl")
+    with pyro.validation_enabled(False):
+        assert math.isfinite(loss.loss(model, guide, keep, keep.clone()))
+        for pair in ((keep, other), (other, keep)):
+            with pytest.raises(EmvaeError, match="not finite"):
+                loss.loss(model, guide, *pair)
+    with pytest.raises(EmvaeError, match="a scale or mask that differs"):
+        loss.loss(model, guide, keep, other)

@@ -3,6 +3,7 @@ r"""Discrete sites summed out, in the guide and in the model, against Pyro's `Tr
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
-from torch.distributions import constraints
+from torch.distributions import constraints, kl_divergence
 
 from pyro_emvae import MonteCarloELBO
 from pyro_emvae._checks import EmvaeError, EstimatorError
@@ -354,3 +356,87 @@ def test_a_kl_in_closed_form_is_averaged_too():
     assert found == pytest.approx(value, rel=1e-12)
     for name, g in right.items():
         torch.testing.assert_close(grads[name], g, rtol=1e-10, atol=1e-12)
+
+
+# What a second model, masks and noise do to sums --------------------------------------------------------------------
+
+
+SEEN = torch.tensor([0.3, -1.2, 0.8], dtype=torch.float64)
+CHANCES = torch.tensor([0.3, 0.6, 0.5], dtype=torch.float64)
+
+
+def bits_of(noise: Callable[[torch.Tensor], torch.Tensor] = lambda p: p) -> Callable:
+    def guide() -> None:
+        chances = pyro.param("chances", CHANCES.clone)
+        with pyro.plate("data", 3):
+            pyro.sample("k", dist.Bernoulli(noise(chances)))
+
+    return guide
+
+
+def seen_by_bit() -> None:
+    """A datum is seen where its bit says so, and another counts twice."""
+    with pyro.plate("data", 3):
+        k = pyro.sample("k", dist.Bernoulli(SEEN.new_tensor(0.4)))
+        with poutine.mask(mask=k.bool()):
+            pyro.sample("x", dist.Normal(SEEN.new_ones(()), 1.0), obs=SEEN)
+        with poutine.scale(scale=1 + k):
+            pyro.sample("y", dist.Normal(SEEN.new_zeros(()), 1.0), obs=SEEN)
+
+
+def shifted(center: bool) -> Callable:
+    def model() -> None:
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Bernoulli(SEEN.new_tensor(0.4)))
+            pyro.sample("x", dist.Normal(3 * (k - k.mean()) if center else 3 * k, 1.0), obs=SEEN)
+
+    return model
+
+
+@pytest.mark.parametrize("estimator", ["enumerated", "auto"])
+@pytest.mark.parametrize("num_particles", [1, 2])
+def test_masks_and_scales_by_outcome_are_summed(estimator, num_particles):
+    pyro.clear_param_store()
+    loss = MonteCarloELBO(num_particles, estimator=estimator)
+    one, zero = dist.Normal(1.0, 1.0).log_prob(SEEN), dist.Normal(0.0, 1.0).log_prob(SEEN)
+    kl = kl_divergence(dist.Bernoulli(CHANCES), dist.Bernoulli(SEEN.new_tensor(0.4)))
+    exact = (CHANCES * one + (1 + CHANCES) * zero - kl).sum()
+    assert loss.loss(seen_by_bit, bits_of()) == pytest.approx(-float(exact), rel=1e-12)
+    assert type(loss.table[0].estimator).__name__ == "Enumerated"
+
+
+def test_a_sum_that_was_right_for_one_model_is_looked_at_for_the_next():
+    """The mean over the other elements' outcomes is not that over all of them at once: the bits are drawn then."""
+    pyro.clear_param_store()
+    loss, guide = MonteCarloELBO(1), bits_of()
+    loss.loss(shifted(center=False), guide)
+    assert type(loss.table[0].estimator).__name__ == "Enumerated"
+    model = shifted(center=True)
+    values = {loss.loss_and_grads(model, guide) for _ in range(30)}
+    assert len(values) > 4 and type(loss.table[0].estimator).__name__ != "Enumerated"
+
+
+def test_noise_that_is_no_site_proves_nothing():
+    pyro.clear_param_store()
+    loss = MonteCarloELBO(1, estimator="enumerated")
+    dropped = bits_of(lambda p: p * torch.nn.functional.dropout(torch.ones_like(p), 0.5).clamp(0.5, 1.0))
+    assert math.isfinite(loss.loss_and_grads(shifted(center=False), dropped))
+
+
+def test_looking_for_sums_leaves_the_first_gradient_alone():
+    """Buffers that the look restores belong to the graph of the draws before it."""
+    pyro.clear_param_store()
+    norm, x = torch.nn.BatchNorm1d(3).double(), torch.randn(4, 3, dtype=torch.float64)
+
+    def guide() -> None:
+        pyro.module("norm", norm)
+        logits = norm(x).mean(0)
+        with pyro.plate("data", 3):
+            pyro.sample("k", dist.Bernoulli(logits=logits))
+
+    def model() -> None:
+        with pyro.plate("data", 3):
+            k = pyro.sample("k", dist.Bernoulli(SEEN.new_tensor(0.4)))
+        pyro.sample("x", dist.Normal(k.sum(-1), 1.0), obs=SEEN[0])
+
+    assert math.isfinite(MonteCarloELBO(1).loss_and_grads(model, guide))

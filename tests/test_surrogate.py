@@ -2,6 +2,7 @@ r"""What the surrogate is put together from: which draw reaches which term, prob
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 
 from pyro_emvae import EmvaeError, EstimatorError, MonteCarloELBO, Traits, compare_gradients
@@ -217,3 +219,52 @@ def test_a_learned_coefficient_of_leave_one_out_is_unbiased():
     assert [row.how for row in rows] == ["enumeration", "quadrature"]
     with pytest.raises(EstimatorError, match="coefficient='half'"):
         LeaveOneOut(coefficient="half")
+
+
+# Probes without the guide ---------------------------------------------------------------------------------------------
+
+
+class Shared:
+    """A guide that leaves its model something that is no site."""
+
+    x = torch.tensor([0.3, -1.2, 0.8])
+
+    def guide(self) -> None:
+        chances = pyro.param("chances", lambda: torch.tensor([0.3, 0.6, 0.5]))
+        with pyro.plate("data", 3):
+            a = pyro.sample("a", dist.Normal(0.1, 1.0))
+            b = pyro.sample("b", dist.Bernoulli(chances))
+        self.mean = 2 * a + b
+
+    def model(self) -> None:
+        with pyro.plate("data", 3):
+            pyro.sample("a", dist.Normal(0.0, 1.0))
+            pyro.sample("b", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(self.mean, 1.0), obs=self.x)
+
+    def open_model(self) -> None:
+        with pyro.plate("data", 3):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with poutine.mask(mask=a > 0):
+                b = pyro.sample("b", dist.Bernoulli(0.4))
+            pyro.sample("x", dist.Normal(2 * a + b, 1.0), obs=self.x)
+
+    def masking_guide(self) -> None:
+        chances = pyro.param("chances", lambda: torch.tensor([0.3, 0.6, 0.5]))
+        with pyro.plate("data", 3):
+            a = pyro.sample("a", dist.Normal(0.1, 1.0))
+            with poutine.mask(mask=a > 0):
+                pyro.sample("b", dist.Bernoulli(chances))
+
+
+@pytest.mark.parametrize("num_particles", [1, 2])
+@pytest.mark.parametrize("estimator", ["rebar", "relax", "measure_valued"])
+def test_probes_run_the_guide_where_the_model_needs_it(estimator, num_particles):
+    """Else the model alone: also under masks by particle."""
+    for names, alone in ((("model", "guide"), False), (("open_model", "masking_guide"), True)):
+        pyro.clear_param_store()
+        shared = Shared()
+        pair = tuple(getattr(shared, name) for name in names)
+        loss = MonteCarloELBO(num_particles, 1, vectorize_particles=True, estimator={"b": estimator})
+        assert math.isfinite(loss.loss_and_grads(*pair))
+        assert loss.plans[pair].shortcut == {"b": alone}

@@ -372,3 +372,27 @@ def test_a_leaf_of_two_names_is_trained_like_any_other():
         svi = make(model, autoguide.AutoIAFNormal(model, hidden_dim=[20]), pyro.optim.Adam({"lr": 0.05}))
         losses.append([svi.step(x, y) for _ in range(6)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_keywords_of_a_wrapper_and_of_a_module_go_to_the_model():
+    """Functions are looked at with and without what `functools.wraps` says of them, modules at their ``forward``."""
+    x = torch.tensor([0.3, -1.2])
+
+    def inner(x: Tensor, scale: float = 1.0) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([2]).to_event(1), obs=x)
+
+    @functools.wraps(inner)
+    def wrapped(x: Tensor, temperature: float = 1.0, **kwargs: Any) -> None:
+        inner(x, scale=temperature)
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor, annealing: float = 1.0) -> None:
+            inner(x, scale=annealing)
+
+    def guide(x: Tensor, **kwargs: Any) -> None:
+        pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 1.0))
+
+    for model, given in ((wrapped, {"temperature": 0.5}), (Module(), {"annealing": 0.5})):
+        pyro.clear_param_store()
+        assert SVI(model, guide, Adam(lr=0.01)).run(2, x, progress_bar=False, **given).status == "MAX_ITER"

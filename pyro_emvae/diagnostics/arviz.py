@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -185,7 +185,8 @@ def _rows(run: Particles, single: Particles) -> dict[str, np.ndarray]:
     """Return latents and deterministic sites as ``(draw, *plates, *event)``."""
     found = {}
     for name, site in single.model.items():
-        if site.infer.get("is_auxiliary") or (site.is_observed and not site.is_deterministic):
+        given = site.is_observed and (not site.is_deterministic or _is_data(single, name))
+        if site.infer.get("is_auxiliary") or given:
             continue
         shape = (run.num_particles, *_layout(site)[1])
         if site.is_deterministic:
@@ -256,13 +257,20 @@ def _at(shape: tuple[int, ...], dim: int) -> int:
 def _observed(single: Particles) -> dict[str, Array]:
     """Return the data by site, NaN where they are masked."""
     found = {}
-    for name, site in single.observed.items():
+    computed = {n: replace(s, fn=s.fn.base_dist) for n, s in single.model.items() if _is_data(single, n)}
+    for name, site in (single.observed | computed).items():
         if site.infer.get("is_auxiliary"):
             continue
         names, shape = _layout(site)
         values = site.value.reshape(shape) if site.value.numel() == math.prod(shape) else site.value.expand(shape)
         found[name] = Array(_masked(np.array(_numpy(values)), site), names)
     return found
+
+
+def _is_data(single: Particles, name: str) -> bool:
+    """Whether `pyro.infer.reparam` computed a site from data, which are then observed under a longer name."""
+    computed = single.model[name].is_deterministic and not single.model[name].infer.get("_deterministic")
+    return computed and any(n.startswith(f"{name}_") and s.is_observed for n, s in single.model.items())
 
 
 def _masked(values: np.ndarray, site: Site) -> np.ndarray:

@@ -87,7 +87,7 @@ class NaturalSteps:
         known: dict[Callable, tuple[bool, int | None]],
     ) -> None:
         self.obj, self.model, self.guide, self.args, self.kwargs = obj, model, guide, args, dict(kwargs)
-        self.hold = _Hold()
+        self.hold, self._undo = _Hold(), []
         guide.prepare(args, kwargs)
         self.counts = {site.name: max(num_particles, self._least(site)) for site in guide.sites}
         if model not in known:
@@ -113,6 +113,12 @@ class NaturalSteps:
         """Move each site once, by a step of length `rate`; return minus the ELBO of the draws for the last site."""
         return [self._move(site, rate) for site in self.guide.sites][-1]
 
+    def restore(self) -> None:
+        """Write back all that was moved."""
+        with torch.no_grad():
+            while self._undo:
+                self.guide.write(*self._undo.pop())
+
     def _move(self, site: MeanFieldSite, rate: float) -> float:
         tap = _Tap(site)
         with self.guide.tapped(tap), self.hold:
@@ -120,14 +126,14 @@ class NaturalSteps:
             if not bool(torch.isfinite(run.log_p).all()):
                 self._refuse_non_finite(run)
             discrete = tap.chart.outcomes is not None
-            own = run.model[site.name]
-            own = own.runs[0] if own.runs else own
-            target = self._of_outcomes(site, run, tap.chart) if discrete else self._of_slopes(site, run, tap, own.scale)
-            target = target / _wide(own.scale, 2) if discrete else target
+            own, mine = (x.runs[0] if x.runs else x for x in (run.model[site.name], run.guide[_drawn(site)]))
+            found = self._of_outcomes if discrete else self._of_slopes
+            target = found(site, run, tap, mine.scale)
         target = target.to(tap.context.dtype)
         with torch.no_grad():
             context, moved = _stepped(tap.chart, target, rate)
             moved = moved if own.mask is None else moved & _wide(own.mask, 1)
+            self._undo.append((site, tap.plates, tap.context.clone()))
             self.guide.write(site, tap.plates, torch.where(moved, context, tap.context))
             return -float((run.log_p - run.log_q).mean())
 
@@ -153,9 +159,10 @@ class NaturalSteps:
 
         $$\partial_\eta\bar f=(\partial_\eta\bar t)\,\hat\eta,\qquad f=\log p-\log h,$$
 
-        with means over the same draws: exact, whatever they are, where f is affine in t.
+        with means over the same draws: exact, whatever they are, where f is affine in t. All is divided by the scale of
+        log q, with which the entropy counts.
         """
-        drawn = run.guide[site.name if site.transform is None else f"{site.name}{ENDING}"].value
+        drawn = run.guide[_drawn(site)].value
         f = run.log_p.mean()
         if site.transform is not None:
             f = f - run.total([run.guide[site.name]]).mean()
@@ -169,8 +176,9 @@ class NaturalSteps:
         return torch.where((failed == 0)[..., None], found, torch.nan)
 
     @torch.no_grad()
-    def _of_outcomes(self, site: MeanFieldSite, run: Particles, chart: Chart) -> Tensor:
+    def _of_outcomes(self, site: MeanFieldSite, run: Particles, tap: _Tap, scale: Any) -> Tensor:
         r"""Return $\hat\eta$ of a discrete site: $E_q[\log p(x,z)]$ at each outcome, one unit after the other."""
+        chart = tap.chart
         drawn = {name: each.value for name, each in run.guide.items() if not _is_point(each)}
         value, found = drawn[site.name], []
         shape = value.shape[: value.dim() - len(site.event_shape)]
@@ -182,10 +190,10 @@ class NaturalSteps:
                 moved[place] = outcome.to(value)
                 runs.append(self._draw(run.num_particles, {**drawn, site.name: moved.reshape(value.shape)}))
             at = torch.stack([(units[place] == x.to(value)).reshape(*shape, -1).all(-1) for x in chart.outcomes])
-            found.append(self._summed(site, run, runs, run.rows(at.long().argmax(0))))
+            found.append(self._summed(site, run, runs, run.rows(at.long().argmax(0)), scale))
         return torch.stack(found, -2).reshape(chart.eta.shape)
 
-    def _summed(self, site: MeanFieldSite, run: Particles, runs: list[Particles], index: Tensor) -> Tensor:
+    def _summed(self, site: MeanFieldSite, run: Particles, runs: list[Particles], index: Tensor, scale: Any) -> Tensor:
         """Return the mean log density at each outcome, ``(*plates, outcomes)``, summed over plates that it is not in.
 
         Args:
@@ -193,6 +201,7 @@ class NaturalSteps:
             run: At its draws.
             runs: With all its elements at one outcome, for each.
             index: The outcomes that were drawn, ``(particles, *plates)``.
+            scale: What it is divided by.
         """
         plates = index.shape[1:]
         total = torch.zeros(len(runs), *plates, dtype=torch.float64, device=index.device)
@@ -205,6 +214,7 @@ class NaturalSteps:
                 self._refuse_meeting(site, name)
             dims = [2 + d for d, n in enumerate(plates) if n == 1 and rows.shape[2 + d] > 1]
             total = total + (rows.sum(dims, keepdim=True) if dims else rows).mean(1)
+        total = total / scale
         return torch.maximum(total, total.amax(0) - LEAST).movedim(0, -1)
 
     # Errors ---------------------------------------------------------------------------------------------------------
@@ -249,6 +259,11 @@ def _stepped(chart: Chart, target: Tensor, rate: float) -> tuple[Tensor, Tensor]
 def _wide(x: Any, dims: int) -> Any:
     """Return a scale or mask of a site's plates with so many dims more on the right."""
     return x.reshape(x.shape + (1,) * dims) if isinstance(x, Tensor) else x
+
+
+def _drawn(site: MeanFieldSite) -> str:
+    """Return the name of the guide's site that is drawn."""
+    return site.name if site.transform is None else f"{site.name}{ENDING}"
 
 
 def _is_point(site: Site) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -91,7 +92,7 @@ class ELBO(Objective):
                     because="the KL has one scale and one mask",
                     fix="Enter poutine.scale or the mask around the site in both.",
                 )
-            result[name] = scale_and_mask(kl, p.scale, p.mask)
+            result[name] = _guarded(_guarded(scale_and_mask(kl, p.scale, p.mask), q.scale, p.scale), q.mask, p.mask)
         return result
 
 
@@ -104,12 +105,19 @@ def _kl(q: Any, p: Any) -> Tensor:
 
 
 def _equal(one: Any, two: Any) -> bool:
-    """Whether scales or masks are equal; without validation, as in a recording, two tensors of one shape are."""
+    """Whether scales or masks are equal; without validation, as in a recording, see `_guarded` for tensors."""
     if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one.shape == two.shape and (
             _is_same(one, two) or not is_validation_enabled() or bool((one == two).all())
         )
     return one is two or (not isinstance(one, Tensor) and not isinstance(two, Tensor) and one == two)
+
+
+def _guarded(kl: Tensor, one: Any, two: Any) -> Tensor:
+    """Return a KL that is NaN where scales or masks differ that were not compared."""
+    if not (isinstance(one, Tensor) and isinstance(two, Tensor)) or is_validation_enabled() or _is_same(one, two):
+        return kl
+    return torch.where(one == two, kl, torch.nan)
 
 
 def _is_same(one: Tensor, two: Tensor) -> bool:

@@ -51,7 +51,8 @@ def summable(pair: Pair, nesting: int, counts: Mapping[str, int], depends: Depen
 def mixed_up(pair: Pair, nesting: int, names: list[str]) -> str | None:
     """Return the first of some summed sites at whose outcomes the densities are others together than alone, or None.
 
-    At most `BUDGET` outcomes of a site are looked at. Nothing is changed.
+    At most `BUDGET` outcomes of a site are looked at. Nothing is changed. Where two runs on the same values differ, as
+    by noise that is no site, nothing can be said.
     """
     with quiet(train=False, validate=False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -59,7 +60,7 @@ def mixed_up(pair: Pair, nesting: int, names: list[str]) -> str | None:
         one = draw(*pair, max_plate_nesting=nesting, values=indices)
         if any("summed_out" in site.infer for site in one.model.values()):
             return None  # the model's densities are then sums over its own latents
-        if _same_alone(pair, one, names, indices):
+        if _same_alone(pair, one, names, indices) or not _repeats(pair, one, indices):
             return None
         return next((name for name in names if not _same_alone(pair, one, [name], indices)), names[0])
 
@@ -100,12 +101,24 @@ def _same_alone(pair: Pair, one: Particles, names: list[str], indices: Mapping[s
             alone = draw(*pair, **how, values=values | given)
             sides = (("guide", alone.guide), ("model", alone.model))
             if not all(
-                _close(site.log_prob, getattr(every, side).get(n), {dims[m]: i for m, i in at.items()})
+                _close(site, getattr(every, side).get(n), {dims[m]: i for m, i in at.items()})
                 for side, sites in sides
                 for n, site in sites.items()
             ):
                 return False
     return True
+
+
+def _repeats(pair: Pair, one: Particles, indices: Mapping[str, Any]) -> bool:
+    """Whether guide and model say the same twice on the same values."""
+    values = {n: (s.value, None) for n, s in one.guide.items() if not s.is_observed} | indices
+    first, second = (draw(*pair, max_plate_nesting=one.max_plate_nesting, values=values) for _ in range(2))
+    sides = ((first.guide, second.guide), (first.model, second.model))
+    return all(
+        n in others and torch.allclose(site.log_prob, others[n].log_prob, equal_nan=True)
+        for sites, others in sides
+        for n, site in sites.items()
+    )
 
 
 def _value(site: Site, dim: int, outcome: int, like: Site) -> Tensor:
@@ -115,10 +128,11 @@ def _value(site: Site, dim: int, outcome: int, like: Site) -> Tensor:
     return value.reshape((1,) * (like.value.dim() - len(event)) + tuple(event)).expand(like.value.shape)
 
 
-def _close(alone: Tensor, site: Site | None, at: Mapping[int, int]) -> bool:
+def _close(one: Site, site: Site | None, at: Mapping[int, int]) -> bool:
     if site is None or site.outcomes is None:
         return False
-    table = site.outcomes
+    folded = site.mask is None and not isinstance(site.scale, Tensor) and site.scale == 1.0  # see `averaged`
+    table, alone = site.outcomes, one.scaled if folded else one.log_prob
     for dim, outcome in at.items():
         if table.dim() >= -dim:
             table = table.narrow(dim, outcome if table.shape[dim] > 1 else 0, 1)

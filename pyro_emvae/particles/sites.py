@@ -66,7 +66,7 @@ class Site:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether the value was computed: by `pyro.deterministic`, or by `pyro.infer.reparam` from another latent."""
+        """Whether the value was computed: by `pyro.deterministic`, or by `pyro.infer.reparam` from other sites."""
         computed = self.is_observed and isinstance(self.fn, dist.MaskedDistribution) and self.fn._mask is False
         return bool(self.infer.get("_deterministic")) or (computed and isinstance(self.fn.base_dist, dist.Delta))
 

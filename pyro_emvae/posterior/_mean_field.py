@@ -160,6 +160,10 @@ class Ascent:
                 continue
             old = self.factors[place]
             new, miss = self.best(place, unit)
+            if self.update.kind == "natural_gradient" and not miss <= self._tolerance and can_climb(old):
+                self.climbs[place] = self.joint.known[("climbs", self.joint.model, *old.names)] = True
+                self._climb(place, unit, rate * self.update.rate)  # theta has moved to where it is not conjugate
+                continue
             if not isinstance(old, DiscreteFactor):
                 self._require_fit(new, miss)
                 near = self._merge(place, unit, old, new)

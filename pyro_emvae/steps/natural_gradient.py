@@ -66,6 +66,8 @@ class NaturalGradient(HalfStep):
             that meet in one site.
         NonFiniteError: The log density of a draw is not finite.
 
+    After an error the guide is as before.
+
     Source: Hoffman et al. 2013, "Stochastic variational inference", section 2; Khan and Lin 2017,
         "Conjugate-computation variational inference". Differs: the derivative of the means is that of the draws, as in
         Salimans and Knowles 2013, "Fixed-form variational posterior approximation through stochastic linear
@@ -131,8 +133,12 @@ class NaturalGradient(HalfStep):
         steps = NaturalSteps(
             "steps.NaturalGradient", problem.model, guide, args, kwargs, self.num_particles, self._known
         )
-        for t in range(count, count + self.num_steps):
-            loss = steps.sweep(self.gain(t))
+        try:
+            for t in range(count, count + self.num_steps):
+                loss = steps.sweep(self.gain(t))
+        except BaseException:
+            steps.restore()
+            raise
         state = state.with_own("E", {COUNT: torch.tensor(count + self.num_steps)})
         return state, GuidePosterior(problem.model, guide, args, kwargs), Info(loss=loss)
 

@@ -10,7 +10,6 @@ import torch
 from .._checks import StepError, fail, number, positive_int
 from .._registry import Traits, register
 from ..engine import Engine, State
-from ..guides import AutoMeanField, NaturalSteps
 from ..posterior import GuidePosterior, Posterior
 from .base import HalfStep, Info
 
@@ -120,6 +119,8 @@ class NaturalGradient(HalfStep):
         return self.rate * (1 + t / self.delay) ** -self.forgetting
 
     def expect(self, problem: Engine, state: State, *args: Any, **kwargs: Any) -> tuple[State, Posterior, Info]:
+        from ..guides import AutoMeanField, NaturalSteps  # imported when asked for, as by users
+
         guide, count = problem.guide, int(state.steps.get("E", {}).get(COUNT, 0))
         if not isinstance(guide, AutoMeanField):
             fail(

@@ -9,6 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
+from pyro.infer.reparam import LocScaleReparam
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
@@ -16,6 +18,7 @@ from torch.nn.functional import logsigmoid
 from pyro_emvae import EM, steps
 from pyro_emvae._checks import EmvaeError, NonFiniteError, StepError
 from pyro_emvae.parameters import GUIDE, MODEL
+from pyro_emvae.particles import find_places
 from pyro_emvae.steps.wake_sleep import Wake
 from pyro_emvae.testing import check_step
 
@@ -399,3 +402,16 @@ def test_the_posterior_is_weighted_draws_of_the_guide():
     support = em.posterior(X).support(1)
     assert support.values["z"].shape == (4, B) and support.scale == N / B
     assert torch.allclose(support.log_weights.logsumexp(0), torch.zeros(B).double(), atol=1e-12)
+
+
+def test_values_that_reparam_computes_are_not_simulated():
+    """`LocScaleReparam` leaves an observed point mass of the latent; the data alone are put in place of the batch."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.ones(()), 2.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    moved = poutine.reparam(model, {"z": LocScaleReparam(0.0)})
+    places = find_places(moved, (torch.zeros(3),), {})
+    assert [place.site for place in places] == ["x"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import ModelError, fail
 from .._pyro import Messenger
-from ..particles import hold_batch, is_subsample, quiet
+from ..particles import hold_batch, is_computed, is_subsample, quiet
 
 __all__ = ["DataPlate", "Look", "PlateReader", "check_shapes", "cover", "look", "signature"]
 
@@ -100,7 +100,7 @@ class PlateReader(Messenger):
             self.sources[msg["name"]] = (_source(msg), msg["fn"].device)
             self.indices[msg["name"]] = msg["value"]
             return
-        if not (msg["infer"] or {}).get("_deterministic"):
+        if not is_computed(msg):
             self.messages[msg["name"]] = msg
         if self.wanted is not None:
             self.wanted.discard(msg["name"])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._checks import ModelError, NonFiniteError, fail
 from .._pyro import scale_and_mask
-from ..particles import Recorder, generators, is_subsample, quiet
+from ..particles import Recorder, generators, is_computed, is_subsample, quiet
 from ._draw import Call
 from ._sites import LocalSite
 
@@ -142,9 +142,7 @@ class Refiner:
                 given[name] = (plate.indices, None)
         with poutine.block(), Recorder(given) as run:
             self.guide.model(*call.args, **call.kwargs)
-        found = {
-            n: m for n, m in run.messages.items() if not (is_subsample(m) or (m["infer"] or {}).get("_deterministic"))
-        }
+        found = {n: m for n, m in run.messages.items() if not (is_subsample(m) or is_computed(m))}
         for name, msg in found.items():
             if not msg["is_observed"] and name not in values:
                 refuse_undrawn(name)

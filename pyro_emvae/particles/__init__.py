@@ -4,7 +4,7 @@ from .checks import check_match, check_plates, choose_vectorize, subsample_value
 from .dependence import Dependence, dependence
 from .enumerable import BUDGET, mixed_up, summable
 from .enumeration import MAX_OUTCOMES, is_annotated, num_outcomes
-from .handlers import Recorder, config_estimators, hold_batch, is_subsample, plates_of, with_own_mask
+from .handlers import Recorder, config_estimators, hold_batch, is_computed, is_subsample, plates_of, with_own_mask
 from .quiet import ModuleWatch, generators, keep_buffers, quiet
 from .report import listen, report
 from .run import draw, is_messenger, refuse_non_finite, replay, run_model, stack_runs
@@ -32,6 +32,7 @@ __all__ = [
     "held",
     "hold_batch",
     "is_annotated",
+    "is_computed",
     "is_messenger",
     "is_subsample",
     "keep_buffers",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pyro import poutine
-from pyro.distributions import MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
 
 from .._checks import EstimatorError, ModelError, fail
@@ -22,6 +22,7 @@ __all__ = [
     "Recorder",
     "config_estimators",
     "hold_batch",
+    "is_computed",
     "is_subsample",
     "plates_of",
     "with_own_mask",
@@ -126,6 +127,13 @@ def _unexpanded(mask: Any) -> Any:
     while isinstance(mask, Tensor) and mask.dim() and mask.stride(0) == 0:
         mask = mask[0]
     return mask
+
+
+def is_computed(msg: Mapping[str, Any]) -> bool:
+    """Whether a value was computed: by `pyro.deterministic`, or by `pyro.infer.reparam` from other sites."""
+    fn = msg["fn"]
+    masked = msg["is_observed"] and isinstance(fn, MaskedDistribution) and fn._mask is False
+    return bool((msg["infer"] or {}).get("_deterministic")) or (masked and isinstance(fn.base_dist, Delta))
 
 
 def is_subsample(msg: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import StepError, fail
 from .._pyro import Messenger
-from .handlers import Recorder, is_subsample
+from .handlers import Recorder, is_computed, is_subsample
 from .quiet import ModuleWatch, quiet
 from .run import make_site, plate_wrapper, split_messenger_guide
 from .sites import Site
@@ -132,7 +132,7 @@ def find_places(model: Callable, args: tuple, kwargs: Mapping[str, Any]) -> tupl
     with quiet(train=False), torch.no_grad():
         with Recorder() as run:
             model(*args, **kwargs)
-        observed = {n: m for n, m in run.messages.items() if m["is_observed"] and not m["infer"].get("_deterministic")}
+        observed = {n: m for n, m in run.messages.items() if m["is_observed"] and not is_computed(m)}
         batch = {n: m["value"] for n, m in run.messages.items() if is_subsample(m)}
         given = dict(enumerate(args)) | dict(kwargs)
         places = tuple(_place(name, msg, given, batch) for name, msg in observed.items())

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from .._pyro import scale_and_mask
+from .handlers import is_computed
 
 __all__ = ["Particles", "Site", "reduce_to"]
 
@@ -67,8 +67,7 @@ class Site:
     @property
     def is_deterministic(self) -> bool:
         """Whether the value was computed: by `pyro.deterministic`, or by `pyro.infer.reparam` from other sites."""
-        computed = self.is_observed and isinstance(self.fn, dist.MaskedDistribution) and self.fn._mask is False
-        return bool(self.infer.get("_deterministic")) or (computed and isinstance(self.fn.base_dist, dist.Delta))
+        return is_computed({"fn": self.fn, "is_observed": self.is_observed, "infer": self.infer})
 
 
 @dataclass(frozen=True)

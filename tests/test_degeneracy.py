@@ -27,6 +27,12 @@ def normals(seed: int, number: int = 12, width: int = 2) -> Tensor:
     return torch.randn(number, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def moments(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
+    """Sums of a mixture of two normals, of numbers."""
+    r = one_hot(values["z"], 2).to(x)
+    return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
+
+
 def floored(number: int, kind: str, floor: float = 1e-6) -> steps.ClosedForm:
     """A user's update with a floor below each variance: it never fails, and ends on spikes."""
 
@@ -192,16 +198,12 @@ def test_an_update_that_loses_digits_on_a_spike_is_degenerate(value, floor, opti
             z = pyro.sample("z", dist.Categorical(weights))
             pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
 
-    def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-        r = one_hot(values["z"], 2).to(x)
-        return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
-
     def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         loc = s["x"] / s["n"]
         variance = (s["xx"] / s["n"] - loc.square()).clamp_min(floor)
         return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
 
-    em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(statistics, update))
+    em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, update))
     fit = em.run(x, max_iter=100, seed=0, **options)
     if "n_init" in options:
         assert fit.restarts["degenerate"].any() and not fit.restarts["status"].eq("FAILED").any()
@@ -222,16 +224,12 @@ def one_far_off(change: Callable[[Tensor], Tensor], dtype: torch.dtype, far: boo
             z = pyro.sample("z", dist.Categorical(weights))
             pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
 
-    def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-        r = one_hot(values["z"], 2).to(x)
-        return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
-
     def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
         loc = s["x"] / s["n"]
         variance = (s["xx"] / s["n"] - loc.square()).clamp_min(0.0)
         return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": change(variance.sqrt())}
 
-    return EM(model, e_step="enumerated", m_step=steps.ClosedForm(statistics, update)), x
+    return EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, update)), x
 
 
 sliced = pytest.mark.parametrize("batch_size", [None, 20])
@@ -295,15 +293,11 @@ def test_a_singular_mixture_is_degenerate_whatever_rounding_makes_of_its_varianc
                 z = pyro.sample("z", dist.Categorical(weights))
                 pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
 
-        def statistics(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
-            r = one_hot(values["z"], 2).to(x)
-            return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
-
         def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
             loc = s["x"] / s["n"]
             variance = (s["xx"] / s["n"] - loc.square()).clamp_min(0.0)
             return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
 
-        em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(statistics, update))
+        em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, update))
         found.append(em.run(x, max_iter=60, on_decrease="warn", progress_bar=False).status)
     assert found.count("DEGENERATE") >= 2

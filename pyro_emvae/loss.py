@@ -3,6 +3,7 @@ r"""`MonteCarloELBO`: particles x objective x estimators, as a `pyro.infer.ELBO`
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ from .particles import Dependence, ModuleWatch, Particles, Site, dependence, dra
 from .probing import probe
 from .resolving import Plan, Resolution, Resolver, remember
 from .settling import announce, check, complete, make_plan
-from .surrogate import Composer, States, annealed, reweighted, total
+from .surrogate import Composer, Known, States, annealed, reweighted, total
 from .trials import probe as probe_candidates
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
@@ -39,9 +40,14 @@ class Evaluation:
     """One evaluation: the objective, the surrogate whose gradient is the estimate, the particles, the next state."""
 
     objective: Tensor
-    surrogate: Tensor = field(repr=False)
+    climbed: Tensor | Known = field(repr=False)
     particles: Particles = field(repr=False)
     state: States = field(repr=False)
+
+    @functools.cached_property
+    def surrogate(self) -> Tensor:
+        """A scalar to be *maximised*; its value is of no meaning."""
+        return self.climbed.tensor if isinstance(self.climbed, Known) else self.climbed
 
 
 class MonteCarloELBO(ELBO):
@@ -189,7 +195,9 @@ class MonteCarloELBO(ELBO):
         plan.uses += 1
         if plan.uses in REVISITED:
             for name, reached in dependence(model, guide, args, kwargs).items():
-                plan.depends[name] = plan.depends.get(name, frozenset()) | reached
+                if not reached <= plan.depends.get(name, frozenset()):
+                    plan.depends[name] = plan.depends.get(name, frozenset()) | reached
+                    plan.sites = ()  # to look again at what follows from that
 
     @property
     def is_probing(self) -> bool:

@@ -53,8 +53,9 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     To look at what depends on what restores buffers, which the graph of the present draws may hold.
     """
     traits = [loss.resolver.table[name].estimator.traits for name in particles.guide if name in loss.resolver.table]
-    splits = (loss.objective.splits_paths or any(t.splits_paths for t in traits)) and not plan.splits
-    known, sought = plan.depends, _seek_sums(loss, plan, particles, pair)
+    known = plan.depends
+    splits = not plan.splits and _splits(loss, plan, particles, pair)
+    sought = _seek_sums(loss, plan, particles, pair)
     summed = sought or (plan.nesting is None and _sums(particles, traits))
     if summed:
         plan.nesting = particles.max_plate_nesting
@@ -77,6 +78,15 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
         _follow(loss, plan, *pair)
         plan.followed |= relaxed
     return splits or plan.depends is not known or summed or looked or bool(halfway) or bool(relaxed)
+
+
+def _splits(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
+    """Whether values have to be cut from their paths, as where log q of a site has one through an upstream value."""
+    apart = [(site.name, e.traits.doubly) for site, e in loss.resolver.rows(particles) if e.traits.splits_paths]
+    if apart:
+        plan.depends = plan.depends or dependence(*pair)
+    always = loss.objective.splits_paths or (apart and particles.enumerated)
+    return always or any(doubly or plan.depends.upstream(name) for name, doubly in apart)
 
 
 def _follow(loss: Any, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .particles import Dependence, Particles, Site, reduce_to
 
 __all__ = [
     "Composer",
+    "Known",
     "States",
     "annealed",
     "group",
@@ -31,7 +32,6 @@ __all__ = [
 ]
 
 States = dict[str, State]
-MOMENTS = ("covariance", "square")
 Row = tuple[Site, Estimator]
 
 
@@ -134,8 +134,8 @@ class Composer:
     def _reached(self, name: str, estimator: Estimator) -> frozenset[int]:
         return frozenset(i for i, t in enumerate(self.raw) if reaches(self.depends, name, estimator, t))
 
-    def compose(self, rows: list[Row], state: States) -> tuple[Tensor, States]:
-        """Return the surrogate and the estimators' next state."""
+    def compose(self, rows: list[Row], state: States) -> tuple[Tensor | Known, States]:
+        """Return the surrogate, or its gradient where that is known already, and the estimators' next state."""
         entropies = {term.site: term.value for term in self.terms if term.kind == "entropy"}
         through, direct, controls, following = [], [], {}, {}
         for site, estimator in rows:
@@ -226,6 +226,7 @@ class Composer:
         prior = self.particles.model.get(site.name)
         fields = {
             "entropy": entropy,
+            "direct": None if any(self.particles.cuts) else functools.partial(_direct, site),
             "runs": site.runs,
             "bound": self.bound,
             "weight": self.particles.weights.get(site.name),
@@ -278,30 +279,49 @@ class Composer:
             )
         return {id(one.value) for site in sites for one in site.runs or (site,)}
 
-    def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Tensor:
-        r"""Add $\sum_l a_l c_l$ with lagged coefficients: a scalar whose gradient is the whole gradient so found."""
+    def _controlled(self, surrogate: Tensor, controls: Mapping[str, Mapping[str, Control]], state, following) -> Known:
+        r"""Return the gradient with $\sum_l a_l c_l$ added, the coefficients lagged."""
         leaves = leaves_of(surrogate, self.particles)
-        found = torch.autograd.grad(surrogate, list(leaves.values()), retain_graph=True)
-        grads = dict(zip(leaves, found, strict=True))
-        base = {name: g.detach() for name, g in grads.items()}
+        names, tensors = list(leaves), list(leaves.values())
+        base = torch.autograd.grad(surrogate, tensors, _filled(surrogate, -1.0), retain_graph=True)
+        descent = list(base)
         for site, named in controls.items():
             for label, control in named.items():
-                term = _sum([control.term]) / self.particles.num_particles
-                found = torch.autograd.grad(term, list(leaves.values()), retain_graph=True, allow_unused=True)
-                parts = {name: part.detach() for name, part in zip(leaves, found, strict=True) if part is not None}
+                term = control.term.sum()
+                share = _filled(term, -1 / self.particles.num_particles)
+                found = torch.autograd.grad(term, tensors, share, retain_graph=True, allow_unused=True)
+                parts = {i: part for i, part in enumerate(found) if part is not None}
                 if not parts:
                     continue
-                keys = [f"{label}|{name}" for name in parts]
-                rest = [base[name] for name in parts]
-                new, coefficients = _learn(control, state.get(site, {}), keys, rest, list(parts.values()))
-                for (name, part), coefficient in zip(parts.items(), coefficients, strict=True):
-                    grads[name] = grads[name] + coefficient * part
+                keys = [f"{label}|{names[i]}" for i in parts]
+                pairs = [(base[i], part) for i, part in parts.items()]
+                new, coefficients = _learn(control, state.get(site, {}), keys, pairs)
+                for (i, part), coefficient in zip(parts.items(), coefficients, strict=True):
+                    descent[i] = _plus(descent[i], part, coefficient)
                 following.setdefault(site, {}).update(new)
-        return _Known.apply(len(leaves), *(g.detach() for g in grads.values()), *leaves.values())
+        return Known(tensors, descent)
 
 
-class _Known(torch.autograd.Function):
-    """A scalar zero whose gradient by each leaf is given."""
+@dataclass(frozen=True)
+class Known:
+    """What is to be climbed, of which minus the gradient by each leaf is known."""
+
+    leaves: list[Tensor]
+    descent: list[Tensor]
+
+    @property
+    def tensor(self) -> Tensor:
+        """A scalar zero that has this gradient."""
+        return _Given.apply(len(self.leaves), *self.descent, *self.leaves)
+
+    def by(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return minus the gradient by some leaves, where there is one."""
+        known = {id(leaf): part for leaf, part in zip(self.leaves, self.descent, strict=True)}
+        return {name: known[id(leaf)] for name, leaf in leaves.items() if id(leaf) in known}
+
+
+class _Given(torch.autograd.Function):
+    """A scalar zero, minus whose gradient by each leaf is given."""
 
     @staticmethod
     def forward(ctx: Any, count: int, *tensors: Tensor) -> Tensor:
@@ -311,25 +331,38 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
-        return (None, *(None for _ in given), *(out * g for g in given))
+        return (None, *(None for _ in given), *(-out * g for g in given))
+
+
+def _filled(like: Tensor, number: float) -> Tensor:
+    return torch.full((), number, dtype=like.dtype, device=like.device)
 
 
 def _learn(
-    control: Control, old: State, keys: list[str], rest: list[Tensor], parts: list[Tensor]
+    control: Control, old: State, keys: list[str], pairs: list[tuple[Tensor, Tensor]]
 ) -> tuple[State, tuple[Tensor, ...]]:
-    """Return the next running moments of all parameter tensors, and their coefficients by the old ones."""
-    zero = parts[0].new_zeros(())
-    covariance, square = (torch.stack([old.get(f"{key}|{m}", zero) for key in keys]) for m in MOMENTS)
-    coefficients = torch.where(square > 0, -covariance / square.clamp(min=torch.finfo(square.dtype).tiny), zero)
-    found = torch.stack([_inner(one, part) for other in (rest, parts) for one, part in zip(other, parts, strict=True)])
-    new = control.decay * torch.cat([covariance, square]) + (1 - control.decay) * found
-    names = [f"{key}|{moment}" for moment in MOMENTS for key in keys]
-    return dict(zip(names, new.unbind(), strict=True)), coefficients.clamp(control.low, control.high).unbind()
+    """Return the next running moments of all parameter tensors, and their coefficients by the old ones.
+
+    Args:
+        keys: Under which the state has a tensor's moments: the covariance, and the square of the control's gradient.
+        pairs: The gradient without controls, and the control's, by parameter tensor.
+    """
+    zero = pairs[0][0].new_zeros(2)
+    moments = torch.stack([old.get(key, zero) for key in keys])
+    covariance, square = moments.unbind(1)
+    coefficients = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).clamp(-control.high, -control.low).neg()
+    found = torch.stack([_inner(one, part) for rest, part in pairs for one in (rest, part)]).view_as(moments)
+    return dict(zip(keys, moments.lerp(found, 1 - control.decay).unbind(), strict=True)), coefficients.unbind()
 
 
 def _inner(one: Tensor, two: Tensor) -> Tensor:
     """Return the inner product of two gradients."""
     return (one * two).sum() if one.is_sparse or two.is_sparse else torch.dot(one.flatten(), two.flatten())
+
+
+def _plus(one: Tensor, two: Tensor, coefficient: Tensor) -> Tensor:
+    sparse = one.is_sparse or two.is_sparse
+    return one + coefficient * two if sparse else torch.addcmul(one, two, coefficient)
 
 
 def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
@@ -341,14 +374,19 @@ def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     stack = [surrogate.grad_fn]
     while stack:
         node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if node is None or node in seen or id(leaf) in cut:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        if leaf is not None:
+        parents = node.next_functions
+        if not parents and (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in cut:
             found[names.get(id(leaf), f"leaf_{len(found)}")] = leaf
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend([parent for parent, _ in parents])
     return found
+
+
+def _direct(site: Site) -> Tensor:
+    """Return minus log q of the detached values of a site, scaled and masked."""
+    return -scale_and_mask(site.each(lambda run: run.density(run.value.detach())), site.scale, site.mask)
 
 
 def _one(log_q: Tensor) -> Tensor:

@@ -158,7 +158,7 @@ def test_coefficients_are_learned_from_earlier_steps():
     ]
     found = []
     for rest, part in pairs:
-        state, (coefficient, again) = _learn(control, state, ["c", "d"], [rest, 2 * rest], [part, part])
+        state, (coefficient, again) = _learn(control, state, ["c", "d"], [(rest, part), (2 * rest, part)])
         assert float(again) == pytest.approx(2 * float(coefficient))  # each tensor has its own
         found.append(float(coefficient))
     covariance, square = 0.5 * -1.5, 0.5 * 1.25
@@ -182,7 +182,7 @@ def test_a_learned_coefficient_is_near_the_best(estimator):
         held = {}
         label = "slope" if kind == "bits" else "baseline"
         for name in ("slopes", "offset"):
-            held |= {f"{label}|{name}|covariance": tensor(-coefficient), f"{label}|{name}|square": tensor(1.0)}
+            held[f"{label}|{name}"] = tensor([-coefficient, 1.0])  # covariance and square
         rows, p = Replay(problem, {"z": estimator, "g": "leave_one_out"}, 3, {"z": held}).gradients(noise)
         p, g = weights * p, rows["offset"]
         possible = p > 0
@@ -194,14 +194,13 @@ def test_a_learned_coefficient_is_near_the_best(estimator):
     state = train(replay, 40)
     label = "slope" if kind == "bits" else "baseline"
     # the mean of the running moments is what a longer memory would hold
-    moved: dict[str, float] = {}
+    moved = torch.zeros(2, dtype=F64)
     for step in range(90):
         with torch.random.fork_rng():
             torch.manual_seed(1000 + step)
             state = replay.evaluate({}, state).state
-        for key in ("covariance", "square"):
-            moved[key] = moved.get(key, 0.0) + float(state["z"][f"{label}|offset|{key}"])
-    learned = -moved["covariance"] / moved["square"]
+        moved += state["z"][f"{label}|offset"]
+    learned = -float(moved[0] / moved[1])
     best = min(grid, key=grid.get)
     assert variance(learned) < 1.05 * grid[best], (learned, grid)
     assert max(grid.values()) > 1.2 * grid[best]

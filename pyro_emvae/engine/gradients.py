@@ -11,10 +11,11 @@ from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from .._checks import EmvaeError, NonFiniteError, fail
-from ..loss import MonteCarloELBO, States, raise_non_finite
+from ..loss import Evaluation, MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
+from ..surrogate import Known
 
-__all__ = ["Gradient", "differentiate", "gradient", "largest_change", "norm_of"]
+__all__ = ["Gradient", "descent", "differentiate", "gradient", "largest_change", "norm_of"]
 
 
 class Gradient(NamedTuple):
@@ -67,7 +68,7 @@ def gradient(
         raise_non_finite(type(loss).__name__, value, evaluation.particles)
     met = _met(evaluation.particles.params, model, guide)
     leaves = met if only is None else only
-    found = differentiate(-evaluation.surrogate, leaves, rows)
+    found = descent(evaluation, leaves, rows)
     return Gradient(value, found, leaves, norm_of(found), evaluation.state, tuple(met.values()))
 
 
@@ -79,6 +80,14 @@ def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Cal
         known = {id(p) for p in leaves.values()}
         leaves.update({n if n not in leaves else f"{n}'": p for n, p in extra.items() if id(p) not in known})
     return leaves
+
+
+def descent(evaluation: Evaluation, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:
+    """Return minus the derivatives of what an evaluation climbs by some leaves."""
+    if isinstance(evaluation.climbed, Known):
+        found = evaluation.climbed.by(leaves)
+        return found if rows else _dense(found)
+    return differentiate(-evaluation.climbed, leaves, rows)
 
 
 def differentiate(loss: Tensor, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:

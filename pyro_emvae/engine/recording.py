@@ -23,7 +23,7 @@ from ..particles import quiet
 from ..particles.dependence import index_unread
 from .blame import line_of, refuse, shift_generators
 from .data import signature, tensors_of
-from .gradients import Gradient, differentiate, norm_of
+from .gradients import Gradient, descent, norm_of
 from .simplify import simplified
 from .trace import Traced, trace
 
@@ -127,7 +127,7 @@ def record(
         state = pytree.tree_unflatten(rest[: len(flat_state)], state_spec)
         with _Recordable():
             evaluation = loss.evaluate(model, guide, args, kwargs, state, *(() if beta is None else (beta,)))
-        grads = differentiate(-evaluation.surrogate, leaves, rows)
+        grads = descent(evaluation, leaves, rows)
         reached[:] = list(grads)
         return (-evaluation.objective.detach(), *grads.values(), *pytree.tree_leaves(evaluation.state))
 

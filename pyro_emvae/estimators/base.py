@@ -136,6 +136,8 @@ class SiteTerms:
         value: Its values.
         log_q: log q of the values given upstream ones, unscaled and unmasked: ``(particles?, *plates)``, nats.
         entropy: Minus log q with scale and mask, the site's own term of the ELBO; None if the objective integrates it.
+        direct: Returns `entropy` at detached values, so that only the direct path is left; None where drawn values are
+            cut from their paths, and `entropy` itself stands under both.
         runs: The same site of each run, if particles were run one by one.
         bound: The multi-sample objective per datum; None for a sum of terms such as the ELBO.
         weight: K times the weights of the particles, where an estimator drew weighted ones.
@@ -150,6 +152,7 @@ class SiteTerms:
     value: Tensor
     log_q: Tensor
     entropy: Tensor | None
+    direct: Callable[[], Tensor] | None = None
     runs: tuple = ()
     bound: Bound | None = None
     weight: Tensor | None = None

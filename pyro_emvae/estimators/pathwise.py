@@ -44,17 +44,20 @@ class StickTheLanding(Entropy):
     r"""Follow $-\log q_\phi(z_\phi)$ through the value only: the direct score has mean zero and is left out.
 
     The variance vanishes where q is the posterior; far from it, it can be larger than `Full`'s by orders of magnitude.
-    Values are cut from their draws, so that the value of an upstream site, on which a later site's density depends,
-    keeps its path (detaching the distribution's parameters instead is biased in a hierarchical guide).
+    Where a site has draws upstream, values are cut from their draws, so that an upstream value, on which the site's
+    density depends, keeps its path (detaching the distribution's parameters instead is biased in a hierarchical guide);
+    else the direct score is taken off by log q at the detached value.
 
-    Source: Roeder, Wu and Duvenaud 2017, "Sticking the landing", eq. 6. Differs: paths are split by cutting values,
-    not parameters, so the guide runs once and dropout in it stays the same.
+    Source: Roeder, Wu and Duvenaud 2017, "Sticking the landing", eq. 6. Differs: no parameter is detached, so the guide
+    runs once and dropout in it stays the same.
     """
 
     traits: ClassVar[dict[str, Any]] = {"splits_paths": True, "higher_order": False, "objectives": ("elbo",)}
 
     def terms(self, site: SiteTerms) -> dict[str, Any]:
-        return {"value": site.entropy, "guide": None}
+        if site.direct is None or site.entropy is None:
+            return {"value": site.entropy, "guide": None}
+        return {"guide": site.entropy - site.direct()}
 
 
 @dataclass(frozen=True)
@@ -96,11 +99,10 @@ class AdaptiveSticking(Entropy):
 
     def terms(self, site: SiteTerms) -> dict[str, Any]:
         paths = {"value": site.entropy, "guide": site.entropy}
-        return (
-            paths
-            if site.entropy is None
-            else paths | {"controls": {"score": Control(-site.entropy, 0.0, decay=self.decay)}}
-        )
+        if site.entropy is None:
+            return paths
+        score = -(site.entropy if site.direct is None else site.direct())
+        return paths | {"controls": {"score": Control(score, 0.0, decay=self.decay)}}
 
 
 @dataclass(frozen=True)

@@ -247,9 +247,11 @@ def _nesting(messages: Iterable[dict]) -> int:
 
 def make_site(msg: dict, score: Callable[[str, Any, Tensor], Tensor | None] | None = None) -> Site:
     fn, value = msg["fn"], msg["value"]
+    plain = not (msg["args"] or msg["kwargs"])
+    density = fn.log_prob if plain else lambda x: fn.log_prob(x, *msg["args"], **msg["kwargs"])
     try:
-        log_prob = None if score is None or msg["args"] or msg["kwargs"] else score(msg["name"], fn, value)
-        log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"]) if log_prob is None else log_prob
+        log_prob = score(msg["name"], fn, value) if score is not None and plain else None
+        log_prob = density(value) if log_prob is None else log_prob
     except ValueError as cause:
         refuse_non_finite("Particles", msg["name"], value, cause)
         shape = tuple(getattr(value, "shape", ()))
@@ -266,7 +268,7 @@ def make_site(msg: dict, score: Callable[[str, Any, Tensor], Tensor | None] | No
     infer = msg["infer"] or {}
     loops = tuple(f for f in msg["cond_indep_stack"] if not f.vectorized and f.full_size not in (None, f.size))
     own = (msg["scale"], msg["mask"], frames, infer, msg["is_observed"])
-    return Site(msg["name"], fn, value, log_prob, *own, loops=loops)
+    return Site(msg["name"], fn, value, log_prob, *own, loops=loops, density=density)
 
 
 def refuse_non_finite(obj: str, site: str, value: Any, cause: BaseException | None = None) -> None:

@@ -33,6 +33,7 @@ class Site:
         runs: The same site of each run, if it was stacked from a loop; `fn` is then that of the first run.
         outcomes: log density by outcome of the guide's enumerated sites, whose expectation `log_prob` then is.
         average: Takes the expectation of such a tensor; None where nothing is enumerated in the guide.
+        density: Returns the log density of a value at this site of one run.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Site:
     loops: tuple = field(default=(), repr=False)
     outcomes: Tensor | None = field(default=None, repr=False)
     average: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
+    density: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
 
     def each(self, function: Callable[[Site], Tensor]) -> Tensor:
         """Apply a function of shape ``batch_shape`` to the site, run by run if it was stacked: as `log_prob`."""

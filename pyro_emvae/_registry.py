@@ -37,7 +37,7 @@ class Traits:
             with weights; ``"relaxed"``: values with a path, of another distribution; ``"enumerated"``: not at all,
             but summed over.
         probes: ``"no"``; ``"yes"``: the model is run at further values; ``"differentiable"``: and differentiated there;
-            ``"twice"``: and its derivative differentiated.
+            ``"twice"``: and its derivative differentiated; ``"draws"``: the model is differentiated by the draws.
         noisy: Its surrogate draws random numbers of its own.
         controls: It returns terms whose coefficients are learned.
         doubly: An objective of several particles is differentiated through their values with the weights of doubly

@@ -27,6 +27,8 @@ def treat(loss: Any, plan: Plan) -> Callable[[dict], str]:
         plan.relaxed.pop(msg["name"], None)
         if estimator.traits.draws == "relaxed":
             plan.relaxed[msg["name"]] = (loss.resolver.situation(*site), estimator)
+        if estimator.traits.probes == "draws":
+            return "hold"
         return keep if estimator.traits.needs_rsample or msg["name"] in plan.relaxed else "detach"
 
     return how

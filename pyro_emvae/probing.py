@@ -28,7 +28,7 @@ Pair = tuple[Callable, Callable, tuple, Mapping[str, Any]]
 
 def differentiates(estimator: Estimator) -> bool:
     """Whether the model is differentiated by the values that the estimator asks for."""
-    return estimator.traits.probes in ("differentiable", "twice")
+    return estimator.traits.probes in ("differentiable", "twice", "draws")
 
 
 def price(estimator: Estimator) -> int:
@@ -36,7 +36,7 @@ def price(estimator: Estimator) -> int:
 
     An evaluation is a run of guide and model and its derivative by the parameters, for one particle. A further value is
     run, and differentiated by the value at most (cheaper than by the parameters); that derivative's own derivative
-    takes as long again.
+    takes as long again. A derivative by the draws themselves, whose run there is already, counts as one.
     """
     return 2 if estimator.traits.probes == "twice" else 1
 

@@ -71,7 +71,7 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
         plan.halfway.add(site.name)
     looked = _check_sums(loss, plan, particles, pair)
     for site, estimator in rows:
-        if estimator.traits.probes != "no" and site.name not in plan.shortcut:
+        if estimator.traits.probes not in ("no", "draws") and site.name not in plan.shortcut:
             looked = find_shortcut(pair, loss.objective, plan, particles, site, estimator) or looked
     relaxed = set(plan.relaxed) - plan.followed
     if relaxed:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ._checks import EstimatorError, fail
 from ._pyro import scale_and_mask
-from .estimators.base import Control, Estimator, SiteTerms, State
+from .estimators.base import Control, Estimator, Probed, SiteTerms, State
 from .estimators.score import Score, ScoreFunction
 from .objectives import Bound, Term
 from .particles import Dependence, Particles, Site, reduce_to
@@ -202,22 +202,35 @@ class Composer:
         return surrogate + _sum(parts) / count
 
     def count(self, rows: list[Row], state: States) -> dict[str, int]:
-        """Return how many further values each site asks for; the model is not run at them."""
+        """Return at how many further values each site asks for a run or a derivative; none is made."""
         found = {}
         for site, estimator in rows:
             if estimator.traits.probes != "no":
                 signal = self.signal(site, estimator) if estimator.traits.needs_signal else None
                 values = self._asked(site, estimator, None, signal, state)[1]
-                found[site.name] = 0 if values is None else len(values)
+                at_draws = int(estimator.traits.probes == "draws")
+                found[site.name] = at_draws if values is None else len(values)
         return found
 
     def _view(self, site: Site, estimator: Estimator, entropy, signal, state: States) -> SiteTerms:
         view, values = self._asked(site, estimator, entropy, signal, state)
+        if estimator.traits.probes == "draws":
+            self.probes[site.name] = 1
+            return replace(view, probed=Probed(gradient=self._slope(site, estimator)))
         if values is None:
             return view
         self.probes[site.name] = len(values)
         probed = self.probe(site, values, estimator, signal)
         return replace(view, probes=values if probed.values is None else probed.values, probed=probed)
+
+    def _slope(self, site: Site, estimator: Estimator) -> Tensor:
+        """Return the derivative of what a site's draw reaches by that draw, in the shape of its value."""
+        reached = self._reached(site.name, estimator)
+        signal, values = (
+            total([t for i, t in enumerate(self.raw) if i in reached]),
+            [r.value for r in site.runs or (site,)],
+        )
+        return torch.stack(torch.autograd.grad(signal, values, retain_graph=True)).reshape(site.value.shape)
 
     def _asked(
         self, site: Site, estimator: Estimator, entropy, signal, state: States
@@ -368,7 +381,7 @@ def _plus(one: Tensor, two: Tensor, coefficient: Tensor) -> Tensor:
 def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
-    cut = {id(leaf) for run in particles.cuts for _, leaf in run}
+    cut = {id(leaf) for run in particles.cuts for _, leaf in run} | {id(value) for value in particles.held}
     seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
     found: dict[str, Tensor] = {}
     stack = [surrogate.grad_fn]

@@ -165,9 +165,8 @@ def test_coefficients_are_learned_from_earlier_steps():
     assert found[:2] == pytest.approx([0.0, -covariance / square])
     covariance, square = 0.5 * covariance + 0.5 * 0.7, 0.5 * square + 0.5 * 5.0
     assert found[2] == pytest.approx(-covariance / square)
-    assert float(
-        _learn(dataclasses.replace(control, low=-0.01), state, ["c"], *([x] for x in pairs[0]))[1][0]
-    ) == pytest.approx(-0.01)
+    bounded = _learn(dataclasses.replace(control, low=-0.01), state, ["c"], pairs[:1])[1][0]
+    assert float(bounded) == pytest.approx(-0.01)
 
 
 @pytest.mark.parametrize("estimator", ["rao_blackwell_topk", "double_control_variate"])
@@ -419,13 +418,11 @@ def test_relax_without_the_model_takes_any(model):
     assert loss.evaluations == 1 and float(loss.state["b"]["weight_out"].abs().max()) > 0
 
 
-@pytest.mark.parametrize("estimator", [Rebar(), Relax(), "double_control_variate", "measure_valued"], ids=str)
+@pytest.mark.parametrize("estimator", [Rebar(), Relax(), "measure_valued"], ids=str)
 @pytest.mark.parametrize("num_particles", [1, 2])
 @pytest.mark.parametrize("make", [problems.bernoulli, problems.bernoulli_vector], ids=["three bits", "vector"])
 def test_the_model_alone_says_the_same_of_further_values(estimator, num_particles, make, monkeypatch):
     """As guide and model together do, bit for bit but for rounding; and the guide is then not called again."""
-    if estimator == "double_control_variate" and num_particles == 1:
-        num_particles = 3
     problem, found, calls = make(), [], []
 
     def guide(*args: torch.Tensor) -> None:

@@ -95,11 +95,12 @@ class Probed:
     Args:
         signal: The learning signal there, detached: ``(probes, particles?, *plates)``, nats.
         gradient: With the trait ``probes="differentiable"``, the derivative by the probed values of all terms of the
-            signals, each counted once. With ``"twice"``, signal and gradient are not detached from `values`.
+            signals, each counted once. With ``"twice"``, signal and gradient are not detached from `values`. With
+            ``"draws"``, that by the drawn values, in their shape; `signal` and `values` are None.
         values: The probed values, as the leaf that these derivatives are by.
     """
 
-    signal: Tensor
+    signal: Tensor | None = None
     gradient: Tensor | None = None
     values: Tensor | None = None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._registry import Traits, register
 from .base import Control, Estimator, SiteTerms, State
-from .bernoulli import by_element, element_logits, summed
+from .bernoulli import element_logits, lift, summed
 
 __all__ = ["DoubleControlVariate"]
 
@@ -26,8 +26,9 @@ class DoubleControlVariate(Estimator):
     so $E[b_k(z)\nabla\log q(z)]=\nabla d_k^\top\mu$ and the gradient is unbiased for any a, which is learned per
     parameter from earlier steps (about -1 where f is nearly linear).
 
-    When to use: Bernoulli sites with many elements and a model that is differentiable in them. Cost: 2K model and
-    guide runs (the model is run at the draws once more, to be differentiated there), two backwards, and one for a.
+    When to use: Bernoulli sites with many elements and a model that is differentiable in them. Cost: 2K model
+    evaluations: K model and guide runs that are differentiated twice, by the parameters and by the draws. Backwards:
+    one more, for a.
 
     Raises:
         EstimatorError: Fewer than two particles; a model that cannot be differentiated by the values.
@@ -42,24 +43,19 @@ class DoubleControlVariate(Estimator):
     """
 
     reach: ClassVar[str] = "related"
-    traits: ClassVar[Traits] = Traits(
-        support="binary", min_particles=2, probes="differentiable", controls=True, stateful=True
-    )
-
-    def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
-        return site.value.detach()[None]
+    traits: ClassVar[Traits] = Traits(support="binary", min_particles=2, probes="draws", controls=True, stateful=True)
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
-        logits = element_logits(site)
-        slope = site.probed.gradient[0]
-        slope = (slope.sum(0, keepdim=True) - slope) / (rows - 1)
-        mean, value = logits.sigmoid(), site.value.detach()
-        own = summed(slope * (value - mean.detach()), site.fn)
-        others = summed(slope * ((value - mean.detach()).sum(0) - (value - mean.detach())), site.fn) / (rows - 1)
-        log_q = summed(by_element(site, logits), site.fn)
-        control = (own - others) * log_q - summed(slope * mean, site.fn)
-        term = (signal - signal.mean(0, keepdim=True)) * (rows / (rows - 1)) * log_q
-        return {"value": term, "guide": term, "controls": {"slope": Control(control, low=-2.0, high=2.0)}}
+        logits, slope, share = element_logits(site), site.probed.gradient, 1 / (rows - 1)
+        mean = logits.detach().sigmoid()
+        score = site.value.detach() - mean  # the derivative of log q by the logits
+        slope = (slope.sum(0, keepdim=True) - slope) * share
+        apart = score * (rows * share) - score.sum(0, keepdim=True) * share  # from the mean of the others' scores
+        baseline = lift(summed(slope * apart, site.fn), site.fn)
+        advantage = lift((signal - signal.mean(0, keepdim=True)) * (rows * share), site.fn)
+        term = advantage * score * logits
+        control = Control((baseline * score - slope * mean * (1 - mean)) * logits, low=-2.0, high=2.0)
+        return {"value": term, "guide": term, "controls": {"slope": control}}
 
 
 register(

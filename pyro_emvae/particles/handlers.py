@@ -36,7 +36,8 @@ class Recorder(Messenger):
 
     `treat(msg)` returns ``"attach"``, ``"detach"`` or ``"cut"`` for a freshly drawn value; cut values are leaves of
     their own, so that gradients through values and direct gradients come apart. ``"probe"`` cuts values that no
-    parameter moves, too. `sampler(msg)` draws in place of the distribution, where it does not return None.
+    parameter moves, too. ``"hold"`` makes a detached value a leaf by which the model can be differentiated.
+    `sampler(msg)` draws in place of the distribution, where it does not return None.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Recorder(Messenger):
         self.sampler = sampler
         self.messages: dict[str, dict] = {}
         self.cuts: list[tuple[Tensor, Tensor]] = []
+        self.held: list[Tensor] = []
         self.params: dict[str, Tensor] = {}
         self.constraints: dict[str, Any] = {}
         self.ignored: list[str] = []
@@ -96,6 +98,10 @@ class Recorder(Messenger):
     def _treat(self, msg: dict) -> None:
         how = self.treat(msg)
         value = msg["value"]
+        if how == "hold":
+            msg["value"] = value.detach().requires_grad_()
+            self.held.append(msg["value"])
+            return
         probe = how == "probe" and value.is_floating_point()
         if how == "attach" or not (value.requires_grad or probe):
             return

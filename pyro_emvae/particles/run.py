@@ -185,6 +185,7 @@ def run_pair(
         constraints,
         subsample,
         enumerated=counted,
+        held=tuple(guide_run.held),
     )
 
 
@@ -305,6 +306,7 @@ def stack_runs(runs: list[Particles]) -> Particles:
             )
         sides[side] = {n: _stack_site([getattr(run, side)[n] for run in runs], nesting) for n in names}
     results, cuts = [run.result for run in runs], tuple(cut for run in runs for cut in run.cuts)
+    held = tuple(value for run in runs for value in run.held)
     return replace(
         runs[0],
         num_particles=len(runs),
@@ -314,6 +316,7 @@ def stack_runs(runs: list[Particles]) -> Particles:
         params=params,
         result=results,
         cuts=cuts,
+        held=held,
         batches=tuple(run.subsample for run in runs),
     )
 

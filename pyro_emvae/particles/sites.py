@@ -90,6 +90,7 @@ class Particles:
         weights: Of guide sites whose particles are weighted, by name, K times the weights: ``(particles, *plates)``.
         enumerated: Number of outcomes of the guide's sites that are summed over, by name.
         cuts: Per run, the pairs of a value as drawn and the leaf that stands for it downstream, in order.
+        held: Values that are leaves, so that the model can be differentiated by them, and have no path.
     """
 
     num_particles: int
@@ -105,6 +106,7 @@ class Particles:
     batches: tuple[dict[str, Tensor], ...] = field(default=(), repr=False)
     weights: dict[str, Tensor] = field(default_factory=dict, repr=False)
     enumerated: dict[str, int] = field(default_factory=dict, repr=False)
+    held: tuple[Tensor, ...] = field(default=(), repr=False)
 
     @property
     def num_outcomes(self) -> int:

@@ -24,6 +24,7 @@ from ..loss import Evaluation, MonteCarloELBO, States
 from ..objectives import MultiSample
 from ..parameters import Parameters, Row, substitute
 from ..particles import Particles, Site, draw, hold_batch, quiet
+from ..probing import differentiates
 from ..problems import Problem
 
 __all__ = ["Expectation", "Replay", "fitting_sites"]
@@ -194,7 +195,7 @@ class Replay:
 
     def _differentiates(self, traits: list[Traits]) -> bool:
         """Whether a gradient is taken inside an evaluation."""
-        probes = ("differentiable", "twice")
+        probes = ("differentiable", "twice", "draws")
         inside = (
             t.splits_paths or t.controls or t.stateful or t.draws == "relaxed" or t.probes in probes for t in traits
         )
@@ -306,7 +307,7 @@ def fitting_sites(problem: Problem, estimator: Estimator, num_particles: int, ob
     fitting = [at.name for at in places if misfit(estimator, at) is None]
     if estimator.traits.draws == "relaxed":
         return [n for n in fitting if _takes(problem, n, estimator)]
-    if estimator.traits.probes not in ("differentiable", "twice"):
+    if not differentiates(estimator):
         return fitting
     return [name for name in fitting if _relaxes(problem, {name: estimator}, num_particles)]
 

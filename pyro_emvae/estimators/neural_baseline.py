@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -70,31 +70,39 @@ class NeuralBaseline(ScoreFunction):
     def init(self, site: SiteTerms, signal: Tensor | None) -> State:
         params = _default(self._features(site)) if self.network is None else dict(self.network.named_parameters())
         zero = torch.zeros_like(signal.sum())
-        state = {"mean": zero, "square": zero, "weight": zero}
-        for name, p in params.items():
-            state[f"network|{name}"], state[f"average|{name}"] = p.detach().clone(), torch.zeros_like(p)
-        return state
+        network = {f"network|{name}": p.detach().clone() for name, p in params.items()}
+        average = torch.cat([torch.zeros_like(p).flatten() for p in params.values()])
+        return {"mean": zero, "square": zero, "weight": zero, "average": average, **network}
 
     def advantage(self, site: SiteTerms, signal: Tensor, rows: int, state: State) -> Tensor:
-        mean, scale = _moments(state)
-        with torch.no_grad():
-            return signal - mean - scale * self._predict(site, _network(state)).to(signal)
+        fit = self._fit(site, signal, state)
+        return fit.residual * fit.scale
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        mean, scale = _moments(state)
-        params = {name: p.detach().clone().requires_grad_() for name, p in _network(state).items()}
-        with torch.enable_grad():
-            residual = (signal - mean) / scale - self._predict(site, params)
-            grads = torch.autograd.grad((residual**2).mean(), list(params.values()))
-        new = {
+        fit = self._fit(site, signal, state)
+        by_output = (fit.residual * (-2 / fit.residual.numel())).sum_to_size(fit.output.shape)  # of the mean square
+        grads = torch.autograd.grad(fit.output, list(fit.params.values()), by_output.to(fit.output))
+        grad = torch.cat([g.flatten() for g in grads])
+        average = state["average"].lerp(grad * grad, 0.01)
+        step = self.learning_rate * grad / (average.sqrt() + 1e-8)  # RMSprop
+        moves = step.split([p.numel() for p in fit.params.values()])
+        moved = {f"network|{n}": p.detach() - m.view_as(p) for (n, p), m in zip(fit.params.items(), moves, strict=True)}
+        return moved | {
             "mean": torch.lerp(state["mean"], signal.mean(), RATE),
             "square": torch.lerp(state["square"], (signal**2).mean(), RATE),
             "weight": state["weight"] + RATE * (1 - state["weight"]),
+            "average": average,
         }
-        for (name, p), g in zip(params.items(), grads, strict=True):  # RMSprop, out of place
-            average = new[f"average|{name}"] = torch.lerp(state[f"average|{name}"], g**2, 0.01)
-            new[f"network|{name}"] = p.detach() - self.learning_rate * g / (average.sqrt() + 1e-8)
-        return new
+
+    def _fit(self, site: SiteTerms, signal: Tensor, state: State) -> Fit:
+        return site.once("fit", state, lambda: self._find(site, signal, state))
+
+    def _find(self, site: SiteTerms, signal: Tensor, state: State) -> Fit:
+        mean, scale = _moments(state)
+        params = {name: p.detach().requires_grad_() for name, p in _network(state).items()}
+        with torch.enable_grad():
+            output = self._predict(site, params)
+        return Fit(params, output, (signal - mean) / scale - output.detach().to(signal), scale)
 
     def _predict(self, site: SiteTerms, params: dict[str, Tensor]) -> Tensor:
         features = self._features(site)
@@ -117,6 +125,15 @@ class NeuralBaseline(ScoreFunction):
         if self.inputs is not None:
             return self.inputs(site.particles)
         return _observed(site)
+
+
+class Fit(NamedTuple):
+    """The network's parameters and output, with the path between them; what is left of the signal, and its scale."""
+
+    params: dict[str, Tensor]
+    output: Tensor
+    residual: Tensor
+    scale: Tensor
 
 
 def _observed(site: SiteTerms) -> Tensor:

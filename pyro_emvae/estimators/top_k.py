@@ -69,12 +69,12 @@ class RaoBlackwellTopK(Estimator):
 
     def draw(self, fn: Any, num_particles: int) -> Draw | None:
         log_q = log_probs(fn)[0]
-        top = self._top(log_q, num_particles)
-        left = log_q.scatter(-1, top, -math.inf)
-        drawn = perturbed(left.expand(num_particles - top.shape[-1], *left.shape)).argmax(-1)
+        log_top, top = log_q.topk(self._count(log_q, num_particles), -1)
+        left, rest = log_q.scatter(-1, top, -math.inf), num_particles - top.shape[-1]
+        drawn = perturbed(left.expand(rest, *left.shape)).argmax(-1)
         index = torch.cat([top.movedim(-1, 0), drawn])
-        value = value_of(index, fn)
-        return Draw(value, self.weigh(fn, value))
+        share = (left.logsumexp(-1).exp() / rest).expand(drawn.shape)
+        return Draw(value_of(index, fn), torch.cat([log_top.exp().movedim(-1, 0), share]))
 
     def weigh(self, fn: Any, value: Tensor) -> Tensor | None:
         log_q, rows = log_probs(fn), len(value)

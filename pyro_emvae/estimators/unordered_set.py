@@ -2,6 +2,8 @@ r"""Categorical draws without replacement, averaged over their order."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, ClassVar
@@ -63,25 +65,21 @@ class UnorderedSet(Estimator):
 
     def weigh(self, fn: Any, value: Tensor) -> Tensor | None:
         log_q, left = _given(fn, value)
-        sets = _sets(log_q, left)
-        return torch.stack([(log_q[k] + sets[frozenset([k])] - sets[frozenset()]).exp() for k in range(len(log_q))])
+        return (log_q + _without(_sets(log_q, left), log_q)[0]).exp()
 
     def joint(self, fn: Any, value: Tensor) -> Tensor | None:
         log_q, left = _given(fn, value)
         index = index_of(value, fn)
-        steps = [log_q[k] - _mass(log_q, left, range(k, len(log_q))) for k in range(len(log_q))]
+        rows = log_q.unbind()
+        steps = [log_q[k] - _mass(rows, left, range(k, len(log_q))) for k in range(len(log_q))]
         repeated = [index[i] == index[j] for i, j in combinations(range(len(index)), 2)]
         return torch.where(torch.stack(repeated).any(0), -torch.inf, torch.stack(steps).sum(0))
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Tensor | None]:
         log_q, left = _given(site.fn, site.value.detach())
-        sets = _sets(log_q, left)
-        one, none = [sets[frozenset([k])] for k in range(rows)], sets[frozenset()]
-        baselines = []
-        for k in range(rows):
-            ratios = [(sets[frozenset([k, j])] + none - one[k] - one[j]).exp() for j in range(rows)]
-            baselines.append((torch.stack(ratios) * signal).sum(0))
-        term = (signal - site.weight * torch.stack(baselines) / rows) * site.log_q
+        one, two = _without(_sets(log_q, left), log_q)
+        baselines = ((two - one - one[:, None]).exp() * signal).sum(1)
+        term = (signal - site.weight * baselines / rows) * site.log_q
         return {"value": term, "guide": term}
 
 
@@ -92,21 +90,29 @@ def _given(fn: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     return log_q.gather(-1, index).squeeze(-1), others.logsumexp(-1)
 
 
-def _mass(log_q: Tensor, left: Tensor, rows: Any) -> Tensor:
+def _mass(log_q: Sequence[Tensor], left: Tensor, rows: Iterable[int]) -> Tensor:
     """Return the log probability of some rows' values or any value that no row has."""
-    return torch.cat([log_q[list(rows)], left[None]]).logsumexp(0)
+    return functools.reduce(torch.logaddexp, [log_q[k] for k in rows], left)
 
 
 def _sets(log_q: Tensor, left: Tensor) -> dict[frozenset[int], Tensor]:
     r"""Return log A by the set R of rows that are gone: $A(R)=\sum_{s\notin R}q(s)A(R\cup s)/(1-q(R))$, A(all)=1."""
-    rows = range(len(log_q))
+    rows, log_q = range(len(log_q)), log_q.unbind()
     found = {frozenset(rows): torch.zeros_like(left)}
     for size in reversed(rows):
         for gone in map(frozenset, combinations(rows, size)):
             here = [k for k in rows if k not in gone]
-            ways = torch.stack([log_q[k] + found[gone | {k}] for k in here])
-            found[gone] = ways.logsumexp(0) - _mass(log_q, left, here)
+            ways = functools.reduce(torch.logaddexp, [log_q[k] + found[gone | {k}] for k in here])
+            found[gone] = ways - _mass(log_q, left, here) if gone else ways  # all values together have mass 1
     return found
+
+
+def _without(sets: Mapping[frozenset[int], Tensor], log_q: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return $\log A(s)/A(\emptyset)$ by row, and $\log A(s,s')/A(\emptyset)$ by both."""
+    rows = range(len(log_q))
+    one = torch.stack([sets[frozenset([k])] for k in rows]) - sets[frozenset()]
+    two = torch.stack([sets[frozenset([k, j])] for k in rows for j in rows]) - sets[frozenset()]
+    return one, two.reshape(len(log_q), *one.shape)
 
 
 register(

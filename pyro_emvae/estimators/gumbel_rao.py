@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
+from torch.distributions import Bernoulli
 
 from .._checks import positive_int
 from .._registry import Traits, register
-from .relaxed import RELAXED, Relaxed, attached, check_temperature, perturbed, squashed, uniform_like
+from .base import base
+from .relaxed import RELAXED, Relaxed, attached, bounded, check_temperature, held, perturbed, squashed, uniform_like
 
 __all__ = ["GumbelRao"]
 
@@ -53,8 +55,12 @@ class GumbelRao(Relaxed):
         positive_int("GumbelRao", "num_samples", self.num_samples)
 
     def relax(self, fn: Any, outcome: Tensor) -> Tensor:
-        noise = perturbed(fn, outcome, uniform_like(outcome, self.num_samples))
-        return attached(outcome, squashed(fn, noise, self.temperature).mean(0))
+        uniform = uniform_like(outcome, self.num_samples)
+        if isinstance(base(fn), Bernoulli):
+            soft = squashed(fn, held(fn, outcome, uniform), self.temperature)
+            slope = (soft - soft * soft).mean(0) / self.temperature
+            return attached(outcome, slope * bounded(base(fn).logits))
+        return attached(outcome, squashed(fn, perturbed(fn, outcome, uniform), self.temperature).mean(0))
 
 
 register(

@@ -94,19 +94,28 @@ def perturbed(fn: Any, outcome: Tensor, uniform: Tensor) -> Tensor:
 
     Source: Maddison, Tarlow and Minka 2014, "A* sampling", section 3; Paulus, Maddison and Krause 2021, eq. 7.
     """
+    logits = bounded(base(fn).logits)
+    return logits + (held(fn, outcome, uniform) - logits.detach())
+
+
+def held(fn: Any, outcome: Tensor, uniform: Tensor) -> Tensor:
+    r"""Return what `perturbed` returns, without a path.
+
+    Of a bit with the logit $\varphi$ of its outcome: $\pm\log\frac{1+e^\varphi u}{1-u}$, with both exponents at most 0.
+    """
     fn = base(fn)
     logits, outcome = bounded(fn.logits).detach(), outcome.detach()
     if isinstance(fn, Bernoulli):
         sign = 2 * outcome - 1
-        away = torch.logaddexp(torch.zeros_like(uniform), sign * logits + uniform.log()) - torch.log1p(-uniform)
-        found = sign * away
-    else:
-        noise = -torch.log1p(-uniform)
-        first = (noise * outcome).sum(-1, keepdim=True)
-        total = logits.logsumexp(-1, keepdim=True)
-        other = -torch.logaddexp(noise.log() - logits, first.log() - total)
-        found = torch.where(outcome > 0, total - first.log(), other)
-    return bounded(fn.logits) + (found - logits)
+        outwards = sign * logits
+        up, down = outwards.clamp(min=0), outwards.clamp(max=0)
+        odds = torch.addcmul((-up).exp(), down.exp(), uniform) / (1 - uniform)
+        return torch.addcmul(sign * up, sign, odds.log())
+    noise = -torch.log1p(-uniform)
+    first = (noise * outcome).sum(-1, keepdim=True)
+    total = logits.logsumexp(-1, keepdim=True)
+    other = -torch.logaddexp(noise.log() - logits, first.log() - total)
+    return torch.where(outcome > 0, total - first.log(), other)
 
 
 def uniform_like(value: Tensor, *rows: int) -> Tensor:

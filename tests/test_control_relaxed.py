@@ -20,6 +20,7 @@ from pyro_emvae import MonteCarloELBO, problems
 from pyro_emvae._checks import EstimatorError
 from pyro_emvae._registry import Traits, create
 from pyro_emvae.estimators import Control, Estimator, Rebar, Relax
+from pyro_emvae.estimators._network import Network
 from pyro_emvae.problems import Problem, exact_gradients
 from pyro_emvae.problems._problem import ProblemTraits
 from pyro_emvae.surrogate import _learn
@@ -40,7 +41,7 @@ def net(hidden: int = 3, model: bool = True) -> dict[str, torch.Tensor]:
         "seen": tensor(0.3),
     }
     slots = {k: torch.zeros(3 * hidden + model, dtype=F64) for k in ("mean", "square")}
-    return {**weights, **slots, "count": tensor(0.0)}
+    return {**weights, **slots, "count": tensor(0.0), "products": tensor([-0.7, 1.0])}
 
 
 RELAXED = {
@@ -60,6 +61,21 @@ def test_mean_is_exact_by_quadrature(where, estimator, state):
     assert mean.how == "quadrature"
     assert float(mean.gradients["phi"]) == pytest.approx(TRUE[where], rel=1e-5)
     torch.testing.assert_close(mean.gradients["phi"], exact_gradients(replay.problem)["phi"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(("shape", "event_dim"), [((2, 4, 6, 5), 1), ((2, 7), 0), ((2,), 0), ((2, 3, 2, 3), 2)])
+def test_the_network_s_derivatives_are_autograd_s(shape, event_dim):
+    z = torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    inputs = (2 * z.sigmoid() - 1).reshape(*shape[: len(shape) - event_dim], -1)
+    sizes = {"weight_in": (inputs.shape[-1], 3), "bias_in": (3,), "weight_out": (3,)}
+    weights = {name: torch.randn(size, dtype=F64).requires_grad_() for name, size in sizes.items()}
+    value = (inputs @ weights["weight_in"] + weights["bias_in"]).tanh() @ weights["weight_out"]
+    (slope,) = torch.autograd.grad(value.sum(), z, create_graph=True)
+    network = Network.at(z.detach(), event_dim, weights)
+    torch.testing.assert_close((network.value, network.slope), (value[1].detach(), slope.detach()))
+    given = torch.randn_like(value[1]), torch.randn_like(slope)
+    right = torch.autograd.grad([value[1], slope], list(weights.values()), given)
+    torch.testing.assert_close(tuple(network.by_weights(*given)[name] for name in weights), right)
 
 
 def rebar_variance(t: float, phi: float, temperature: float, eta: float = 1.0) -> float:

@@ -2,7 +2,6 @@ r"""Score function with a control variate made from the relaxed Bernoulli draw: 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,30 +11,29 @@ from torch.nn.functional import softplus
 
 from .._checks import EstimatorError, fail
 from .._registry import Traits, register
-from .base import Control, Estimator, SiteTerms, State
+from ._network import NETWORK, Network, adam, moments_of
+from .base import Estimator, SiteTerms, State
 from .bernoulli import element_logits, lift, summed
 
 __all__ = ["Rebar", "Relax"]
 
-NETWORK = ("weight_in", "bias_in", "weight_out")
-CONTROL = "relaxed"  # the name of the control variate, with which its learned moments start
+DECAY = 0.95  # of the running moments that the control variate's coefficient is learned from
 
 
 @dataclass(frozen=True)
 class Rebar(Estimator):
     r"""Score function minus a reparameterised control variate: the model at a relaxed draw (REBAR).
 
-    $$\hat g=\big(f(b)-c(\tilde z)\big)(b-p)+\nabla_\varphi c(z)-\nabla_\varphi c(\tilde z)\quad\text{by the logit }
-      \varphi,\qquad c(z)=f(\sigma(z/\lambda)),$$
+    $$\hat g=\big(f(b)-\eta c(\tilde z)\big)(b-p)+\eta\nabla_\varphi c(z)-\eta\nabla_\varphi c(\tilde z)
+      \quad\text{by the logit }\varphi,\qquad c(z)=f(\sigma(z/\lambda)),$$
 
-    with $z=\varphi+\mathrm{logit}(u)$, $b=1[z>0]$ and $\tilde z$ a second draw of z given b. The control variate's
-    coefficient, 1 at first, is learned per parameter from earlier steps. The temperature is moved by stochastic
-    gradients of the variance, $\nabla_\lambda|\hat g|^2$ by the logits, with the estimator's own rate and Adam.
+    with $z=\varphi+\mathrm{logit}(u)$, $b=1[z>0]$ and $\tilde z$ a second draw of z given b. The coefficient $\eta$, 1
+    at first, has the least variance by the logits, by running moments of earlier steps. The temperature is moved by
+    stochastic gradients of that variance, $\nabla_\lambda|\hat g|^2$, with the estimator's own rate and Adam.
 
     When to use: Bernoulli sites of a model that is smooth in their values, with one particle or more; logits may
     depend on other draws. Unbiased. Cost: 5K model evaluations: the draws, and two relaxed values each that are
-    differentiated twice, by the values and for the temperature; 3K with ``lr=0``. Backwards: one more, for the
-    coefficient.
+    differentiated twice, by the values and for the temperature; 3K with ``lr=0``.
 
     Args:
         temperature: $\lambda$ at first.
@@ -46,8 +44,7 @@ class Rebar(Estimator):
             a guide site downstream without ``rsample``, through which no derivative passes.
 
     Source: Tucker et al. 2017, "REBAR: low-variance, unbiased gradient estimates for discrete latent variable models".
-    Differs: z is drawn given b, one coefficient per parameter tensor by lagged moments, the variance is
-    that by the logits.
+    Differs: z is drawn given b, the coefficient is by lagged moments, the variance is that by the logits.
 
     Example:
         >>> Rebar(lr=0.0).traits.probes, Rebar().traits.probes
@@ -70,7 +67,7 @@ class Rebar(Estimator):
 
     def init(self, site: SiteTerms, signal: Tensor | None) -> State:
         start = torch.full_like(signal.sum(), self.temperature).log()
-        return {"log_temperature": start, **_moments([start])}
+        return {"log_temperature": start, "products": start.new_zeros(2), **moments_of([start])}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
         return relaxed(site).at(state)
@@ -79,21 +76,21 @@ class Rebar(Estimator):
         return _surrogate(site, self._parts(site, signal, state))
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        own = _own(state)
-        if not self.lr:
-            return own
         parts = self._parts(site, signal, state)
-        return own | _adam(own, {"log_temperature": _by_temperature(site, parts, state)}, self.lr)
+        new = state | {"products": parts.products(state)}
+        if not self.lr:
+            return new
+        return new | adam(state, {"log_temperature": _by_temperature(site, parts, state)}, self.lr)
 
     def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> Parts:
-        return site.once("parts", state, lambda: _parts(site, signal, *_model(site, relaxed(site), state)))
+        return site.once("parts", state, lambda: _parts(site, signal, *_model(site, relaxed(site), state), state))
 
 
 @dataclass(frozen=True)
 class Relax(Estimator):
     r"""Score function minus a learned control variate of the relaxed draw (RELAX).
 
-    $$\hat g=\big(f(b)-c(\tilde z)\big)(b-p)+\nabla_\varphi c(z)-\nabla_\varphi c(\tilde z),\qquad
+    $$\hat g=\big(f(b)-\eta c(\tilde z)\big)(b-p)+\eta\nabla_\varphi c(z)-\eta\nabla_\varphi c(\tilde z),\qquad
       c(z)=f(\sigma(z/\lambda))+r_\rho(z)+\bar f,$$
 
     as `Rebar`, with r a network of one layer of ``tanh`` units over the elements of the event, and $\bar f$ an average
@@ -154,7 +151,8 @@ class Relax(Estimator):
             "bias_in": spread[: self.hidden],
             "weight_out": torch.zeros_like(spread[: self.hidden]),
         }
-        return {**weights, **_moments([weights[n] for n in self._names]), "average": zero, "seen": zero}
+        averages = {"average": zero, "seen": zero, "products": zero.new_zeros(2)}
+        return {**weights, **moments_of([weights[n] for n in self._names]), **averages}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
         return relaxed(site).at(state) if self.model else None
@@ -163,45 +161,31 @@ class Relax(Estimator):
         return _surrogate(site, self._parts(site, signal, state)[0])
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
-        parts, (weights, values) = self._parts(site, signal, state)
-        own = _own(state)
-        average = own["average"].lerp((signal - parts.c).mean() + self._average(own), 1 - self.beta)
-        new = own | {"average": average, "seen": self.beta * own["seen"] + (1 - self.beta)}
+        parts, network = self._parts(site, signal, state)
+        average = state["average"].lerp((signal - parts.c).mean() + self._average(state), 1 - self.beta)
+        seen = self.beta * state["seen"] + (1 - self.beta)
+        new = state | {"average": average, "seen": seen, "products": parts.products(state)}
         if not self.lr:
             return new
-        given = [by.reshape(value.shape) for by, value in zip(parts.slopes(site), values, strict=True)]
-        found = torch.autograd.grad(values, list(weights.values()), given)
-        grads = dict(zip(weights, found, strict=True))
+        grads = network.by_weights(*parts.slopes(site))
         if self.model:
             grads = {"log_temperature": _by_temperature(site, parts, state), **grads}
-        return new | _adam(own, grads, self.lr)
+        return new | adam(state, grads, self.lr)
 
-    def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, tuple[State, tuple]]:
-        """Return the gradient's parts; and the network's weights and values, with the paths between them."""
+    def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, Network]:
         return site.once("parts", state, lambda: self._find(site, signal, state))
 
-    def _find(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, tuple[State, tuple]]:
+    def _find(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, Network]:
         draws = relaxed(site)
-        weights = {name: state[name].detach().requires_grad_(self.lr > 0) for name in NETWORK}
-        with torch.set_grad_enabled(self.lr > 0):
-            value, slope = values = _network(site, draws, weights)
-        c = value.detach() + self._average(state)
-        if not self.model:
-            return _parts(site, signal, c, slope), (weights, values)
-        model_c, model_slope = _model(site, draws, state)
-        return _parts(site, signal, c + model_c, slope.detach() + model_slope), (weights, values)
+        network = Network.at(draws.z, site.fn.event_dim, state)
+        c, slope = network.value + self._average(state), network.slope
+        if self.model:
+            model_c, model_slope = _model(site, draws, state)
+            c, slope = c + model_c, slope + model_slope
+        return _parts(site, signal, c, slope, state), network
 
     def _average(self, state: State) -> Tensor:
         return state["average"] / state["seen"].clamp(min=1 - self.beta)
-
-
-def _network(site: SiteTerms, draws: Draws, weights: State) -> tuple[Tensor, Tensor]:
-    """Return r at the second draw, ``(particles?, *plates)``, and its derivative by both draws."""
-    s = draws.z.sigmoid()
-    flat = (2 * s - 1).reshape(*s.shape[: s.dim() - site.fn.event_dim], -1)
-    units = (flat @ weights["weight_in"] + weights["bias_in"]).tanh()
-    slope = ((1 - units**2) * weights["weight_out"]) @ weights["weight_in"].mT
-    return units[1] @ weights["weight_out"], slope.reshape(s.shape) * (2 * s * (1 - s))
 
 
 class Draws(NamedTuple):
@@ -233,25 +217,35 @@ def _relaxed(logits: Tensor, value: Tensor, noise: Tensor) -> Draws:
 
 
 class Parts(NamedTuple):
-    """The gradient by each logit, of the score and of the control variate; its draws, and c at the second."""
+    """The gradient by each logit, and the control variate's without and with coefficient; c at the second draw."""
 
     draws: Draws
-    score: Tensor
+    gradient: Tensor
     control: Tensor
+    coefficient: Tensor
     c: Tensor
 
     def slopes(self, site: SiteTerms) -> tuple[Tensor, Tensor]:
         """Return the derivatives of the squared gradient by c and by its slopes."""
-        twice = 2 * (self.score + self.control)
+        twice = 2 * self.coefficient * self.gradient
         by_slope = twice * self.draws.slope
         return -summed(twice * self.draws.residual, site.fn), torch.stack([by_slope[0], -by_slope[1]])
 
+    def products(self, state: State) -> Tensor:
+        """Return the running products of the control variate with what it is to be taken from, and with itself."""
+        control = self.control.flatten()
+        rest = self.gradient.flatten() - self.coefficient * control
+        return state["products"].lerp(torch.stack([torch.dot(rest, control), torch.dot(control, control)]), 1 - DECAY)
 
-def _parts(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor) -> Parts:
-    draws, c = relaxed(site), c.detach()
-    paths = slope.detach() * draws.slope
+
+def _parts(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor, state: State) -> Parts:
+    draws = relaxed(site)
+    paths = slope * draws.slope
     score, baseline = ((lift(f, site.fn) * draws.residual).reshape(draws.residual.shape) for f in (signal, c))
-    return Parts(draws, score, paths[0] - paths[1] - baseline, c)
+    control = paths[0] - paths[1] - baseline
+    with_score, with_itself = state["products"].unbind()
+    coefficient = torch.nan_to_num(-with_score / with_itself, 1.0, 1.0, 1.0).clamp(0.0, 2.0)
+    return Parts(draws, score + coefficient * control, control, coefficient, c)
 
 
 def _model(site: SiteTerms, draws: Draws, state: State) -> tuple[Tensor, Tensor]:
@@ -283,36 +277,13 @@ def _by_temperature(site: SiteTerms, parts: Parts, state: State) -> Tensor:
 
 
 def _surrogate(site: SiteTerms, parts: Parts) -> dict[str, Any]:
-    logits = element_logits(site)
-    term = (parts.score + parts.control) * logits
-    return {"value": term, "guide": term, "controls": {CONTROL: Control(parts.control * logits, low=-1.0, high=1.0)}}
-
-
-def _own(state: State) -> State:
-    return {name: value for name, value in state.items() if not name.startswith(CONTROL)}
-
-
-def _moments(params: list[Tensor]) -> State:
-    """Return Adam's state before the first step, of all parameters in one vector."""
-    zero = torch.cat([torch.zeros_like(p).flatten() for p in params])
-    return {"mean": zero, "square": zero, "count": zero[0]}
-
-
-def _adam(state: State, grads: Mapping[str, Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> State:
-    """Return parameters and moments after one step of Adam (Kingma and Ba 2015)."""
-    count = state["count"] + 1
-    grad = torch.cat([g.flatten() for g in grads.values()])
-    mean = state["mean"].lerp(grad, 1 - betas[0])
-    square = state["square"].lerp(grad * grad, 1 - betas[1])
-    step = lr * mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + 1e-8)
-    moves = step.split([g.numel() for g in grads.values()])
-    moved = {name: state[name] - move.view_as(state[name]) for name, move in zip(grads, moves, strict=True)}
-    return moved | {"count": count, "mean": mean, "square": square}
+    term = parts.gradient * element_logits(site)
+    return {"value": term, "guide": term}
 
 
 def _twice(learns: bool, model: bool = True) -> Traits:
     probes = ("twice" if learns else "differentiable") if model else "no"
-    return Traits(support="binary", probes=probes, controls=True, stateful=True)
+    return Traits(support="binary", probes=probes, stateful=True)
 
 
 def _require(part: Any, name: str, holds: bool, because: str) -> None:

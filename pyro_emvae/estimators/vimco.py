@@ -167,7 +167,7 @@ class MultiSampleScore(ScoreFunction):
 
 
 def _both(site: SiteTerms, signal: Tensor, rows: int, state: State) -> tuple[Tensor, Tensor]:
-    return tuple(e.advantage(site, signal, rows, state) for e in (VIMCO(), OVIS()))
+    return site.once("both", state, lambda: tuple(e.advantage(site, signal, rows, state) for e in (VIMCO(), OVIS())))
 
 
 def direct(bound: Bound) -> Tensor:

@@ -1,0 +1,96 @@
+r"""The network of `Relax`, written out with its derivatives, and the step that moves it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .base import State
+
+__all__ = ["NETWORK", "Network", "adam", "moments_of"]
+
+NETWORK = ("weight_in", "bias_in", "weight_out")
+
+
+@dataclass(frozen=True)
+class Network:
+    r"""$r(z)=w^\top\tanh(W^\top(2\sigma(z)-1)+b)$ over the elements of an event, written out with its derivatives.
+
+    Args:
+        weights: W, b and w, by their names in the state.
+        inputs: $2\sigma(z)-1$ of both draws: ``(2, particles?, *plates, elements)``.
+        units: Their hidden units: ``(2, particles?, *plates, hidden)``.
+        shape: That of both draws.
+    """
+
+    weights: State
+    inputs: Tensor
+    units: Tensor
+    shape: torch.Size
+
+    @classmethod
+    def at(cls, z: Tensor, event_dim: int, state: State) -> Network:
+        inputs = (2 * z.sigmoid() - 1).reshape(*z.shape[: z.dim() - event_dim], -1)
+        weights = {name: state[name].detach() for name in NETWORK}
+        return cls(weights, inputs, (inputs @ weights["weight_in"] + weights["bias_in"]).tanh(), z.shape)
+
+    @property
+    def value(self) -> Tensor:
+        """r at the second draw, ``(particles?, *plates)``."""
+        return self.units[1] @ self.weights["weight_out"]
+
+    @property
+    def slope(self) -> Tensor:
+        """The derivative of r by both draws, in their shape."""
+        weighted = self.bends * self.weights["weight_out"]
+        return (weighted @ self.weights["weight_in"].mT * self.spread).reshape(self.shape)
+
+    @functools.cached_property
+    def bends(self) -> Tensor:
+        """The derivative of the units by what goes into them."""
+        return 1 - self.units * self.units
+
+    @functools.cached_property
+    def spread(self) -> Tensor:
+        """The derivative of the inputs by z."""
+        return 0.5 * (1 - self.inputs * self.inputs)
+
+    def by_weights(self, by_value: Tensor, by_slope: Tensor) -> State:
+        """Return the derivative by the weights of something, given its derivatives by `value` and by `slope`."""
+        weight_in, weight_out = self.weights["weight_in"], self.weights["weight_out"]
+        into = by_slope.reshape(self.inputs.shape) * self.spread
+        by_bends = into @ weight_in
+        by_units = -2 * self.units * by_bends * weight_out
+        by_units = torch.stack(
+            [by_units[0], by_units[1] + by_value.reshape(by_units.shape[1:-1])[..., None] * weight_out]
+        )
+        rows = [x.reshape(-1, x.shape[-1]) for x in (self.inputs, by_units * self.bends, into, self.bends * weight_out)]
+        inputs, by_sum, into, weighted = rows
+        own = (by_value.reshape(-1, 1) * self.units[1].reshape(-1, len(weight_out))).sum(0)
+        return {
+            "weight_in": inputs.mT @ by_sum + into.mT @ weighted,
+            "bias_in": by_sum.sum(0),
+            "weight_out": (by_bends * self.bends).reshape(rows[1].shape).sum(0) + own,
+        }
+
+
+def moments_of(params: list[Tensor]) -> State:
+    """Return Adam's state before the first step, of all parameters in one vector."""
+    zero = torch.cat([torch.zeros_like(p).flatten() for p in params])
+    return {"mean": zero, "square": zero, "count": zero[0]}
+
+
+def adam(state: State, grads: Mapping[str, Tensor], lr: float, betas: tuple[float, float] = (0.9, 0.99)) -> State:
+    """Return parameters and moments after one step of Adam (Kingma and Ba 2015)."""
+    count = state["count"] + 1
+    grad = torch.cat([g.flatten() for g in grads.values()])
+    mean = state["mean"].lerp(grad, 1 - betas[0])
+    square = state["square"].lerp(grad * grad, 1 - betas[1])
+    step = lr * mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + 1e-8)
+    moves = step.split([g.numel() for g in grads.values()])
+    moved = {name: state[name] - move.view_as(state[name]) for name, move in zip(grads, moves, strict=True)}
+    return moved | {"count": count, "mean": mean, "square": square}

@@ -2,6 +2,7 @@ r"""Score function with a control variate made from the relaxed Bernoulli draw: 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -58,7 +59,7 @@ class Rebar(Estimator):
         _require(self, "temperature", self.temperature > 0, "a temperature is positive")
         _require(self, "lr", self.lr >= 0, "a learning rate is zero or positive")
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:  # type: ignore[override]
         return _twice(self.lr > 0)
 
@@ -70,7 +71,7 @@ class Rebar(Estimator):
         return {"log_temperature": start, "products": start.new_zeros(2), **moments_of([start])}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
-        return relaxed(site).at(state)
+        return values_of(site, state).x
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
         return _surrogate(site, self._parts(site, signal, state))
@@ -80,10 +81,10 @@ class Rebar(Estimator):
         new = state | {"products": parts.products(state)}
         if not self.lr:
             return new
-        return new | adam(state, {"log_temperature": _by_temperature(site, parts, state)}, self.lr)
+        return new | adam(state, {"log_temperature": _by_temperature(site, parts.slopes(site), state)}, self.lr)
 
     def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> Parts:
-        return site.once("parts", state, lambda: _parts(site, signal, *_model(site, relaxed(site), state), state))
+        return site.once("parts", state, lambda: _parts(site, signal, *_model(site, state), state))
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Relax(Estimator):
         _require(self, "temperature", self.temperature > 0, "a temperature is positive")
         _require(self, "lr", self.lr >= 0, "a learning rate is zero or positive")
 
-    @property
+    @functools.cached_property
     def traits(self) -> Traits:  # type: ignore[override]
         return _twice(self.lr > 0, self.model)
 
@@ -155,7 +156,7 @@ class Relax(Estimator):
         return {**weights, **moments_of([weights[n] for n in self._names]), **averages}
 
     def probes(self, site: SiteTerms, rows: int, state: State) -> Tensor | None:
-        return relaxed(site).at(state) if self.model else None
+        return values_of(site, state).x if self.model else None
 
     def surrogate(self, site: SiteTerms, signal: Tensor | None, rows: int, state: State) -> dict[str, Any]:
         return _surrogate(site, self._parts(site, signal, state)[0])
@@ -167,9 +168,10 @@ class Relax(Estimator):
         new = state | {"average": average, "seen": seen, "products": parts.products(state)}
         if not self.lr:
             return new
-        grads = network.by_weights(*parts.slopes(site))
+        slopes = parts.slopes(site)
+        grads = network.by_weights(*slopes)
         if self.model:
-            grads = {"log_temperature": _by_temperature(site, parts, state), **grads}
+            grads = {"log_temperature": _by_temperature(site, slopes, state), **grads}
         return new | adam(state, grads, self.lr)
 
     def _parts(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, Network]:
@@ -180,7 +182,7 @@ class Relax(Estimator):
         network = Network.at(draws.z, site.fn.event_dim, state)
         c, slope = network.value + self._average(state), network.slope
         if self.model:
-            model_c, model_slope = _model(site, draws, state)
+            model_c, model_slope = _model(site, state)
             c, slope = c + model_c, slope + model_slope
         return _parts(site, signal, c, slope, state), network
 
@@ -198,9 +200,13 @@ class Draws(NamedTuple):
     slope: Tensor
     residual: Tensor
 
-    def at(self, state: State) -> Tensor:
-        """Return the relaxed values at the state's temperature."""
-        return (self.z / state["log_temperature"].exp()).sigmoid()
+
+class Values(NamedTuple):
+    r"""Relaxed values $x=\sigma(z/\lambda)$ of both draws, $z/\lambda$, and $x(1-x)/\lambda$, the derivative by z."""
+
+    x: Tensor
+    scaled: Tensor
+    slope: Tensor
 
 
 def relaxed(site: SiteTerms) -> Draws:
@@ -216,13 +222,25 @@ def _relaxed(logits: Tensor, value: Tensor, noise: Tensor) -> Draws:
     return Draws(sign * softplus(inner), torch.stack([torch.ones_like(given), given]), value - logits.sigmoid())
 
 
+def values_of(site: SiteTerms, state: State) -> Values:
+    """Return the relaxed values at the state's temperature."""
+    return site.once("values", state, lambda: _values(relaxed(site).z, state["log_temperature"].exp()))
+
+
+def _values(z: Tensor, temperature: Tensor) -> Values:
+    scaled = z / temperature
+    x = scaled.sigmoid()
+    return Values(x, scaled, (x - x * x) / temperature)
+
+
 class Parts(NamedTuple):
-    """The gradient by each logit, and the control variate's without and with coefficient; c at the second draw."""
+    """The gradient by each logit: the score's, the control variate's, its coefficient, both together; c at the second draw."""
 
     draws: Draws
-    gradient: Tensor
+    score: Tensor
     control: Tensor
     coefficient: Tensor
+    gradient: Tensor
     c: Tensor
 
     def slopes(self, site: SiteTerms) -> tuple[Tensor, Tensor]:
@@ -232,10 +250,9 @@ class Parts(NamedTuple):
         return -summed(twice * self.draws.residual, site.fn), torch.stack([by_slope[0], -by_slope[1]])
 
     def products(self, state: State) -> Tensor:
-        """Return the running products of the control variate with what it is to be taken from, and with itself."""
-        control = self.control.flatten()
-        rest = self.gradient.flatten() - self.coefficient * control
-        return state["products"].lerp(torch.stack([torch.dot(rest, control), torch.dot(control, control)]), 1 - DECAY)
+        """Return the running products of the control variate with the score, and with itself."""
+        score, control = self.score.flatten(), self.control.flatten()
+        return state["products"].lerp(torch.stack([torch.dot(score, control), torch.dot(control, control)]), 1 - DECAY)
 
 
 def _parts(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor, state: State) -> Parts:
@@ -245,35 +262,31 @@ def _parts(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor, state: Sta
     control = paths[0] - paths[1] - baseline
     with_score, with_itself = state["products"].unbind()
     coefficient = torch.nan_to_num(-with_score / with_itself, 1.0, 1.0, 1.0).clamp(0.0, 2.0)
-    return Parts(draws, score + coefficient * control, control, coefficient, c)
+    return Parts(draws, score, control, coefficient, torch.addcmul(score, coefficient, control), c)
 
 
-def _model(site: SiteTerms, draws: Draws, state: State) -> tuple[Tensor, Tensor]:
+def _model(site: SiteTerms, state: State) -> tuple[Tensor, Tensor]:
     r"""Return $f(\sigma(z/\lambda))$ at the second draw, and its derivative by both draws."""
-    return site.probed.signal[1].detach(), site.probed.gradient.detach() * _spread(site, state)
+    return site.probed.signal[1].detach(), site.probed.gradient.detach() * values_of(site, state).slope
 
 
-def _spread(site: SiteTerms, state: State) -> Tensor:
-    r"""Return $x(1-x)/\lambda$, the derivative of the relaxed values by z."""
-    x = site.probes.detach()
-    return x * (1 - x) / state["log_temperature"].exp()
-
-
-def _by_temperature(site: SiteTerms, parts: Parts, state: State) -> Tensor:
+def _by_temperature(site: SiteTerms, slopes: tuple[Tensor, Tensor], state: State) -> Tensor:
     r"""Return the derivative of the squared gradient by $\log\lambda$, which moves the relaxed values x.
 
     With $s=x(1-x)/\lambda$, x moves by $-sz$ and s by $-s(1+(1-2x)z/\lambda)$.
+
+    Args:
+        slopes: The derivatives of the squared gradient by c and by its slopes.
     """
-    x, z, s = site.probes.detach(), parts.draws.z, _spread(site, state)
-    by_c, by_slope = parts.slopes(site)
+    (x, scaled, s), z, (by_c, by_slope) = values_of(site, state), relaxed(site).z, slopes
     gradient = site.probed.gradient
     pairs = [(site.probed.signal[1], by_c), (gradient, by_slope * s)]
     pairs = [(value, by.reshape(value.shape)) for value, by in pairs if value.requires_grad]
-    direct = -(by_slope * gradient.detach() * s * (1 + (1 - 2 * x) * z / state["log_temperature"].exp())).sum()
-    if not pairs:  # a linear model
-        return direct
-    (by_x,) = torch.autograd.grad([value for value, _ in pairs], site.probes, [by for _, by in pairs])
-    return direct - (by_x * s * z).sum()
+    moves = by_slope * gradient.detach() * (1 + (1 - 2 * x) * scaled)
+    if pairs:  # no linear model
+        (by_x,) = torch.autograd.grad([value for value, _ in pairs], site.probes, [by for _, by in pairs])
+        moves = torch.addcmul(moves, by_x, z)
+    return -(moves * s).sum()
 
 
 def _surrogate(site: SiteTerms, parts: Parts) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def _values(z: Tensor, temperature: Tensor) -> Values:
 
 
 class Parts(NamedTuple):
-    """The gradient by each logit: the score's, the control variate's, its coefficient, both together; c at the second draw."""
+    """Gradients by each logit: the score's, the control variate's, and both with its coefficient; c at the second draw."""
 
     draws: Draws
     score: Tensor

@@ -234,7 +234,7 @@ def _values(z: Tensor, temperature: Tensor) -> Values:
 
 
 class Parts(NamedTuple):
-    """Gradients by each logit: the score's, the control variate's, and both with its coefficient; c at the second draw."""
+    """Gradients by each logit: of the score, of the control variate, of both together; and c at the second draw."""
 
     draws: Draws
     score: Tensor

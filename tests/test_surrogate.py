@@ -268,3 +268,93 @@ def test_probes_run_the_guide_where_the_model_needs_it(estimator, num_particles)
         loss = MonteCarloELBO(num_particles, 1, vectorize_particles=True, estimator={"b": estimator})
         assert math.isfinite(loss.loss_and_grads(*pair))
         assert loss.plans[pair].shortcut == {"b": alone}
+
+
+def scaled_chain(linked: bool):
+    """A masked local normal under a scale, whose location in the guide follows a global one if it is `linked`."""
+    keep = torch.tensor([True, False, True, True])
+
+    def sites(loc, scale, g_loc):
+        g = pyro.sample("g", dist.Normal(g_loc, 0.5))
+        with pyro.plate("data", 4), poutine.scale(scale=2.5), poutine.mask(mask=keep):
+            return pyro.sample("z", dist.Normal(loc + (g if linked else 0.0), scale))
+
+    def model():
+        z = sites(torch.zeros(4, dtype=torch.float64), 1.3, torch.tensor(0.2, dtype=torch.float64))
+        with pyro.plate("observed", 4):
+            pyro.sample("x", dist.Normal(z, 0.7), obs=X)
+
+    def guide():
+        loc = pyro.param("loc", lambda: torch.linspace(-1, 1, 4, dtype=torch.float64))
+        log_scale = pyro.param("log_scale", lambda: torch.tensor(-0.5, dtype=torch.float64))
+        sites(loc, log_scale.exp(), pyro.param("g_loc", lambda: torch.tensor(0.4, dtype=torch.float64)))
+
+    return model, guide
+
+
+@pytest.mark.parametrize("estimator", ["sticking_the_landing", "adaptive_sticking"])
+@pytest.mark.parametrize(("num_particles", "vectorize"), [(1, None), (3, True), (3, False)])
+def test_values_are_cut_only_where_a_site_has_draws_upstream(estimator, num_particles, vectorize):
+    """Without such, the direct score is taken off by log q at detached values: the same gradient, draw by draw."""
+    for linked in (False, True):
+        pyro.clear_param_store()
+        pair, grads = scaled_chain(linked), []
+        loss = MonteCarloELBO(num_particles, vectorize_particles=vectorize, max_plate_nesting=1, estimator=estimator)
+        loss.loss(*pair)
+        (plan,) = loss.plans.values()
+        assert plan.splits == linked
+        for splits in (plan.splits, True):
+            plan.splits = splits
+            pyro.set_rng_seed(1)
+            state = {}
+            for _ in range(3):  # coefficients are learned
+                evaluation = loss.evaluate(*pair, (), {}, state)
+                state = evaluation.state
+            leaves = [pyro.param(name).unconstrained() for name in ("loc", "log_scale", "g_loc")]
+            grads.append(torch.autograd.grad(evaluation.surrogate, leaves))
+        torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+def test_a_draw_that_comes_to_have_draws_upstream_is_cut_from_then_on():
+    pyro.clear_param_store()
+    switch = {"on": False}
+
+    def model():
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    def guide():
+        a = pyro.sample("a", dist.Normal(pyro.param("p", torch.tensor(0.5)), 1.0))
+        pyro.sample("b", dist.Normal(a if switch["on"] else torch.zeros(()), 1.0))
+
+    loss = MonteCarloELBO(1, estimator="sticking_the_landing")
+    loss.loss_and_grads(model, guide)
+    (plan,) = loss.plans.values()
+    assert not plan.splits
+    switch["on"] = True
+    for _ in range(8):
+        loss.loss_and_grads(model, guide)
+    assert plan.splits
+
+
+def test_double_control_variate_runs_model_and_guide_once():
+    pyro.clear_param_store()
+    calls = []
+
+    def model():
+        calls.append("model")
+        with pyro.plate("data", 4):
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.4, dtype=torch.float64)))
+            pyro.sample("x", dist.Normal(2 * b, 1.0), obs=X)
+
+    def guide():
+        calls.append("guide")
+        logits = pyro.param("logits", lambda: torch.zeros(4, dtype=torch.float64))
+        with pyro.plate("data", 4):
+            pyro.sample("b", dist.Bernoulli(logits=logits))
+
+    loss = MonteCarloELBO(3, max_plate_nesting=1, vectorize_particles=True, estimator="double_control_variate")
+    loss.loss(model, guide)
+    calls.clear()
+    loss.evaluate(model, guide, (), {})
+    assert calls == ["guide", "model"] and loss.evaluations == 6

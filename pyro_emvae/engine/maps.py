@@ -29,8 +29,6 @@ class _MapTracer(Tracer):
     def __init__(self, inputs: tuple[Tensor, ...], largest: float) -> None:
         super().__init__(inputs)
         self.left = largest
-        for x in inputs:
-            self.nodes[id(x)].meta["value"] = x
         self.guards: list[tuple[fx.Node, bool]] = []
         self.numbers: list[Tensor] = []
         self.written: set[int] = set()

@@ -96,7 +96,7 @@ class _Values:
 
     def _same_place(self, node: fx.Node) -> fx.Node | None:
         """Return the earlier node that lies where this one lies, if nothing was written there in between."""
-        if "several" in node.meta or not node.meta["places"] or node.meta["places"][0].storage in self.shared:
+        if not _is_tensor(node) or node.meta["places"][0].storage in self.shared:
             return None
         (place,) = node.meta["places"]
         earlier = self.places.setdefault(place.storage, {}).setdefault(place, node)
@@ -194,6 +194,11 @@ class _Values:
 
 def _storages(node: fx.Node) -> set[int]:
     return {place.storage for place in node.meta["places"]}
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a node is one tensor, and not the several results of an operation."""
+    return len(node.meta["places"]) == 1 and all(user.target is not operator.getitem for user in node.users)
 
 
 def _form(node: fx.Node) -> tuple:

@@ -19,9 +19,9 @@ aten = torch.ops.aten
 class Traced(NamedTuple):
     """A graph and the module that holds its constants.
 
-    In ``node.meta`` are ``"bytes"``, the memory that an operation took, and ``"places"``, where its results lie; of an
-    operation with several results also ``"several"``; of one that writes in place also ``"writes"``, the storages, and
-    ``"moved"``, whether one lies elsewhere afterwards.
+    In ``node.meta`` are ``"bytes"``, the memory that an operation took, and, if asked for, ``"places"``, where its
+    results lie; of an operation that writes in place also ``"writes"``, the storages, and ``"moved"``, whether one lies
+    elsewhere afterwards.
     """
 
     graph: fx.Graph
@@ -48,7 +48,7 @@ def place_of(x: Tensor) -> Place:
     return Place(storage, x.shape, x.stride(), x.dtype, x.device, bits, x.storage_offset())
 
 
-def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Traced:
+def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], places: bool = False) -> Traced:
     r"""Run ``step(*inputs)`` and return its tensor operations as a graph of the same signature.
 
     What is neither an input nor made from one stays as it is: a tensor becomes a constant, a Python number a number.
@@ -62,6 +62,8 @@ def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -
     with Tracer(inputs) as tracer:
         out = step(*inputs)
     tracer.graph.output(tuple(map(tracer.node_of, out)))
+    if places:
+        tracer.locate()
     return Traced(tracer.graph, tracer.constants)
 
 
@@ -71,11 +73,10 @@ class Tracer(TorchDispatchMode):
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.graph, self.constants = fx.Graph(), nn.Module()
-        self.kept = list(inputs)
+        self.kept: list[tuple[fx.Node, Tensor]] = []
         self.nodes: dict[int, fx.Node] = {}
         for i, x in enumerate(inputs):
-            self.nodes[id(x)] = self.graph.placeholder(f"input_{i}")
-            self.nodes[id(x)].meta["places"] = (place_of(x),)
+            self._keep(x, self.graph.placeholder(f"input_{i}"))
         self.derived = set(map(storage_of, inputs))
         self.storages = set(self.derived)
 
@@ -83,7 +84,7 @@ class Tracer(TorchDispatchMode):
         func, args, kwargs = _reading_less(func, args, kwargs or {})
         used: list[Tensor] = []
         arguments = _map(args, used, self.node_of), _map(kwargs, used, self.node_of)
-        targets = list(written(func, args, kwargs))
+        targets = list(written(func, args, kwargs)) if writing(func) else []
         before = [*map(place_of, targets)]
         out = func(*args, **kwargs)
         parts = out if isinstance(out, tuple | list) else [out]
@@ -101,7 +102,6 @@ class Tracer(TorchDispatchMode):
         if isinstance(out, Tensor):
             self._keep(out, node)
         else:
-            node.meta["several"] = True
             for i, x in enumerate(parts):
                 if isinstance(x, Tensor):
                     self._keep(x, self.graph.call_function(operator.getitem, (node, i)))
@@ -116,7 +116,6 @@ class Tracer(TorchDispatchMode):
         if kwargs:
             node.kwargs = kwargs
         node.meta["bytes"] = sum(map(self._memory, made))
-        node.meta["places"] = tuple(map(place_of, made))
         return node
 
     def node_of(self, x: Tensor) -> fx.Node:
@@ -136,9 +135,17 @@ class Tracer(TorchDispatchMode):
         return x.numel() * x.element_size()
 
     def _keep(self, x: Tensor, node: fx.Node) -> None:
-        self.kept.append(x)
+        self.kept.append((node, x))
         self.nodes[id(x)] = node
-        node.meta.setdefault("places", (place_of(x),))
+
+    def locate(self) -> None:
+        """Note where results lie: those of an operation with several are taken from it one by one."""
+        for node in self.graph.nodes:
+            node.meta["places"] = ()
+        for node, x in self.kept:
+            node.meta["places"] = (place_of(x),)
+            if node.target is operator.getitem:
+                node.args[0].meta["places"] += node.meta["places"]
 
 
 def _reading_less(func: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:

@@ -17,6 +17,7 @@ __all__ = ["is_random", "mutates", "needed_for", "simplified"]
 aten = torch.ops.aten
 LARGEST = 2**16  # bytes of a constant that would otherwise be made anew each time
 FILLED = {getattr(aten, name).default for name in ("ones_like", "zeros_like", "new_ones", "new_zeros")}
+JOINED = {aten.view.default: aten.sum.dim_IntList, aten.expand.default: aten.expand.default}
 PRODUCTS = {aten.mul.Tensor, aten.mul.Scalar}
 
 
@@ -47,11 +48,10 @@ def simplified(traced: Traced) -> Traced:
         values.visit(node, root)
     _install(traced, values.constants)
     _lead(output, values.equal)
-    for node in reversed(list(graph.nodes)):
-        if node.users or node.op in ("placeholder", "output"):
-            continue
-        if node.op == "get_attr" or not (mutates(node) or is_random(node)):
-            graph.erase_node(node)
+    _drop(graph)
+    for node in graph.nodes:
+        _join(node)
+    _drop(graph)
     return traced
 
 
@@ -79,9 +79,8 @@ class _Values:
 
     def visit(self, node: fx.Node, root: nn.Module) -> None:
         """Find what a node is equal to: an earlier node, which takes its place, or a constant."""
-        if node.op == "get_attr" and node.users and all(_is_lift(user) for user in node.users):
-            if not self._is_written(node):
-                self.constants[node] = getattr(root, node.target)
+        if node.op == "get_attr" and not self._is_written(node) and all(_is_lift(user) for user in node.users):
+            self.constants[node] = getattr(root, node.target)
         for storage in node.meta.get("writes", ()):
             self.places.pop(storage, None)
         same = None if self.moved else self._same_place(node)
@@ -229,6 +228,15 @@ def _install(traced: Traced, constants: dict[fx.Node, Tensor]) -> None:
                 node.replace_all_uses_with(graph.get_attr(f"_folded{i}"))
 
 
+def _drop(graph: fx.Graph) -> None:
+    """Drop operations whose results nobody uses."""
+    for node in reversed(list(graph.nodes)):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        if node.op == "get_attr" or not (mutates(node) or is_random(node)):
+            graph.erase_node(node)
+
+
 def _lead(output: fx.Node, equal: dict[fx.Node, fx.Node]) -> None:
     """Let the graph return earlier tensors for equal ones, where each result stays a tensor of its own."""
     (results,) = output.args
@@ -239,6 +247,22 @@ def _lead(output: fx.Node, equal: dict[fx.Node, fx.Node]) -> None:
             taken.add(earlier)
             chosen[node] = earlier
     output.args = (tuple(chosen.get(node, node) for node in results),)
+
+
+def _join(node: fx.Node) -> None:
+    """Make one operation of two whose first result nobody else uses: a sum and its view, an expansion of another."""
+    first = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else node
+    if first.target is not JOINED.get(node.target) or len(first.users) > 1:
+        return
+    shape = _form(node)[1]
+    if node.target is aten.expand.default and 1 not in shape:
+        node.args = (first.args[0], [*shape])
+    elif node.target is aten.view.default and first.args[1] and first.args[2:] == (True,):
+        whole = _form(first)[1]
+        dims = {dim % len(whole) for dim in first.args[1]}
+        if shape == tuple(size for dim, size in enumerate(whole) if dim not in dims):
+            first.args = first.args[:2]
+            node.replace_all_uses_with(first)
 
 
 def needed_for(nodes: list[fx.Node], outputs: Iterable[fx.Node]) -> list[fx.Node]:

@@ -20,7 +20,7 @@ aten = torch.ops.aten
 METHODS = """add.Tensor addmm bmm clamp detach div.Tensor dot exp expand gather index_select log log1p logsumexp mm
 mul.Tensor neg permute pow.Tensor_Scalar repeat select.int sigmoid sqrt squeeze.dim sub.Tensor sum sum.dim_IntList t
 tanh transpose.int unbind.int unsqueeze view"""
-FUNCTIONS = "binary_cross_entropy_with_logits cat split.Tensor stack"
+FUNCTIONS = "cat split.Tensor stack"
 
 
 def _quick() -> dict[Any, Callable]:
@@ -37,7 +37,7 @@ SPREAD = (aten.view.default, aten.expand.default)
 
 
 def function_of(traced: Traced) -> Callable[..., tuple[Tensor, ...]]:
-    """Return a graph as a Python function; constants are the tensors themselves, others are let go after their last use."""
+    """Return a graph as a Python function: constants are the tensors themselves, all else goes after its last use."""
     lines = _Lines()
     for node in traced.graph.nodes:
         if node.op == "placeholder":

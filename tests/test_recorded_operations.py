@@ -86,6 +86,7 @@ FEWER = {
     ),
     "sum and view": (lambda x: [x.sum([0], True).view(3) + 1], ["sum.dim_IntList", "add.Tensor"]),
     "expansions": (lambda x: [x.expand(4, 2, 3).expand(5, 4, 2, 3).exp()], ["expand.default", "exp.default"]),
+    "a view of the second": (lambda x: [x.exp() + x.exp().detach()], ["exp.default", "add.Tensor"]),
     "a result that was a view": (lambda x: [x.exp().detach()], ["exp.default"]),
 }
 
@@ -101,10 +102,15 @@ OTHERS = {
     "zeros of another sign": (lambda x: [x.add(0.0).add(x.add(-0.0))], 3),
     "plus zero": (lambda x: [x + 0], 1),
     "times minus one": (lambda x: [x * -1], 1),
-    "power of integers": (lambda x: [(x > 0).long().pow(1.0)], 3),
-    "times one in another type": (lambda x: [x * torch.ones(2, 3, dtype=torch.float64)], 1),
-    "times ones of more rows": (lambda x: [x * torch.ones(4, 2, 3)], 1),
+    "power of integers": (lambda x: [(x > 0).long().pow(1.0) + 1], 4),
+    "times one in another type": (lambda x: [x * torch.ones(2, 3, dtype=torch.float64) + 1], 2),
+    "times ones of more rows": (lambda x: [(x * torch.ones(4, 2, 3)).exp()], 2),
     "another stride": (lambda x: [x.t().mul(1).view(3, 2) if x.dim() > 9 else x.expand(2, 2, 3).pow(1.0)], 2),
+    "complex numbers times one": (lambda x: [(torch.complex(x, 1 / x) * 1).abs() + 1], 5),
+    "the only one of several": (lambda x: [x[:1].exp().unbind()[0] + 1], 5),
+    "a sum without its dims": (lambda x: [x[:, :1].sum([0]).view(()) + 1], 4),
+    "what was not written": (lambda x: [torch.cat([torch.empty(0), torch.empty(0), x.view(6)])], 4),
+    "large zeros": (lambda x: [x.expand(5000, 2, 3).exp() + torch.zeros_like(x.repeat(5000, 1, 1))], 5),
     "a sum of other dims": (lambda x: [x.view(1, 2, 3).sum([1], True).view(3, 1)], 3),
     "a sum used twice": (lambda x: (lambda s: [s.view(3) + 1, s * x])(x.sum([0], True)), 4),
     "an expansion to one": (lambda x: [x[:1].expand(1, 1, 3).expand(1, 2, 3) + 1], 4),
@@ -196,15 +202,39 @@ def test_minus_minus_of_what_was_written_in_between():
     assert_same(step, X)
 
 
+def test_values_of_a_sparse_tensor_that_are_written_in_between():
+    def step(x):
+        sparse = torch.sparse_coo_tensor(torch.tensor([[0, 3]]), x.clone(), (4, 3), check_invariants=False)
+        before = sparse.to_dense() + 1
+        sparse._values().add_(1)
+        return [before, sparse.to_dense() + 1]
+
+    assert_same(step, X)
+
+
+def test_what_is_drawn_in_place_is_read_from_the_draw():
+    """So that whoever gives each of many runs a tensor of its own to draw into finds what depends on it."""
+
+    def step(x):
+        before = torch.empty(2, 3)
+        return (before.normal_().view(2, 3) * x,)
+
+    traced = simplified(trace(step, (X,), places=True))
+    draw, product = [node for node in traced.graph.nodes if node.op == "call_function"][1:]
+    assert draw.target is aten.normal_.default
+    assert product.args[0] is draw
+
+
 def test_a_constant_that_is_written_is_made_anew():
     assert_same(lambda x: [torch.zeros(3).add_(x[0]), torch.zeros(3) + x[0], torch.ones_like(x).add_(x)], X)
 
 
 def test_what_changes_its_shape_in_place_is_left_as_it_is():
     def step(x):
-        a, b = x.view(2, 3), x.view(2, 3)
+        a = x.view(2, 3)
+        before = a.t().exp()
         a.t_()
-        return [a.exp(), b.exp()]
+        return [before, a.exp(), x.view(2, 3).exp()]
 
     assert_same(step, X)
 
@@ -229,6 +259,11 @@ RESULTS = {
     "a constant": lambda x: [torch.ones(3), torch.ones(3) * 2, torch.zeros_like(x), torch.tensor(2.0).exp()],
     "a constant that is used": lambda x: (lambda c: [c.detach(), x[0] * c, c * 1])(torch.full((3,), 3.0)),
     "a number": lambda x: [torch.tensor(2.0) * x, torch.tensor(2.0) * torch.ones([])],
+    "a constant that was made before": lambda x: [x[0] * torch.full((3,), 3.0), torch.full((3,), 3.0)],
+    "an input times one": lambda x: [x * 1],
+    "a view of an input times one": lambda x: [x.t() * 1],
+    "an input and its view": lambda x: [x.exp(), x.t().t()],
+    "three times": lambda x: [x.exp() + 1, x.exp(), x.exp().view(6)],
     "a part": lambda x: [x.max(1)[0], x.max(1)[0], x.max(1)[1]],
     "a factor of one": lambda x: (lambda y: [y, y * 1, y / 1, y.neg().neg()])(x.exp()),
     "an early and a late one": lambda x: (lambda y: [x.exp(), y])((x.exp() * 2) / 1),

@@ -79,7 +79,7 @@ class _Values:
 
     def visit(self, node: fx.Node, root: nn.Module) -> None:
         """Find what a node is equal to: an earlier node, which takes its place, or a constant."""
-        if node.op == "get_attr" and not self._is_written(node) and all(_is_lift(user) for user in node.users):
+        if node.op == "get_attr" and all(_is_lift(user) for user in node.users):
             self.constants[node] = getattr(root, node.target)
         for storage in node.meta.get("writes", ()):
             self.places.pop(storage, None)
@@ -105,7 +105,7 @@ class _Values:
 
     def _is_pure(self, node: fx.Node) -> bool:
         """Whether a node is an operation whose result depends on its arguments alone, and is never written."""
-        if node.op != "call_function" or mutates(node) or is_random(node) or self._is_written(node):
+        if node.op != "call_function" or is_random(node) or self._is_written(node):
             return False
         if node.target is operator.getitem:
             return True
@@ -133,7 +133,7 @@ class _Values:
             x, since = node.args[0].args[0], node.args[0]
         if not isinstance(x, fx.Node) or not _is_strided(x):
             return None
-        alike = _form(x) == _form(node) and _form(x)[-1].is_floating_point
+        alike = _form(x) == _form(node) and not _form(x)[-1].is_complex
         return x if alike and self._are_unwritten([x], since) and self._may_be(node, x) else None
 
     def _kept(self, node: fx.Node) -> Any:

@@ -16,7 +16,7 @@ from ..particles import listen, quiet
 from .recording import difference_of
 from .simplify import is_random, needed_for
 from .tape import taped
-from .trace import Traced, Tracer, storage_of
+from .trace import Traced, Tracer, storage_of, written
 
 __all__ = ["BatchedMap", "RecordedMap", "record_map"]
 
@@ -29,8 +29,6 @@ class _MapTracer(Tracer):
     def __init__(self, inputs: tuple[Tensor, ...], largest: float) -> None:
         super().__init__(inputs)
         self.left = largest
-        for x in inputs:
-            self.nodes[id(x)].meta["value"] = x
         self.guards: list[tuple[fx.Node, bool]] = []
         self.numbers: list[Tensor] = []
         self.written: set[int] = set()
@@ -48,7 +46,7 @@ class _MapTracer(Tracer):
         out = super().__torch_dispatch__(func, types, args, kwargs)
         self._note(args, kwargs)
         if func._schema.is_mutable:
-            self.written.update(map(storage_of, _written(func, args, kwargs)))
+            self.written.update(map(storage_of, written(func, args, kwargs)))
         elif kwargs.get("generator") is not None and isinstance(out, Tensor):
             self.derived.discard(storage_of(out))  # a constant, which has to be the same when it is recorded again
         return out
@@ -105,14 +103,6 @@ def _is_fill(x: Tensor, indices: list[Tensor | None], values: Tensor, accumulate
     mask = indices[0]
     full = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape
     return len(indices) == 1 and full and not values.dim() and values.dtype == x.dtype and not accumulate
-
-
-def _written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the tensors that an operation writes in place."""
-    for place, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[place] if place < len(args) else kwargs.get(argument.name)
-            yield from (x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor))
 
 
 @dataclass(frozen=True)

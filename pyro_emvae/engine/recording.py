@@ -25,6 +25,7 @@ from .blame import line_of, refuse, shift_generators
 from .data import signature, tensors_of
 from .gradients import Gradient, descent, norm_of
 from .simplify import simplified
+from .tape import function_of
 from .trace import Traced, trace
 
 __all__ = ["Recording", "difference_of", "record", "verify"]
@@ -51,16 +52,16 @@ class Recording:
     uses: int = 0
 
     @functools.cached_property
-    def module(self) -> fx.GraphModule:
-        """The graph, compiled to a Python function."""
-        return fx.GraphModule(self.traced.constants, self.traced.graph)
+    def run(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The graph as a Python function."""
+        return function_of(self.traced)
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any], state: States) -> Gradient:
         """Run the graph; same generator, same numbers as the eager gradient."""
         flat_state = pytree.tree_leaves(state)
         tensors = tensors_of(args, kwargs)
         with torch.no_grad():
-            out = self.module(*self.leaves.values(), *self.buffers, *flat_state, *tensors)
+            out = self.run(*self.leaves.values(), *self.buffers, *flat_state, *tensors)
         count = len(self.reached)
         grads = dict(zip(self.reached, out[1 : 1 + count], strict=True))
         following = pytree.tree_unflatten(list(out[1 + count :]), self.state_spec)
@@ -163,7 +164,7 @@ def _trace_twice(step: Callable, inputs: tuple) -> tuple[Traced, Traced]:
             if graphs:
                 shift_generators()
             try:
-                graphs.append(trace(step, inputs))
+                graphs.append(trace(step, inputs, places=not graphs))
                 _refuse_replaced(watch.replaced())
             except RuntimeError as cause:
                 if "tracing tensor" not in str(cause) and "data-dependent" not in str(cause).lower():

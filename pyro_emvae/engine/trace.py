@@ -2,27 +2,53 @@ r"""Write down the tensor operations of a run as a graph."""
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Traced", "Tracer", "storage_of", "trace"]
+__all__ = ["Place", "Traced", "Tracer", "place_of", "storage_of", "trace", "writing", "written"]
 
 aten = torch.ops.aten
 
 
 class Traced(NamedTuple):
-    """A graph and the module that holds its constants; ``node.meta["bytes"]`` is the memory that an operation took."""
+    """A graph and the module that holds its constants.
+
+    In ``node.meta`` are ``"bytes"``, the memory that an operation took, and, if asked for, ``"places"``, where its
+    results lie; of an operation that writes in place also ``"writes"``, the storages, and ``"moved"``, whether one lies
+    elsewhere afterwards.
+    """
 
     graph: fx.Graph
     constants: nn.Module
 
 
-def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> Traced:
+class Place(NamedTuple):
+    """Where a tensor lies: two of the same place are the same numbers in the same memory."""
+
+    storage: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    bits: tuple[bool, bool]
+    offset: int
+
+
+def place_of(x: Tensor) -> Place:
+    """Return where a tensor lies; one that is not strided has no strides, and a place of its own."""
+    if x.layout is not torch.strided:
+        return Place(id(x), x.shape, (), x.dtype, x.device, (False, False), -1)
+    storage, bits = x.untyped_storage()._cdata, (x.is_conj(), x.is_neg())
+    return Place(storage, x.shape, x.stride(), x.dtype, x.device, bits, x.storage_offset())
+
+
+def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...], places: bool = False) -> Traced:
     r"""Run ``step(*inputs)`` and return its tensor operations as a graph of the same signature.
 
     What is neither an input nor made from one stays as it is: a tensor becomes a constant, a Python number a number.
@@ -36,6 +62,8 @@ def trace(step: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -
     with Tracer(inputs) as tracer:
         out = step(*inputs)
     tracer.graph.output(tuple(map(tracer.node_of, out)))
+    if places:
+        tracer.locate()
     return Traced(tracer.graph, tracer.constants)
 
 
@@ -45,8 +73,10 @@ class Tracer(TorchDispatchMode):
     def __init__(self, inputs: tuple[Tensor, ...]) -> None:
         super().__init__()
         self.graph, self.constants = fx.Graph(), nn.Module()
-        self.kept = list(inputs)
-        self.nodes = {id(x): self.graph.placeholder(f"input_{i}") for i, x in enumerate(inputs)}
+        self.kept: list[tuple[fx.Node, Tensor]] = []
+        self.nodes: dict[int, fx.Node] = {}
+        for i, x in enumerate(inputs):
+            self._keep(x, self.graph.placeholder(f"input_{i}"))
         self.derived = set(map(storage_of, inputs))
         self.storages = set(self.derived)
 
@@ -54,6 +84,8 @@ class Tracer(TorchDispatchMode):
         func, args, kwargs = _reading_less(func, args, kwargs or {})
         used: list[Tensor] = []
         arguments = _map(args, used, self.node_of), _map(kwargs, used, self.node_of)
+        targets = list(written(func, args, kwargs)) if writing(func) else []
+        before = [*map(place_of, targets)]
         out = func(*args, **kwargs)
         parts = out if isinstance(out, tuple | list) else [out]
         made = [x for x in parts if isinstance(x, Tensor)]
@@ -63,6 +95,10 @@ class Tracer(TorchDispatchMode):
                 raise RuntimeError(f"{func} takes a number from a tracing tensor")
             return out
         node = self._node(func, *arguments, made)
+        if targets:
+            after = [*map(place_of, targets)]
+            node.meta["writes"] = {place.storage for place in before + after}
+            node.meta["moved"] = before != after or any(x.layout is not torch.strided for x in targets)
         if isinstance(out, Tensor):
             self._keep(out, node)
         else:
@@ -70,7 +106,7 @@ class Tracer(TorchDispatchMode):
                 if isinstance(x, Tensor):
                     self._keep(x, self.graph.call_function(operator.getitem, (node, i)))
         if derived:
-            self.derived.update(map(storage_of, made + used if func._schema.is_mutable else made))
+            self.derived.update(map(storage_of, made + used if targets else made))
         return out
 
     def _node(self, func: Callable, args: tuple, kwargs: dict, made: list[Tensor]) -> fx.Node:
@@ -99,8 +135,17 @@ class Tracer(TorchDispatchMode):
         return x.numel() * x.element_size()
 
     def _keep(self, x: Tensor, node: fx.Node) -> None:
-        self.kept.append(x)
+        self.kept.append((node, x))
         self.nodes[id(x)] = node
+
+    def locate(self) -> None:
+        """Note where results lie: those of an operation with several are taken from it one by one."""
+        for node in self.graph.nodes:
+            node.meta["places"] = ()
+        for node, x in self.kept:
+            node.meta["places"] = (place_of(x),)
+            if node.target is operator.getitem:
+                node.args[0].meta["places"] += node.meta["places"]
 
 
 def _reading_less(func: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dict]:
@@ -115,6 +160,28 @@ def _reading_less(func: Any, args: tuple, kwargs: dict) -> tuple[Any, tuple, dic
         like = {"dtype": args[0].dtype, "layout": args[0].layout, "device": args[0].device}
         return aten.ones.default, ([],), {**like, **{k: v for k, v in kwargs.items() if k != "memory_format"}}
     return func, args, kwargs
+
+
+@functools.cache
+def writing(func: Any) -> tuple[tuple[int, str], ...]:
+    """Return places and names of the arguments that an operation writes in place.
+
+    Batch normalization moves its averages, which its schema does not say.
+    """
+    schema = getattr(func, "_schema", None)
+    arguments = () if schema is None else enumerate(schema.arguments)
+    return tuple((i, a.name) for i, a in arguments if _is_write(a) or a.name.startswith("running_"))
+
+
+def _is_write(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def written(func: Any, args: tuple, kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the tensors that an operation writes in place."""
+    for place, name in writing(func):
+        value = args[place] if place < len(args) else kwargs.get(name)
+        yield from (x for x in (value if isinstance(value, list | tuple) else [value]) if isinstance(x, Tensor))
 
 
 def storage_of(x: Tensor) -> int:

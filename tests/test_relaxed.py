@@ -23,7 +23,7 @@ from pyro_emvae import EmvaeError, EstimatorError, MonteCarloELBO, compare_gradi
 from pyro_emvae._registry import Traits, entries
 from pyro_emvae.diagnostics import explain
 from pyro_emvae.estimators import Draw, GumbelRao, GumbelSoftmax, ReinMax, StraightThrough, auto_table
-from pyro_emvae.estimators.relaxed import log_mass, perturbed, squashed
+from pyro_emvae.estimators.relaxed import held, log_mass, perturbed, squashed
 from pyro_emvae.particles import dependence, hold_batch, quiet
 from pyro_emvae.problems import Problem, exact_gradients
 from pyro_emvae.problems._problem import ProblemTraits
@@ -239,7 +239,9 @@ def test_mixed_with_any_other_estimator_the_mean_is_the_same(estimator):
 
 
 def grid(value: Tensor, *rows: int) -> Tensor:
-    """Midpoints in place of uniform noise: along the inner samples, or along the particles of each outcome."""
+    """Midpoints in place of uniform noise: along the inner samples, or the shift of the inner samples of a bit."""
+    if not rows:
+        return torch.full_like(value, 0.5)
     return ((torch.arange(rows[0], dtype=value.dtype) + 0.5) / rows[0]).reshape(rows[0], *(1,) * value.dim())
 
 
@@ -280,6 +282,19 @@ def test_gumbel_rao_tends_to_reinmax_as_the_temperature_falls(monkeypatch):
     limit = 0.5 * P * (1 - P)
     away = [abs(b - limit) for b in bias]
     assert away[3] < 0.25 * away[2] and away[2] < 0.3 * away[0]  # with the temperature
+
+
+def test_the_inner_samples_of_a_bit_are_stratified_and_keep_their_mean():
+    """The mean path over shifts is the integral, and four have less than a quarter of the variance of four draws."""
+    fn, outcome = dist.Bernoulli(logits=torch.full((20_000,), 0.4, dtype=torch.float64)), torch.ones(20_000).double()
+    logits = fn.logits.requires_grad_()
+    pyro.set_rng_seed(0)
+    (slopes,) = torch.autograd.grad(GumbelRao(0.5, 4).relax(fn, outcome).sum(), logits)
+    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    soft = squashed(fn, held(dist.Bernoulli(logits=f64(0.4)), f64(1.0), u), 0.5)
+    one = soft * (1 - soft) / 0.5
+    assert_mean(slopes[:, None], one.mean()[None], detect=0.01)
+    assert float(slopes.var()) < 0.25 * float(one.var()) / 4
 
 
 @dataclass(frozen=True)
@@ -344,7 +359,7 @@ def test_inner_samples_lower_the_variance_and_leave_the_mean():
         loss = MonteCarloELBO(1, estimator=GumbelRao(0.3, count))
         pyro.set_rng_seed(0)
         rows = []
-        for _ in range(600):
+        for _ in range(900):
             evaluation = loss.evaluate(problem.model, problem.guide, (), {})
             (leaf,) = evaluation.particles.params["guide"].values()
             rows.append(torch.autograd.grad(evaluation.surrogate, leaf)[0])

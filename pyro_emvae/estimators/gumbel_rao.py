@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
@@ -38,8 +39,8 @@ class GumbelRao(Relaxed):
         EstimatorError: As `StraightThrough`.
 
     Source: Paulus, Maddison and Krause 2021, "Rao-Blackwellizing the straight-through Gumbel-softmax gradient
-    estimator", eq. 8. Differs: a bit has one logistic number in place of two Gumbel ones; the entropy is
-    exact.
+    estimator", eq. 8. Differs: a bit has one logistic number in place of two Gumbel ones, and its inner samples are
+    stratified: one quantile in each M-th part of (0, 1), all by one shift; the entropy is exact.
 
     Example:
         >>> GumbelRao(temperature=0.5, num_samples=10).traits.unbiased
@@ -55,12 +56,14 @@ class GumbelRao(Relaxed):
         positive_int("GumbelRao", "num_samples", self.num_samples)
 
     def relax(self, fn: Any, outcome: Tensor) -> Tensor:
-        uniform = uniform_like(outcome, self.num_samples)
-        if isinstance(base(fn), Bernoulli):
-            soft = squashed(fn, held(fn, outcome, uniform), self.temperature)
-            slope = (soft - soft * soft).mean(0) / self.temperature
-            return attached(outcome, slope * bounded(base(fn).logits))
-        return attached(outcome, squashed(fn, perturbed(fn, outcome, uniform), self.temperature).mean(0))
+        if not isinstance(base(fn), Bernoulli):
+            noise = perturbed(fn, outcome, uniform_like(outcome, self.num_samples))
+            return attached(outcome, squashed(fn, noise, self.temperature).mean(0))
+        first = torch.arange(self.num_samples, dtype=outcome.dtype, device=outcome.device)
+        uniform = (first.reshape(-1, *(1,) * outcome.dim()) + uniform_like(outcome)) / self.num_samples
+        soft = squashed(fn, held(fn, outcome, uniform), self.temperature)
+        slope = (soft - soft * soft).mean(0) / self.temperature
+        return attached(outcome, slope * bounded(base(fn).logits))
 
 
 register(

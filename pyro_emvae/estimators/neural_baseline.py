@@ -89,8 +89,8 @@ class NeuralBaseline(ScoreFunction):
         moved = {f"network|{n}": p.detach() - m.view_as(p) for (n, p), m in zip(fit.params.items(), moves, strict=True)}
         return moved | {
             "mean": torch.lerp(state["mean"], signal.mean(), RATE),
-            "square": torch.lerp(state["square"], (signal**2).mean(), RATE),
-            "weight": state["weight"] + RATE * (1 - state["weight"]),
+            "square": torch.lerp(state["square"], (signal * signal).mean(), RATE),
+            "weight": state["weight"] * (1 - RATE) + RATE,
             "average": average,
         }
 
@@ -152,6 +152,8 @@ def _observed(site: SiteTerms) -> Tensor:
             columns.append(value.permute(*own, *rest).reshape(len(value), *plates, -1))
     rows = max(map(len, columns), default=1)
     columns = [column.expand(rows, *column.shape[1:]) for column in columns]
+    if len(columns) == 1:
+        return columns[0]
     return torch.cat(columns, -1) if columns else site.log_q.new_ones(1, *(1,) * nesting, 1)
 
 
@@ -171,7 +173,7 @@ def _moments(state: State) -> tuple[Tensor, Tensor]:
     """Return the running mean and standard deviation of earlier signals; 0 and 1 before there are any."""
     weight = state["weight"].clamp(min=RATE)
     mean = state["mean"] / weight
-    variance = state["square"] / weight - mean**2
+    variance = state["square"] / weight - mean * mean
     return mean, torch.where(variance > 0, variance, torch.ones_like(variance)).sqrt()
 
 

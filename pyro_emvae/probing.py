@@ -75,7 +75,8 @@ def probe(
         signal = reduced(group(terms, detach=False), site.frames).reshape(len(values), *shape)
         # a term outside the site's plates is in the signal of each element, and counts once in the derivative
         gradient = torch.autograd.grad(total(terms), leaf, create_graph=twice)[0] if differentiate else None
-    return Probed(signal if twice else signal.detach(), gradient, leaf)
+    inside = all(set(site.frames) <= set(term.frames) for term in terms)
+    return Probed(signal if twice else signal.detach(), gradient, leaf, inside)
 
 
 def _terms(pair, objective, plan, particles, site, values, estimator, beta) -> list[Term]:

@@ -98,11 +98,13 @@ class Probed:
             signals, each counted once. With ``"twice"``, signal and gradient are not detached from `values`. With
             ``"draws"``, that by the drawn values, in their shape; `signal` and `values` are None.
         values: The probed values, as the leaf that these derivatives are by.
+        inside: Whether all terms lie in the site's plates, so that an element's signal moves with its own value alone.
     """
 
     signal: Tensor | None = None
     gradient: Tensor | None = None
     values: Tensor | None = None
+    inside: bool = False
 
 
 @dataclass(frozen=True)

@@ -279,14 +279,19 @@ def _by_temperature(site: SiteTerms, slopes: tuple[Tensor, Tensor], state: State
         slopes: The derivatives of the squared gradient by c and by its slopes.
     """
     (x, scaled, s), z, (by_c, by_slope) = values_of(site, state), relaxed(site).z, slopes
-    gradient = site.probed.gradient
-    pairs = [(site.probed.signal[1], by_c), (gradient, by_slope * s)]
+    gradient, held = site.probed.gradient, site.probed.gradient.detach()
+    pairs = (
+        [(gradient, by_slope * s)] if site.probed.inside else [(site.probed.signal[1], by_c), (gradient, by_slope * s)]
+    )
     pairs = [(value, by.reshape(value.shape)) for value, by in pairs if value.requires_grad]
-    moves = by_slope * gradient.detach() * (1 + (1 - 2 * x) * scaled)
+    moves = by_slope * held * (1 + (1 - 2 * x) * scaled)
     if pairs:  # no linear model
         (by_x,) = torch.autograd.grad([value for value, _ in pairs], site.probes, [by for _, by in pairs])
         moves = torch.addcmul(moves, by_x, z)
-    return -(moves * s).sum()
+    total = (moves * s).sum()
+    if site.probed.inside:  # the signal's derivative is known
+        total = total + (lift(by_c, site.fn) * held[1] * z[1] * s[1]).sum()
+    return -total
 
 
 def _surrogate(site: SiteTerms, parts: Parts) -> dict[str, Any]:

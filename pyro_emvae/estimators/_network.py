@@ -3,6 +3,7 @@ r"""The network of `Relax`, written out with its derivatives, and the step that 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -90,7 +91,8 @@ def adam(state: State, grads: Mapping[str, Tensor], lr: float, betas: tuple[floa
     grad = torch.cat([g.flatten() for g in grads.values()])
     mean = state["mean"].lerp(grad, 1 - betas[0])
     square = state["square"].lerp(grad * grad, 1 - betas[1])
-    step = lr * mean / (1 - betas[0] ** count) / ((square / (1 - betas[1] ** count)).sqrt() + 1e-8)
+    seen = [-torch.expm1(count * math.log(beta)) for beta in betas]
+    step = lr * mean / seen[0] / ((square / seen[1]).sqrt() + 1e-8)
     moves = step.split([g.numel() for g in grads.values()])
     moved = {name: state[name] - move.view_as(state[name]) for name, move in zip(grads, moves, strict=True)}
     return moved | {"count": count, "mean": mean, "square": square}

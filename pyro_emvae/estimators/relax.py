@@ -8,13 +8,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from .._checks import EstimatorError, fail
 from .._registry import Traits, register
 from ._network import NETWORK, Network, adam, moments_of
 from .base import Estimator, SiteTerms, State
 from .bernoulli import element_logits, lift, summed
+from .relaxed import outwards
 
 __all__ = ["Rebar", "Relax"]
 
@@ -216,10 +216,12 @@ def relaxed(site: SiteTerms) -> Draws:
 
 def _relaxed(logits: Tensor, value: Tensor, noise: Tensor) -> Draws:
     sign = 2 * value - 1
-    outwards = sign * logits
-    inner = torch.logit(noise) + softplus(outwards)
-    given = inner[1].sigmoid() * outwards.sigmoid()
-    return Draws(sign * softplus(inner), torch.stack([torch.ones_like(given), given]), value - logits.sigmoid())
+    up, one, other = outwards(sign * logits)
+    moved = other * noise
+    top = one + moved
+    z = sign * (up + (top / (1 - noise)).log())
+    given = moved[1] / top[1]
+    return Draws(z, torch.stack([torch.ones_like(given), given]), value - logits.sigmoid())
 
 
 def values_of(site: SiteTerms, state: State) -> Values:

@@ -18,7 +18,7 @@ from .._registry import Traits
 from ..particles import Dependence, Particles
 from .base import Draw, Estimator, SiteTerms, Situation, State, base, is_point_mass, suggest
 
-__all__ = ["Relaxed", "log_mass", "perturbed", "relaxed_run", "require_paths", "score_relaxed"]
+__all__ = ["Relaxed", "log_mass", "outwards", "perturbed", "relaxed_run", "require_paths", "score_relaxed"]
 
 Places = Mapping[str, tuple[Situation, Estimator]]
 
@@ -101,21 +101,26 @@ def perturbed(fn: Any, outcome: Tensor, uniform: Tensor) -> Tensor:
 def held(fn: Any, outcome: Tensor, uniform: Tensor) -> Tensor:
     r"""Return what `perturbed` returns, without a path.
 
-    Of a bit with the logit $\varphi$ of its outcome: $\pm\log\frac{1+e^\varphi u}{1-u}$, with both exponents at most 0.
+    Of a bit with the logit $\varphi$ of its outcome: $\pm\log\frac{1+e^\varphi u}{1-u}$.
     """
     fn = base(fn)
     logits, outcome = bounded(fn.logits).detach(), outcome.detach()
     if isinstance(fn, Bernoulli):
         sign = 2 * outcome - 1
-        outwards = sign * logits
-        up, down = outwards.clamp(min=0), outwards.clamp(max=0)
-        odds = torch.addcmul((-up).exp(), down.exp(), uniform) / (1 - uniform)
+        up, one, other = outwards(sign * logits)
+        odds = torch.addcmul(one, other, uniform) / (1 - uniform)
         return torch.addcmul(sign * up, sign, odds.log())
     noise = -torch.log1p(-uniform)
     first = (noise * outcome).sum(-1, keepdim=True)
     total = logits.logsumexp(-1, keepdim=True)
     other = -torch.logaddexp(noise.log() - logits, first.log() - total)
     return torch.where(outcome > 0, total - first.log(), other)
+
+
+def outwards(logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Return $\varphi_+$, $e^{-\varphi_+}$, $e^{\varphi-\varphi_+}$, of which $1+e^\varphi u$ is made without overflow."""
+    up = logit.clamp(min=0)
+    return up, (-up).exp(), logit.clamp(max=0).exp()
 
 
 def uniform_like(value: Tensor, *rows: int) -> Tensor:

@@ -118,7 +118,7 @@ def held(fn: Any, outcome: Tensor, uniform: Tensor) -> Tensor:
 
 
 def outwards(logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Return $\varphi_+$, $e^{-\varphi_+}$, $e^{\varphi-\varphi_+}$, of which $1+e^\varphi u$ is made without overflow."""
+    r"""Return $\varphi_+$, $e^{-\varphi_+}$, $e^{\varphi-\varphi_+}$: with them $1+e^\varphi u$ does not overflow."""
     up = logit.clamp(min=0)
     return up, (-up).exp(), logit.clamp(max=0).exp()
 

@@ -259,7 +259,7 @@ RESULTS = {
     "a constant": lambda x: [torch.ones(3), torch.ones(3) * 2, torch.zeros_like(x), torch.tensor(2.0).exp()],
     "a constant that is used": lambda x: (lambda c: [c.detach(), x[0] * c, c * 1])(torch.full((3,), 3.0)),
     "a number": lambda x: [torch.tensor(2.0) * x, torch.tensor(2.0) * torch.ones([])],
-    "a constant that was made before": lambda x: [x[0] * torch.full((3,), 3.0), torch.full((3,), 3.0)],
+    "a constant that was made before": lambda x: [x[0] * torch.full((3,), 3.0), torch.full((3,), 3.0).view(3, 1)],
     "an input times one": lambda x: [x * 1],
     "a view of an input times one": lambda x: [x.t() * 1],
     "an input and its view": lambda x: [x.exp(), x.t().t()],

@@ -99,7 +99,7 @@ class _Values:
             return None
         (place,) = node.meta["places"]
         earlier = self.places.setdefault(place.storage, {}).setdefault(place, node)
-        if earlier is node or node.op != "call_function" or mutates(node):
+        if earlier is node or node.op != "call_function":
             return None
         return self.equal.get(earlier, earlier)
 

@@ -11,9 +11,9 @@ def base_of(fn: Any) -> Any:
     """Return the distribution inside its reinterpreted, expanded or masked forms; a transformed one is its own.
 
     Example:
-        >>> import pyro.distributions as dist
-        >>> base_of(dist.Normal(0.0, 1.0).expand([3]).to_event(1).mask(False))
-        Normal(loc: 0.0, scale: 1.0)
+        >>> import torch, pyro.distributions as dist
+        >>> base_of(dist.Normal(torch.zeros(3), 1.0).to_event(1).mask(False))
+        Normal(loc: torch.Size([3]), scale: torch.Size([3]))
     """
     while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
         fn = fn.base_dist

@@ -16,7 +16,7 @@ SOURCE = Path(__file__).resolve().parents[1] / PACKAGE
 
 # Lowest first. A name stands for the module or for the whole subpackage; modules of one layer may import each other.
 LAYERS = (
-    ("_checks", "_registry", "_pyro"),
+    ("_checks", "_distributions", "_registry", "_pyro"),
     (
         "parameters",
         "particles",

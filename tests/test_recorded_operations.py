@@ -2,6 +2,7 @@ r"""What a recorded step runs: fewer operations for the same bits, and nothing t
 
 from __future__ import annotations
 
+import gc
 import operator
 import weakref
 from collections.abc import Callable
@@ -259,7 +260,7 @@ RESULTS = {
     "a constant": lambda x: [torch.ones(3), torch.ones(3) * 2, torch.zeros_like(x), torch.tensor(2.0).exp()],
     "a constant that is used": lambda x: (lambda c: [c.detach(), x[0] * c, c * 1])(torch.full((3,), 3.0)),
     "a number": lambda x: [torch.tensor(2.0) * x, torch.tensor(2.0) * torch.ones([])],
-    "a constant that was made before": lambda x: [x[0] * torch.full((3,), 3.0), torch.full((3,), 3.0)],
+    "a constant that was made before": lambda x: [x[0] * torch.full((3,), 3.0), torch.full((3,), 3.0).view(3, 1)],
     "an input times one": lambda x: [x * 1],
     "a view of an input times one": lambda x: [x.t() * 1],
     "an input and its view": lambda x: [x.exp(), x.t().t()],
@@ -338,6 +339,21 @@ def test_a_tensor_is_let_go_after_its_last_use():
             run(X.clone())
         assert len(alive.made) >= 40
         assert alive.most <= 3
+
+
+def test_constants_go_with_the_function():
+    """No cycle keeps them until the collector runs."""
+    outside = [torch.rand(3)]
+    known = weakref.ref(outside[0])
+    gc.disable()
+    try:
+        run = function_of(trace(lambda x: (x + outside[0],), (X,)))
+        assert run(X)[0].shape == X.shape
+        outside.clear()
+        del run
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def every_binding(x: Tensor) -> list[Tensor]:

@@ -46,11 +46,12 @@ def simplified(traced: Traced) -> Traced:
     values = _Values(nodes, output.all_input_nodes)
     for node in nodes:
         values.visit(node, root)
-    _install(traced, values.constants)
     _lead(output, values.equal)
     _drop(graph)
+    _install(traced, values.constants)
     for node in graph.nodes:
-        _join(node)
+        if not values.moved:
+            _join(node)
     _drop(graph)
     return traced
 
@@ -99,7 +100,7 @@ class _Values:
             return None
         (place,) = node.meta["places"]
         earlier = self.places.setdefault(place.storage, {}).setdefault(place, node)
-        if earlier is node or node.op != "call_function" or mutates(node):
+        if earlier is node or node.op != "call_function":
             return None
         return self.equal.get(earlier, earlier)
 
@@ -133,7 +134,7 @@ class _Values:
             x, since = node.args[0].args[0], node.args[0]
         if not isinstance(x, fx.Node) or not _is_strided(x):
             return None
-        alike = _form(x) == _form(node) and not _form(x)[-1].is_complex
+        alike = _form(x) == _form(node) and not x.meta["places"][0].dtype.is_complex
         return x if alike and self._are_unwritten([x], since) and self._may_be(node, x) else None
 
     def _kept(self, node: fx.Node) -> Any:
@@ -169,7 +170,7 @@ class _Values:
     def _number(self, node: fx.Node) -> fx.Node | None:
         """Return the earlier constant of the same number."""
         value = self.constants.get(node)
-        if value is None or value.dim() or value.device.type != "cpu" or self.moved:
+        if value is None or value.dim() or value.device.type != "cpu" or self.moved or not _is_strided(node):
             return None
         earlier = self.made.setdefault((value.dtype, repr(value.item())), node)
         return None if earlier is node else earlier
@@ -201,8 +202,9 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _form(node: fx.Node) -> tuple:
+    """Return all of a tensor's place but the storage and where in it the tensor begins."""
     (place,) = node.meta["places"]
-    return place.bits, place.shape, place.stride, place.dtype
+    return place[1:-1]
 
 
 def _is_strided(node: fx.Node) -> bool:
@@ -254,11 +256,11 @@ def _join(node: fx.Node) -> None:
     first = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else node
     if first.target is not JOINED.get(node.target) or len(first.users) > 1:
         return
-    shape = _form(node)[1]
+    shape = _form(node)[0]
     if node.target is aten.expand.default and 1 not in shape:
         node.args = (first.args[0], [*shape])
     elif node.target is aten.view.default and first.args[1] and first.args[2:] == (True,):
-        whole = _form(first)[1]
+        whole = _form(first)[0]
         dims = {dim % len(whole) for dim in first.args[1]}
         if shape == tuple(size for dim, size in enumerate(whole) if dim not in dims):
             first.args = first.args[:2]

@@ -140,7 +140,7 @@ class _Lines:
         head = f"def run({', '.join(self.inputs)}):"
         source = "\n".join([head, *reversed(lines), f"  return ({', '.join(results)},)"])
         exec(compile(source, "<operations>", "exec"), self.bound)
-        return self.bound["run"]
+        return self.bound.pop("run")
 
 
 class _Tape(TorchDispatchMode):

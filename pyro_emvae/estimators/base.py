@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from .._checks import EstimatorError, fail
+from .._distributions import base_of as base
 from .._registry import Traits, entries, lookup
 from ..objectives import Bound
 from ..particles import Particles
@@ -293,13 +294,6 @@ _PREFERRED = ("pathwise", "multi_sample_score", "vimco", "leave_one_out", "disar
 
 def _make(name: str) -> Estimator:
     return lookup("estimator", name).factory()
-
-
-def base(fn: Any) -> Any:
-    """Return the distribution inside ``Independent``, ``expand`` and ``mask`` wrappers."""
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return fn
 
 
 def exponential(like: Tensor) -> Tensor:

@@ -10,16 +10,10 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 from torch.distributions.constraints import MixtureSameFamilyConstraint
 
+from .._distributions import base_of
 from .._registry import entries
 
 __all__ = ["base_of", "cardinality", "kind", "names_for", "serves", "support_of"]
-
-
-def base_of(fn: Any) -> Any:
-    """Return the distribution inside its reinterpreted, expanded or masked forms."""
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return fn
 
 
 def support_of(fn: Any, support: Any = None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._checks import ModelError, fail, nearest
+from .._distributions import base_of
 from .handlers import Recorder, is_subsample
 from .quiet import quiet
 from .run import draw, run_pair, stack_runs
@@ -65,7 +66,7 @@ def vectorizable(
 
 def _computed(one: Particles, two: Particles) -> set[str]:
     """Return the point masses that follow other draws: replayed, they would be scored at values off by rounding."""
-    found = {n for n, s in two.guide.items() if type(_inner(s.fn)).__name__ == "Delta" and not s.is_observed}
+    found = {n for n, s in two.guide.items() if type(base_of(s.fn)).__name__ == "Delta" and not s.is_observed}
     return {n for n in found if not torch.equal(one.guide[n].value, two.guide[n].value)}
 
 
@@ -78,26 +79,17 @@ def _apart(one: Particles, two: Particles) -> dict[str, tuple[Tensor, None]]:
         first, second = one.guide[name].value, site.value
         near = (first - second).abs() < 0.1 * (1 + first.abs()) if first.is_floating_point() else first == second
         if bool(near.any()):
-            fns = [_inner(pair[name].fn) for pair in (two.guide, two.model) if name in pair]
+            fns = [base_of(pair[name].fn) for pair in (two.guide, two.model) if name in pair]
             fn = next((fn for fn in fns if fn.has_enumerate_support), site.fn)
-            for dim in range(_inner(fn).event_dim):  # a vector moves as a whole, so that it stays in its support
+            for dim in range(base_of(fn).event_dim):  # a vector moves as a whole, so that it stays in its support
                 near = near.any(-1 - dim, keepdim=True)
             moved[name] = (torch.where(near, _other(fn, first), second), None)
     return moved
 
 
-def _inner(fn: Any) -> Any:
-    """Return the distribution whose event dims are its own, not reinterpreted ones."""
-    while hasattr(fn, "base_dist") and not hasattr(fn, "transforms"):
-        fn = fn.base_dist
-    return fn
-
-
 def _other(fn: Any, value: Tensor) -> Tensor:
     """Return a value of the support that differs from `value` everywhere, or for one-hot vectors in two places."""
-    inner = fn
-    while hasattr(inner, "base_dist") and not hasattr(inner, "transforms"):  # Independent, masked, expanded
-        inner = inner.base_dist
+    inner = base_of(fn)
     if inner.has_enumerate_support and inner.event_dim:
         return value.roll(1, -1)
     if inner.has_enumerate_support:

@@ -16,6 +16,7 @@ from pyro.ops.contract import contract_tensor_tree
 from torch import Tensor
 
 from .._checks import EstimatorError, ModelError, fail
+from .._distributions import base_of
 from .._pyro import EnumMessenger, scale_and_mask
 from .handlers import is_subsample
 from .sites import Site
@@ -85,9 +86,7 @@ def is_annotated(infer: Mapping[str, Any] | None) -> bool:
 
 def num_outcomes(fn: Any) -> int | None:
     """Return how many values an element of a distribution's plates has; None if it has no finite support."""
-    inner, events = fn, fn.event_shape.numel()
-    while hasattr(inner, "base_dist") and not hasattr(inner, "transforms"):
-        inner = inner.base_dist
+    inner, events = base_of(fn), fn.event_shape.numel()
     if not inner.has_enumerate_support:
         return None
     try:

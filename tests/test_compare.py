@@ -385,7 +385,7 @@ class Doubled(Objective):
     name: ClassVar[str] = "doubled"
     bounds: ClassVar[str] = "none"
 
-    def terms(self, particles, analytic=()):
+    def terms(self, particles):
         return [term._replace(value=2 * term.value) for term in ELBO().terms(particles, analytic)]
 
 

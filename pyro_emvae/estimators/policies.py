@@ -15,7 +15,7 @@ from .score import Score
 
 __all__ = ["POLICIES", "auto", "auto_table", "candidates", "from_user", "probe", "pyro", "table"]
 
-PLACES = {"arms": 15}
+PLACES = {"analytic_kl": 8, "arms": 15}
 """Candidates of auto whose traits do not give them a place."""
 
 Choice = tuple[Estimator, str]
@@ -56,7 +56,7 @@ def auto(at: Situation) -> Choice:
     for entry in _candidates():
         estimator = entry.factory()
         summed = estimator.traits.draws == "enumerated"
-        if summed and not (at.enumerable or at.below):
+        if (summed and not (at.enumerable or at.below)) or (estimator.integrates and not at.integrable):
             continue
         if estimator.traits.draws == "coupled" and (not at.together or at.upstream is None):
             continue
@@ -91,7 +91,7 @@ def candidates(at: Situation) -> tuple[str, ...]:
         if estimator is None or misfit(estimator, at) is not None:
             continue
         draws = estimator.traits.draws
-        if draws == "enumerated" and not (at.enumerable or at.below):
+        if (draws == "enumerated" and not (at.enumerable or at.below)) or (estimator.integrates and not at.integrable):
             continue
         if draws not in ("independent", "enumerated") and not at.together and at.num_particles > 1:
             continue
@@ -136,8 +136,8 @@ def auto_table() -> list[dict[str, Any]]:
     """Return auto's candidates in order: name, what they need, and a line about them.
 
     Example:
-        >>> [row["estimator"] for row in auto_table()][:2]
-        ['enumerated', 'pathwise']
+        >>> [row["estimator"] for row in auto_table()][:3]
+        ['enumerated', 'analytic_kl', 'pathwise']
     """
     return [
         {

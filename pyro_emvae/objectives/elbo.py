@@ -15,8 +15,9 @@ from .._checks import EmvaeError, fail
 from .._pyro import scale_and_mask
 from .._registry import register
 from .base import Objective, Term, summands
+from .closed_forms import has_closed_form
 
-__all__ = ["ELBO"]
+__all__ = ["ELBO", "alike", "integrable"]
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,15 @@ class ELBO(Objective):
                 fix='Write kl="analytic".',
             )
 
-    def terms(self, particles: Any, analytic: Collection[str] = ()) -> list[Term]:
-        wanted = None if self.kl == "analytic" else analytic
-        integrated = self._analytic(particles, wanted) if wanted is None or wanted else {}
-        return summands(particles, integrated)
+    def terms(self, particles: Any) -> list[Term]:
+        return summands(particles, self._analytic(particles, None) if self.kl == "analytic" else {})
+
+    def integrated(self, terms: list[Term], particles: Any, names: Collection[str]) -> list[Term]:
+        if self.kl == "analytic":
+            return terms
+        divergences = self._analytic(particles, names)
+        new = [Term(name, "kl", particles.guide[name].frames, -kl) for name, kl in divergences.items()]
+        return new + [term for term in terms if term.site not in divergences]
 
     def _analytic(self, particles: Any, wanted: Collection[str] | None) -> dict[str, Tensor]:
         shared = [name for name in particles.guide if name in particles.latents]
@@ -94,6 +100,62 @@ class ELBO(Objective):
                 )
             result[name] = _guarded(_guarded(scale_and_mask(kl, p.scale, p.mask), q.scale, p.scale), q.mask, p.mask)
         return result
+
+
+def integrable(particles: Any) -> set[str]:
+    r"""Return the guide's sites whose $\mathrm{KL}(q\|p)$ can be had in closed form and is right.
+
+    They are latents of guide and model, in the same order in both; `kl_divergence` has the pair, which is one of those
+    that it has right (`has_closed_form`); its values are finite and of the shape of log q; and scales and masks are
+    numbers, which `alike` compares in each evaluation, or one tensor in both.
+    """
+    found = set()
+    for name in alike(particles, particles.guide, numbers=True):
+        q, p = particles.guide[name], particles.model[name]
+        if not q.fn.has_rsample:
+            continue
+        try:
+            with torch.no_grad():
+                kl = _kl(q, p)
+        except NotImplementedError:
+            continue
+        if kl.shape == q.log_prob.shape and bool(torch.isfinite(kl).all()):
+            found.add(name)
+    return found
+
+
+def alike(particles: Any, names: Collection[str], numbers: bool = False) -> list[str]:
+    """Return the sites among `names` whose KL stands, in these particles, for what is sampled.
+
+    Everything is told by classes, names, numbers and memory, and nothing by a value that a tensor has.
+
+    Args:
+        particles: The particles.
+        names: Names of guide sites.
+        numbers: Whether scales and masks that are numbers may differ: a model may change them from step to step.
+    """
+    latents = particles.latents
+    shared = [name for name in particles.guide if name in latents]
+    summed = particles.enumerated or any("summed_out" in site.infer for site in particles.model.values())
+    if summed or particles.weights or shared != [name for name in latents if name in particles.guide]:
+        return []
+    sites = [(name, particles.guide[name], latents[name]) for name in shared if name in names]
+    return [name for name, q, p in sites if not q.is_observed and _stands(q, p, numbers)]
+
+
+def _stands(q: Any, p: Any, numbers: bool) -> bool:
+    """Whether the KL of one site stands for what is sampled."""
+    if not (_matches(q.scale, p.scale, numbers) and _matches(q.mask, p.mask, numbers)):
+        return False
+    priors = {id(one): two for one, two in zip(q.runs, p.runs, strict=True)}
+    pairs = [(run.fn, priors[id(run)].fn) for run in q.runs] or [(q.fn, p.fn)]
+    return all(has_closed_form(one, two) for one, two in pairs)
+
+
+def _matches(one: Any, two: Any, numbers: bool) -> bool:
+    if isinstance(one, Tensor) or isinstance(two, Tensor):
+        return isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape == two.shape and _is_same(one, two)
+    return numbers or one is two or one == two
 
 
 def _kl(q: Any, p: Any) -> Tensor:

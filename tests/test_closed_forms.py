@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence, transforms
 
-from pyro_emvae.objectives.closed_forms import LEAVES, TRANSFORMED, WRAPPERS, has_closed_form
+from pyro_emvae import MonteCarloELBO
+from pyro_emvae.objectives.closed_forms import LEAVES, TRANSFORMED, WRAPPERS, has_closed_form, loses_derivatives
 
 F64 = torch.float64
 INF = math.inf
@@ -33,6 +35,10 @@ ONE_DIM: dict[str, tuple[tuple, tuple, tuple]] = {
     "ContinuousBernoulli": ((0.3,), (0.8,), UNIT),
 }
 """Two settings of each distribution, and its support."""
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=F64)
 
 
 def made(name: str, which: int) -> tuple[Any, list[Tensor]]:
@@ -218,7 +224,31 @@ def test_wishart_loses_its_derivative():
     eye = torch.eye(2, dtype=F64)
     q, p = (torch.distributions.Wishart(d, scale_tril=eye) for d in (df, torch.tensor(6.0, dtype=F64)))
     assert torch.autograd.grad(kl_divergence(q, p), df, allow_unused=True) == (None,)
-    assert not has_closed_form(q, p)
+    assert loses_derivatives(q, p) and not has_closed_form(q, p)
+
+
+def test_transforms_that_are_equal_now_lose_theirs():
+    """Those of `AffineBeta`, whose scale is a parameter: at the same number torch takes them for one."""
+
+    def model() -> None:
+        pyro.sample("z", dist.AffineBeta(number(1.5), number(2.8), number(0.0), number(1.5)))
+
+    def guide() -> None:
+        high = pyro.param("high", lambda: number(1.5))
+        pyro.sample("z", dist.AffineBeta(number(2.3), number(1.7), number(0.0), high))
+
+    def slope(objective: str) -> Tensor:
+        loss = MonteCarloELBO(2, objective=objective, estimator="pathwise", vectorize_particles=True)
+        pyro.set_rng_seed(0)
+        loss.loss_and_grads(model, guide)
+        leaf = pyro.param("high").unconstrained()
+        found, leaf.grad = leaf.grad, None
+        return found
+
+    assert slope("elbo") != 0
+    assert torch.equal(slope("elbo_analytic_kl"), slope("elbo"))
+    beta = dist.AffineBeta(2.0, 2.0, number(0.0), number(1.0))
+    assert not loses_derivatives(beta, beta)
 
 
 def test_supports_that_move_and_masks_are_left_out():

@@ -386,7 +386,7 @@ class Doubled(Objective):
     bounds: ClassVar[str] = "none"
 
     def terms(self, particles):
-        return [term._replace(value=2 * term.value) for term in ELBO().terms(particles, analytic)]
+        return [term._replace(value=2 * term.value) for term in ELBO().terms(particles)]
 
 
 def test_the_reference_is_a_row_of_the_objective():

@@ -1,4 +1,4 @@
-r"""Sites whose KL `auto` integrates: which they are, that the value stays the sampled one, and when they are sampled."""
+r"""Sites whose KL `auto` integrates: which they are, when they are sampled, and that the value is the sampled one."""
 
 from __future__ import annotations
 

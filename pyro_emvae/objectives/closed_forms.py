@@ -12,9 +12,10 @@ from typing import Any
 
 import pyro.distributions
 import torch.distributions
-from torch.distributions import ExpTransform, Transform
+from torch import Tensor
+from torch.distributions import ComposeTransform, ExpTransform, Transform, TransformedDistribution, Wishart
 
-__all__ = ["has_closed_form"]
+__all__ = ["has_closed_form", "loses_derivatives"]
 
 
 def _both(*names: str) -> frozenset[type]:
@@ -51,9 +52,10 @@ def has_closed_form(one: Any, two: Any) -> bool:
     Of classes only those themselves are taken, no subclass.
 
     Example:
-        >>> from pyro.distributions import Normal, NanMaskedNormal
-        >>> has_closed_form(Normal(0.0, 1.0), Normal(1.0, 2.0)), has_closed_form(NanMaskedNormal(0.0, 1.0), Normal(0.0, 1.0))
-        (True, False)
+        >>> from pyro.distributions import Gamma, NanMaskedNormal, Normal
+        >>> normal = Normal(0.0, 1.0)
+        >>> [has_closed_form(one, normal) for one in (Normal(2.0, 1.0), Gamma(1.0, 1.0), NanMaskedNormal(0.0, 1.0))]
+        [True, True, False]
     """
     one, two = _unwrapped(one), _unwrapped(two)
     if type(one) in TRANSFORMED and type(two) in TRANSFORMED:
@@ -61,6 +63,24 @@ def has_closed_form(one: Any, two: Any) -> bool:
         same = len(one.transforms) == len(two.transforms) and all(_is_same(a, b) for a, b in pairs)
         return same and has_closed_form(one.base_dist, two.base_dist)
     return type(one) in LEAVES and type(two) in LEAVES
+
+
+def loses_derivatives(one: Any, two: Any) -> bool:
+    """Whether torch has the KL of a pair, and drops derivatives: by Wishart's parameters, or by those of transforms."""
+    one, two = _unwrapped(one), _unwrapped(two)
+    if isinstance(one, Wishart) and isinstance(two, Wishart):
+        return True
+    if not (isinstance(one, TransformedDistribution) and isinstance(two, TransformedDistribution)):
+        return False
+    pairs = [(a, b) for a, b in zip(one.transforms, two.transforms, strict=False) if a is not b]
+    return any(_moves(t) for pair in pairs for t in pair) or loses_derivatives(one.base_dist, two.base_dist)
+
+
+def _moves(transform: Transform) -> bool:
+    """Whether a transform has a tensor that is differentiated."""
+    inner = transform.parts if isinstance(transform, ComposeTransform) else ()
+    own = any(isinstance(value, Tensor) and value.requires_grad for value in vars(transform).values())
+    return own or any(map(_moves, inner))
 
 
 def _unwrapped(fn: Any) -> Any:

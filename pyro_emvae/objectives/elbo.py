@@ -15,7 +15,7 @@ from .._checks import EmvaeError, fail
 from .._pyro import scale_and_mask
 from .._registry import register
 from .base import Objective, Term, summands
-from .closed_forms import has_closed_form
+from .closed_forms import has_closed_form, loses_derivatives
 
 __all__ = ["ELBO", "alike", "integrable"]
 
@@ -29,7 +29,11 @@ class ELBO(Objective):
     Args:
         kl: ``"sampled"`` uses the draws for all terms. ``"analytic"`` replaces log p - log q of a latent by
             $-\mathrm{KL}(q\|p)$, given upstream draws, wherever torch has the pair registered; the other latents
-            stay sampled.
+            stay sampled. Left out are pairs whose derivatives torch drops: Wishart, and transforms that are equal now
+            and have parameters of their own.
+
+    The objective says what value is reported. The gradient is its estimators' affair: `estimators.Analytic` at a site
+    integrates the KL there in the gradient, and the value stays sampled.
 
     Raises:
         EmvaeError: With ``kl="analytic"`` if the latents of model and guide come in different orders (the KL given
@@ -160,6 +164,8 @@ def _matches(one: Any, two: Any, numbers: bool) -> bool:
 
 def _kl(q: Any, p: Any) -> Tensor:
     if not q.runs:
+        if loses_derivatives(q.fn, p.fn):
+            raise NotImplementedError
         kl = kl_divergence(q.fn, p.fn)
         return kl if q.average is None else q.average(kl)
     priors = {id(one): two for one, two in zip(q.runs, p.runs, strict=True)}

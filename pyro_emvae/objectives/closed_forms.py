@@ -23,33 +23,37 @@ def _both(*names: str) -> frozenset[type]:
     return frozenset(getattr(module, name) for module in (torch.distributions, pyro.distributions) for name in names)
 
 
-LEAVES = _both(
-    "Beta",
-    "Cauchy",
-    "Chi2",
-    "ContinuousBernoulli",
-    "Dirichlet",
-    "Exponential",
-    "Gamma",
-    "Gumbel",
-    "HalfNormal",
-    "Laplace",
-    "LowRankMultivariateNormal",
-    "MultivariateNormal",
-    "Normal",
-)
-"""Reparameterised, of a support that no parameter moves, and right in all pairs that are registered and finite, against
-quadrature and, for normal distributions, against the formula by matrices (tests/test_closed_forms.py)."""
+NORMALS = {"LowRankMultivariateNormal", "MultivariateNormal"}
+GAMMAS = {"Chi2", "Exponential", "Gamma", "Gumbel", "Normal"}
+PAIRS = {
+    "Beta": {"Beta", "ContinuousBernoulli", *GAMMAS} - {"Gumbel"},
+    "Cauchy": {"Cauchy"},
+    "Chi2": GAMMAS,
+    "ContinuousBernoulli": {"ContinuousBernoulli", "Exponential", "Normal"},
+    "Dirichlet": {"Dirichlet"},
+    "Exponential": GAMMAS,
+    "Gamma": GAMMAS,
+    "Gumbel": {"Gumbel", "Normal"},
+    "HalfNormal": {"HalfNormal"},
+    "Laplace": {"Laplace", "Normal"},
+    "LowRankMultivariateNormal": NORMALS,
+    "MultivariateNormal": NORMALS,
+    "Normal": {"Gumbel", "Laplace", "MultivariateNormal", "Normal"},
+}
+"""Names of the first and of the second. They are reparameterised, their supports are moved by no parameter, so that the
+KL is finite, and it is right against quadrature and, for vectors, the formula by matrices (tests/test_closed_forms.py).
+"""
 
+LEAVES = _both(*PAIRS)
 WRAPPERS = _both("Independent")
 TRANSFORMED = _both("LogNormal", "TransformedDistribution")
 INVERSE = type(ExpTransform().inv)
 
 
 def has_closed_form(one: Any, two: Any) -> bool:
-    r"""Whether $\mathrm{KL}(one\|two)$, if it is registered and finite, is right, as far as classes and transforms say.
+    r"""Whether $\mathrm{KL}(one\|two)$ is finite and, where it is registered, right, by classes and transforms alone.
 
-    Of classes only those themselves are taken, no subclass.
+    Of classes only those themselves are taken, no subclass; of tensors, no value is looked at.
 
     Example:
         >>> from pyro.distributions import Gamma, NanMaskedNormal, Normal
@@ -62,7 +66,7 @@ def has_closed_form(one: Any, two: Any) -> bool:
         pairs = zip(one.transforms, two.transforms, strict=False)
         same = len(one.transforms) == len(two.transforms) and all(_is_same(a, b) for a, b in pairs)
         return same and has_closed_form(one.base_dist, two.base_dist)
-    return type(one) in LEAVES and type(two) in LEAVES
+    return type(one) in LEAVES and type(two) in LEAVES and type(two).__name__ in PAIRS[type(one).__name__]
 
 
 def loses_derivatives(one: Any, two: Any) -> bool:

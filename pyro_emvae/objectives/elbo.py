@@ -109,29 +109,16 @@ class ELBO(Objective):
 def integrable(particles: Any) -> set[str]:
     r"""Return the guide's sites whose $\mathrm{KL}(q\|p)$ can be had in closed form and is right.
 
-    They are latents of guide and model, in the same order in both; `kl_divergence` has the pair, which is one of those
-    that it has right (`has_closed_form`); its values are finite and of the shape of log q; and scales and masks are
-    numbers, which `alike` compares in each evaluation, or one tensor in both.
+    They are latents of guide and model, in the same order in both, of one shape; torch has the pair, which is one of
+    those that are finite and that it has right (`has_closed_form`); and scales and masks are numbers, which `alike`
+    compares in each evaluation, or one tensor in both. No value of a tensor is looked at and nothing computed, so that
+    the answer is the same at all parameters, in a run that is resumed, and in a recording.
     """
-    found = set()
-    for name in alike(particles, particles.guide, numbers=True):
-        q, p = particles.guide[name], particles.model[name]
-        if not q.fn.has_rsample:
-            continue
-        try:
-            with torch.no_grad():
-                kl = _kl(q, p)
-        except NotImplementedError:
-            continue
-        if kl.shape == q.log_prob.shape and bool(torch.isfinite(kl).all()):
-            found.add(name)
-    return found
+    return set(alike(particles, particles.guide, numbers=True))
 
 
 def alike(particles: Any, names: Collection[str], numbers: bool = False) -> list[str]:
     """Return the sites among `names` whose KL stands, in these particles, for what is sampled.
-
-    Everything is told by classes, names, numbers and memory, and nothing by a value that a tensor has.
 
     Args:
         particles: The particles.
@@ -152,8 +139,13 @@ def _stands(q: Any, p: Any, numbers: bool) -> bool:
     if not (_matches(q.scale, p.scale, numbers) and _matches(q.mask, p.mask, numbers)):
         return False
     priors = {id(one): two for one, two in zip(q.runs, p.runs, strict=True)}
-    pairs = [(run.fn, priors[id(run)].fn) for run in q.runs] or [(q.fn, p.fn)]
-    return all(has_closed_form(one, two) for one, two in pairs)
+    pairs = [(run, priors[id(run)].fn) for run in q.runs] or [(q, p.fn)]
+    return all(
+        run.log_prob.shape == run.fn.batch_shape == prior.batch_shape
+        and run.fn.event_shape == prior.event_shape
+        and has_closed_form(run.fn, prior)
+        for run, prior in pairs
+    )
 
 
 def _matches(one: Any, two: Any, numbers: bool) -> bool:

@@ -51,8 +51,8 @@ class MonteCarloELBO(ELBO):
     $$\text{loss}=-\tfrac1K\sum_k\big[\log p(x,z_k)-\log q(z_k)\big],\quad z_k\sim q,$$
 
     and a gradient that each site's estimator contributes to: see `pyro_emvae.estimators`. An estimator is about the
-    gradient; what value is reported, `objective` says. That of ``"elbo"`` is `Trace_ELBO`'s number for number, and so is
-    the gradient with ``estimator="pyro"``.
+    gradient; what value is reported, `objective` says. That of ``"elbo"`` is `Trace_ELBO`'s number for number, and the
+    gradient is with ``estimator="pyro"``.
 
     Args:
         num_particles: K, draws per evaluation.

@@ -45,8 +45,8 @@ def auto(at: Situation) -> Choice:
        or masks of guide and model differ, the site's KL is drawn. On the package's problems the variance of the guide's
        gradient is 0.33 to 0.99 of the plain one at the start, and 0.02 to 0.92 after training; of the model's, 0 to
        1.00. Only for eight schools it is 2.3 and 2.4: what the prior's and the likelihood's noise have in common, and
-       of other signs, is lost. On the VAE of ``benchmarks/svi.py`` it is 0.15 and 0.91, and a step takes 1.00 (eager)
-       and 1.02 (graph) times as long.
+       of other signs, is lost. On the VAE of ``benchmarks/svi.py`` it is 0.15 and 0.91, and a step takes as long
+       (0.99 times eagerly, 1.00 recorded).
     3. Plain pathwise, wherever else there is a reparameterised sampler; a rejection sampler's rest by the score
        function. Of `AdaptiveSticking` the variance is 0.001 to 0.67 and 0.00004 to 0.25, for 1.34 times the time of a
        step of that VAE (36.9 and 49.3 ms, one thread). Doubly reparameterised gradients are better near the posterior

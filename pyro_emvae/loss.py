@@ -350,7 +350,7 @@ class MonteCarloELBO(ELBO):
         """Return the sites whose KL is integrated: of those that nobody named, where model and guide allow it now."""
         sites = [site for site, estimator in rows if estimator.integrates]
         chosen = {site.name for site in sites if self.is_trial or self.resolver.is_chosen(site)}
-        allowed = alike(particles, chosen) if chosen else ()
+        allowed = set(alike(particles, chosen)) if chosen else ()
         return [site.name for site in sites if site.name in allowed or site.name not in chosen]
 
     def _check_integrated(self, wanted: list[str], terms: list[Term], particles: Particles) -> None:

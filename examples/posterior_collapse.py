@@ -6,7 +6,7 @@ Does it have to, or did the guide come too late?
 
 Answer: it came too late. While it lags behind the true posterior, z is noise to the decoder, which learns to do without
 it: 0.00 nats of information. If each update of theta waits until the guide has caught up (He et al. 2019), the latents
-keep 1.24 nats about each sequence, and sequences held out are likelier, by 0.61 +- 0.07 nats each. It takes 26 times as
+keep 1.20 nats about each sequence, and sequences held out are likelier, by 0.63 +- 0.08 nats each. It takes 27 times as
 many updates of the guide, and it is one seed; `tests/test_collapse.py` has five.
 
 Running time: about a minute.

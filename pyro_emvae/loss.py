@@ -23,6 +23,7 @@ from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES
 from .estimators.relaxed import relaxed_run, score_relaxed
 from .objectives import Bound, MultiSample, Objective, Term
+from .objectives.elbo import alike
 from .particles import Dependence, ModuleWatch, Particles, Site, dependence, draw, generators, quiet
 from .probing import probe
 from .resolving import Plan, Resolution, Resolver, remember
@@ -55,7 +56,9 @@ class MonteCarloELBO(ELBO):
 
     $$\text{loss}=-\tfrac1K\sum_k\big[\log p(x,z_k)-\log q(z_k)\big],\quad z_k\sim q,$$
 
-    and a gradient that each site's estimator contributes to: see `pyro_emvae.estimators`.
+    and a gradient that each site's estimator contributes to: see `pyro_emvae.estimators`. An estimator is about the
+    gradient; what value is reported, `objective` says. That of ``"elbo"`` is `Trace_ELBO`'s number for number, and the
+    gradient is with ``estimator="pyro"``.
 
     Args:
         num_particles: K, draws per evaluation.
@@ -300,7 +303,8 @@ class MonteCarloELBO(ELBO):
         objective, terms, bound = self._objective(plan, particles, rows, beta)
         plain = all(_is_plain(e) for _, e in rows)
         if plain and not self.objective.splits_paths:
-            climbed = objective if beta is None else total(terms) / self.num_particles
+            same = beta is None and not any(e.integrates for _, e in rows)
+            climbed = objective if same else total(terms) / self.num_particles
             before = self.state if state is None else state
             self._account(particles, rows, {})
             return Evaluation(objective, climbed, particles, accounted(before, state or {}, self.evaluations))
@@ -321,15 +325,23 @@ class MonteCarloELBO(ELBO):
     def _objective(
         self, plan: Plan, particles: Particles, rows: list, beta: Tensor | None = None
     ) -> tuple[Tensor, list[Term], Bound | None]:
-        """Return the objective, its summands (annealed), and the objective of several particles, if it is one."""
+        """Return the objective, and the terms that are climbed or the objective of several particles, if it is one.
+
+        What is climbed is annealed, and has the KL of sites integrated whose estimator does so.
+        """
         depends = plan.depends or Dependence()
-        analytic = [site.name for site, estimator in rows if estimator.integrates]
-        terms = self.objective.terms(particles, analytic)
-        _check_integrated(analytic, terms, particles)
-        terms = reweighted(terms, particles, depends)
+        drawn = self.objective.terms(particles)
+        terms = reweighted(drawn, particles, depends)
         bound = self.objective.bound(particles, terms, depends.moves)
         if bound is None:
-            objective = total(terms) / self.num_particles
+            names = self._integrated(particles, rows)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not names):
+                objective = total(terms) / self.num_particles
+            if names:
+                terms = reweighted(self.objective.integrated(drawn, particles, names), particles, depends)
+                self._check_integrated(names, terms, particles)
+                divergence = total([term for term in terms if term.kind == "kl"]).detach()
+                objective = objective + 0 * divergence  # not finite if that is not
             return objective, terms if beta is None else annealed(terms, particles, beta), None
         if beta is not None:
             fail(
@@ -341,6 +353,29 @@ class MonteCarloELBO(ELBO):
                 fix='Write objective="elbo".',
             )
         return bound.total, terms, bound
+
+    def _integrated(self, particles: Particles, rows: list) -> list[str]:
+        """Return the sites whose KL is integrated: of those that nobody named, where model and guide allow it now."""
+        sites = [site for site, estimator in rows if estimator.integrates]
+        chosen = {site.name for site in sites if self.is_trial or self.resolver.is_chosen(site)}
+        allowed = set(alike(particles, chosen)) if chosen else ()
+        return [site.name for site in sites if site.name in allowed or site.name not in chosen]
+
+    def _check_integrated(self, wanted: list[str], terms: list[Term], particles: Particles) -> None:
+        integrated = {term.site for term in terms if term.kind == "kl"}
+        for name in wanted:
+            site = particles.guide[name]
+            if name not in integrated and not (self.is_trial or self.resolver.is_chosen(site)):
+                prior = particles.model[name].fn if name in particles.model else None
+                fail(
+                    EstimatorError,
+                    "MonteCarloELBO",
+                    f"integrate the KL of site {name!r}",
+                    got=f"{type(base(site.fn)).__name__} in the guide and "
+                    f"{'no such site' if prior is None else type(base(prior)).__name__} in the model",
+                    because="torch.distributions.kl_divergence knows no closed form of that pair",
+                    fix=f'Use estimator={{"{name}": "pathwise"}}.',
+                )
 
     def _finite(self, evaluation: Evaluation) -> float:
         value = -float(evaluation.objective.detach())
@@ -397,22 +432,6 @@ def _is_plain(estimator: Estimator) -> bool:
     """Whether the objective, differentiated as it stands, is what the estimator estimates."""
     pathwise = type(estimator) is Pathwise and not estimator.traits.splits_paths
     return pathwise or estimator.traits.draws == "enumerated"
-
-
-def _check_integrated(wanted: list[str], terms: list[Term], particles: Particles) -> None:
-    integrated = {term.site for term in terms if term.kind == "kl"}
-    for name in wanted:
-        if name not in integrated:
-            prior = particles.model[name].fn if name in particles.model else None
-            fail(
-                EstimatorError,
-                "MonteCarloELBO",
-                f"integrate the KL of site {name!r}",
-                got=f"{type(base(particles.guide[name].fn)).__name__} in the guide and "
-                f"{'no such site' if prior is None else type(base(prior)).__name__} in the model",
-                because="torch.distributions.kl_divergence knows no closed form of that pair",
-                fix=f'Use estimator={{"{name}": "pathwise"}}.',
-            )
 
 
 def raise_non_finite(obj: str, value: float, particles: Particles, cause: BaseException | None = None) -> None:

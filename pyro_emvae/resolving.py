@@ -10,7 +10,8 @@ from typing import Any
 from ._registry import create
 from .choosing import PROBE, best
 from .estimators.base import Estimator, Situation, base, is_point_mass, require_fit
-from .estimators.pathwise import Pathwise
+from .estimators.draws import Independent
+from .estimators.pathwise import Analytic, Full, Pathwise
 from .estimators.policies import POLICIES, candidates, from_user
 from .objectives import MultiSample, Objective
 from .particles import Dependence, Particles, Site, is_annotated, num_outcomes
@@ -76,6 +77,7 @@ class Resolver:
         """Know nothing of any model."""
         self.table: dict[str, Resolution] = {}
         self.summable: dict[str, bool] = {}
+        self.integrable: dict[str, bool] = {}
         self.looks: dict[str, int] = {}
         self.tried: dict[str, tuple[str, ...]] = {}
 
@@ -128,6 +130,7 @@ class Resolver:
             None if depends is None else depends.upstream(name),
             multi_sample=isinstance(self.objective, MultiSample),
             enumerable=is_annotated(infer) or self.summable.get(name, False),
+            integrable=self.integrable.get(name, False),
             together=plan is None or plan.vectorize,
             below=nesting is not None and len(fn.batch_shape) > nesting + plan.vectorize,
         )
@@ -147,6 +150,10 @@ class Resolver:
             return from_user(infer["estimator"]), "annotated in the guide"
         return self.policy, "named for the whole loss"
 
+    def is_chosen(self, site: Site) -> bool:
+        """Whether the estimator of a guide's site was left to ``"auto"`` or ``"probe"``."""
+        return self.spec(site.name, site.infer)[0] in (POLICIES["auto"], POLICIES["probe"])
+
     def _choose(self, at: Situation, state: States) -> tuple[Estimator, str]:
         spec, why = self.spec(at.name, at.infer)
         if spec is POLICIES["probe"]:
@@ -165,7 +172,8 @@ def _outcomes(estimator: Estimator, fn: Any) -> int:
 
 def follows(estimator: Estimator) -> bool:
     """Whether a site can be downstream of one that is summed over."""
-    return estimator == Pathwise() or estimator.traits.draws == "enumerated"
+    plain = type(estimator) is Pathwise and estimator.draws == Independent()
+    return (plain and isinstance(estimator.entropy, Full | Analytic)) or estimator.traits.draws == "enumerated"
 
 
 def remember(cache: dict, key: Any, value: Any, limit: int = 16) -> None:

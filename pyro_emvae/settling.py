@@ -12,9 +12,10 @@ import torch
 from ._checks import EstimatorError, fail, nearest
 from .estimators.base import Situation, misfit
 from .estimators.enumerated import Enumerated
-from .estimators.policies import POLICIES
+from .estimators.pathwise import Analytic, Pathwise
 from .estimators.relaxed import require_paths
-from .objectives import MultiSample
+from .objectives import ELBO, MultiSample
+from .objectives.elbo import integrable
 from .particles import (
     BUDGET,
     Particles,
@@ -29,7 +30,7 @@ from .particles import (
     summable,
 )
 from .probing import check_relaxed, differentiates, find_shortcut
-from .resolving import Plan, follows
+from .resolving import KEPT, Plan, follows
 
 __all__ = ["announce", "check", "complete", "make_plan"]
 
@@ -56,6 +57,8 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     known = plan.depends
     splits = not plan.splits and _splits(loss, plan, particles, pair)
     sought = _seek_sums(loss, plan, particles, pair)
+    if not sought:
+        _seek_integrals(loss, plan, particles)
     summed = sought or (plan.nesting is None and _sums(particles, traits))
     if summed:
         plan.nesting = particles.max_plate_nesting
@@ -125,17 +128,13 @@ def _check_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> boo
     return looked
 
 
-def _asks_auto(loss: Any, site: Site) -> bool:
-    return loss.resolver.spec(site.name, site.infer)[0] in (POLICIES["auto"], POLICIES["probe"])
-
-
 def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
     """Find sites at which ``"auto"`` may sum and not draw; return whether there are any new ones."""
     rows = [loss.resolver.table[name] for name in particles.guide if name in loss.resolver.table]
     counts = {}
     for row in rows if loss.objective.name in Enumerated.traits.objectives else ():
         site = particles.guide[row.site]
-        new = _asks_auto(loss, site) and row.site not in loss.resolver.summable
+        new = loss.resolver.is_chosen(site) and row.site not in loss.resolver.summable
         if new and misfit(Enumerated(), _plain(loss, site)) is None:
             counts[row.site] = num_outcomes(site.fn)
     counts = {n: c for n, c in counts.items() if c <= BUDGET and n not in particles.enumerated}
@@ -149,6 +148,22 @@ def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool
     for name in names:  # to be chosen anew
         loss.resolver.table[name] = replace(loss.resolver.table[name], kind=())
     return bool(names)
+
+
+def _seek_integrals(loss: Any, plan: Plan, particles: Particles) -> None:
+    """Let ``"auto"`` integrate the KL of sites where it has a closed form for all models that it was asked about."""
+    if loss.objective != ELBO():
+        return
+    rows = [loss.resolver.table[name] for name in particles.guide if name in loss.resolver.table]
+    rows = [row for row in rows if row.why != KEPT and row.estimator in (Pathwise(), Pathwise(entropy=Analytic()))]
+    rows = [row for row in rows if loss.resolver.is_chosen(particles.guide[row.site])]
+    found, known = integrable(particles) if rows else (), loss.resolver.integrable
+    for row in rows:
+        known[row.site] = known.get(row.site, True) and row.site in found
+        if known[row.site] != row.estimator.integrates:
+            site = particles.guide[row.site]
+            loss.resolver.table[row.site] = replace(row, kind=())  # to be chosen anew
+            loss.resolve(row.site, site.fn, site.infer, plan, site.frames)
 
 
 def _plain(loss: Any, site: Site) -> Situation:

@@ -133,7 +133,7 @@ class SVI(Inference):
         >>> def model(x): pyro.sample("x", dist.Normal(pyro.sample("z", dist.Normal(0.0, 1.0)), 1.0), obs=x)
         >>> def guide(x): pyro.sample("z", dist.Normal(pyro.param("loc", torch.tensor(0.0)), 0.7))
         >>> pyro.clear_param_store()
-        >>> fit = SVI(model, guide, pyro.optim.Adam({"lr": 0.1})).run(200, torch.tensor(1.0), seed=0)
+        >>> fit = SVI(model, guide, pyro.optim.Adam({"lr": 0.05})).run(200, torch.tensor(1.0), seed=0)
         >>> fit.status, round(float(fit.params["loc"]), 1)
         ('MAX_ITER', 0.5)
     """

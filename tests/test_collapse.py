@@ -70,7 +70,11 @@ class Outcome:
 
 
 def train(seed: int, aggressive: bool, number: int = 1000, epochs: int = EPOCHS) -> Outcome:
-    """Train on simulated sequences and judge on others."""
+    """Train on simulated sequences and judge on others.
+
+    By plain draws, with which the problem was chosen: with the KL in closed form, as by default, the joint training of
+    seed 204 does not collapse (1.05 nats), and every seed that is trained aggressively keeps more than a nat.
+    """
     pyro.clear_param_store()
     generator = torch.Generator().manual_seed(seed)
     x, valid, test = (simulate(n, generator) for n in (number, 500, 500))
@@ -82,7 +86,8 @@ def train(seed: int, aggressive: bool, number: int = 1000, epochs: int = EPOCHS)
         until = steps.MutualInformation(valid, every=len(loader), patience=6, max_steps=60)
         options = {"e_step": steps.Gradient(until=until, batches=loader)}
     optim = {block: pyro.optim.Adam({"lr": rate}) for block, rate in RATES.items()}
-    em = EM(vae.model, vae.guide, optim, backend="graph", **options)
+    loss = emvae.MonteCarloELBO(estimator="pathwise")
+    em = EM(vae.model, vae.guide, optim, loss, backend="graph", **options)
     em.run(data=loader, num_epochs=epochs, progress_bar=False)
     information = emvae.mutual_information(vae.model, vae.guide, test, num_particles=5, seed=0)
     active = emvae.active_units(vae.model, vae.guide, test)

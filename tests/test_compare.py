@@ -385,8 +385,8 @@ class Doubled(Objective):
     name: ClassVar[str] = "doubled"
     bounds: ClassVar[str] = "none"
 
-    def terms(self, particles, analytic=()):
-        return [term._replace(value=2 * term.value) for term in ELBO().terms(particles, analytic)]
+    def terms(self, particles):
+        return [term._replace(value=2 * term.value) for term in ELBO().terms(particles)]
 
 
 def test_the_reference_is_a_row_of_the_objective():

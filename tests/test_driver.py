@@ -652,7 +652,7 @@ def test_fit_carries_parameters_blocks_and_provenance(cls):
     assert {k: fit.provenance[k] for k in expected} == expected
     assert fit.provenance["data"] == ["(6, 2) torch.float32"]
     (estimator,) = fit.provenance["estimators"]
-    assert estimator.startswith("z: Pathwise(entropy=Full()")
+    assert estimator.startswith("z: Pathwise(entropy=Analytic()")
     with pytest.raises(AttributeError):
         fit.status = "CONVERGED"
 

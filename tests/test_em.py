@@ -91,7 +91,9 @@ def test_half_steps_of_many_updates_with_optimizer_and_loss_of_their_own(e_steps
     problem = problems.linear_gaussian()
     losses = by_hand(problem, OPTIMIZERS["Adam"], 2, e_steps=e_steps, m_steps=m_steps)
     expected = values(dict(pyro.get_param_store().named_parameters()))
-    halves = [steps.Gradient(k, optim=OPTIMIZERS["Adam"], loss=MonteCarloELBO()) for k in (e_steps, m_steps)]
+    halves = [
+        steps.Gradient(k, optim=OPTIMIZERS["Adam"], loss=MonteCarloELBO(estimator="pyro")) for k in (e_steps, m_steps)
+    ]
     for optim in (None, OPTIMIZERS["SGD"]):
         pyro.clear_param_store()
         leaves = declare(problem.model, problem.guide, problem.args)

@@ -78,7 +78,7 @@ def test_rows():
     mu, z, x = result.sites
     assert (mu.site, mu.role, mu.plates, mu.shape, mu.scale, mu.mask) == ("mu", "latent", (), (), "1", "")
     assert (mu.estimator, mu.why, mu.cost) == ("LeaveOneOut", "named for this site", "4 model runs, vectorized")
-    assert (z.plates, z.shape, z.estimator) == (("data[4]",), (4,), "Pathwise")
+    assert (z.plates, z.shape, z.estimator) == (("data[4]",), (4,), "Pathwise(entropy=Analytic())")
     assert (x.role, x.estimator, x.cost) == ("data", "", "")
     assert [(row.parameter, row.block) for row in result.parameters] == [
         ("loc", "guide"),
@@ -654,3 +654,20 @@ def test_the_cost_counts_outcomes_and_further_values(make, loss, shown):
     row = explain(problem.model, problem.guide, *problem.args, loss=loss, seed=0).sites
     drawn = [site for site in row if site.estimator]
     assert (drawn[-1].estimator, drawn[-1].cost) == shown
+
+
+def test_a_kl_in_closed_form_at_its_least_is_no_cut_gradient():
+    """Guide and prior agree at the start: the prior's mean has the gradient zero in every draw, and is not cut."""
+
+    def agreeing(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(param("theta"), 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    def agreed(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(param("loc"), 1.0))
+
+    result = explain(agreeing, agreed, X, seed=0)
+    assert {row.parameter: row.gradient_norm for row in result.parameters}["theta"] == 0
+    assert result.flags == ()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._checks import EmvaeError, fail, require_data
 from ..engine import gradient
-from ..estimators import POLICIES, Situation
+from ..estimators import POLICIES, Pathwise, Situation
 from ..evidence.soundness import entangled_site, mask_of, scale_of, unpaired_auxiliaries
 from ..loss import MonteCarloELBO
 from ..parameters import Row, discover
@@ -32,6 +32,7 @@ from .flags import (
     plate_of,
     refused,
     run_flag,
+    silent,
 )
 
 __all__ = ["Explanation", "Flag", "ParameterRow", "SiteRow", "explain"]
@@ -144,6 +145,7 @@ def explain(
                 return Explanation((), (), (run_flag(error),))
             vectorizes, _ = attempt(lambda: vectorizable(model, guide, args, kwargs))
             moments, refusal = attempt(lambda: _replicates(model, guide, loss, args, kwargs, rows or ()))
+            balanced, _ = attempt(lambda: _balanced(model, guide, loss, args, kwargs, rows or (), moments or {}))
             unpaired, _ = attempt(lambda: list(unpaired_auxiliaries(model, guide, args, kwargs)))
             entangled = _entangled(model, guide, args, kwargs, particles)
             drawn = [site for site in particles.guide.values() if not site.is_observed]
@@ -161,6 +163,7 @@ def explain(
         refusals=tuple(e for e in (*(e for _, e in choices.values()), refusal, discovery) if e is not None),
         unpaired=unpaired or (),
         entangled=entangled,
+        balanced=balanced or (),
     )
     flags = [flag for check in CHECKS for flag in check(case)]
     flags += refused(case, {flag.kind for flag in flags})
@@ -224,6 +227,20 @@ def _replicates(model, guide, loss, args, kwargs, rows: Sequence[Row]) -> dict[s
     return {name: (mean, squares / (REPLICATES - 1)) for name, (mean, squares) in moments.items()}
 
 
+def _balanced(model, guide, loss, args, kwargs, rows: Sequence[Row], moments: Mapping) -> set[str]:
+    """Return parameters whose gradient is zero here and not cut: of a KL in closed form, where guide and prior agree.
+
+    With draws in place of the closed form, they have one.
+    """
+    integrated = [row.site for row in getattr(loss, "table", ()) if row.estimator.integrates]
+    zero = silent(moments)
+    if not (zero and integrated):
+        return set()
+    other = loss.fresh()
+    other.resolver.by_site = {**loss.resolved, **dict.fromkeys(integrated, Pathwise())}
+    return zero - silent(_replicates(model, guide, other, args, kwargs, rows))
+
+
 # Tables -------------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +283,11 @@ def _short(estimator: Any) -> str:
     if isinstance(estimator, str):
         return estimator
     default, _ = attempt(lambda: type(estimator)())
-    return type(estimator).__name__ if estimator == default else repr(estimator)
+    if default is None or not is_dataclass(estimator):
+        return type(estimator).__name__ if estimator == default else repr(estimator)
+    values = {f.name: getattr(estimator, f.name) for f in fields(estimator) if f.init and f.repr}
+    given = ", ".join(f"{name}={value!r}" for name, value in values.items() if value != getattr(default, name))
+    return f"{type(estimator).__name__}({given})" if given else type(estimator).__name__
 
 
 def _cost(case: Case, name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,7 @@ class Case:
     refusals: Sequence[Exception]
     unpaired: Sequence[Unsound] = ()
     entangled: Mapping[str, str] = field(default_factory=dict)
+    balanced: Collection[str] = ()
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -297,13 +298,18 @@ def annotations(case: Case) -> Iterator[Flag]:
         yield Flag("annotation", name, message, f"Move it to the guide's pyro.sample({name!r}, ...).")
 
 
+def silent(moments: Mapping[str, tuple[Tensor, Tensor]]) -> set[str]:
+    """Return the parameters whose gradient is zero in all replicates."""
+    return {name for name, both in moments.items() if not any(bool(m.any()) for m in both)}
+
+
 def gradients(case: Case) -> Iterator[Flag]:
     """Parameters that cannot learn."""
     for row in case.rows or ():
         if row.block == "unused":
             fix = "Use it, or delete its pyro.param or module."
             yield Flag("no_gradient", row.name, "neither log q nor log p depends on it", fix)
-        elif row.name in case.moments and not any(bool(m.any()) for m in case.moments[row.name]):
+        elif row.name in silent(case.moments) and row.name not in case.balanced:
             fix = "Look for .detach(), torch.no_grad() or an empty mask between it and its sites."
             if not isinstance(case.loss, MonteCarloELBO):
                 fix += " loss=MonteCarloELBO() gives a gradient to sites without rsample."

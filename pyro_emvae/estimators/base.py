@@ -53,6 +53,7 @@ class Situation:
         prior: The model's distribution at the site; None if not known.
         multi_sample: Whether the objective is one of several particles, no sum of terms.
         enumerable: Whether a sum over the site is asked for by its annotation, or was found to be right and cheap.
+        integrable: Whether its KL was found to have a closed form, in place of what is drawn.
         below: Whether its distribution depends on a site that is summed over.
         together: Whether all particles are drawn in one run, as estimators need that draw them together.
     """
@@ -66,6 +67,7 @@ class Situation:
     prior: Any = None
     multi_sample: bool = False
     enumerable: bool = False
+    integrable: bool = False
     below: bool = False
     together: bool = True
 
@@ -188,7 +190,7 @@ class Estimator(ABC):
     reach (``"related"``), with which a baseline is exact at the posterior; or ``"all"``."""
 
     integrates: ClassVar[bool] = False
-    """Whether the objective integrates the site's KL in closed form."""
+    """Whether the surrogate has the site's KL in closed form."""
 
     def fits(self, at: Situation) -> str | None:
         """Return what stands against this estimator at a site, beyond its traits, as a clause; or None."""

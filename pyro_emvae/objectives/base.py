@@ -38,8 +38,12 @@ class Objective(ABC):
     """Whether theta climbs with other weights than the values, so that the two paths have to be told apart."""
 
     @abstractmethod
-    def terms(self, particles: Any, analytic: Collection[str] = ()) -> list[Term]:
-        """Return the summands of log p - log q, with the KL of the sites `analytic` integrated."""
+    def terms(self, particles: Any) -> list[Term]:
+        """Return the summands of log p - log q."""
+
+    def integrated(self, terms: list[Term], particles: Any, names: Collection[str]) -> list[Term]:
+        """Return summands of the same expectation, with the KL of the named sites integrated where it can be."""
+        return terms
 
     def bound(self, particles: Any, terms: list[Term], moves: Callable[[str, str, str], bool]) -> Any:
         """Return the objective of several particles that the summands make up; None if it is their sum."""

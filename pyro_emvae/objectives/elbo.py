@@ -15,8 +15,9 @@ from .._checks import EmvaeError, fail
 from .._pyro import scale_and_mask
 from .._registry import register
 from .base import Objective, Term, summands
+from .closed_forms import has_closed_form, loses_derivatives
 
-__all__ = ["ELBO"]
+__all__ = ["ELBO", "alike", "integrable"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ class ELBO(Objective):
     Args:
         kl: ``"sampled"`` uses the draws for all terms. ``"analytic"`` replaces log p - log q of a latent by
             $-\mathrm{KL}(q\|p)$, given upstream draws, wherever torch has the pair registered; the other latents
-            stay sampled.
+            stay sampled. Left out are pairs whose derivatives torch drops: Wishart, and transforms that are equal now
+            and have parameters of their own.
+
+    The objective says what value is reported. The gradient is its estimators' affair: `estimators.Analytic` at a site
+    integrates the KL there in the gradient, and the value stays sampled.
 
     Raises:
         EmvaeError: With ``kl="analytic"`` if the latents of model and guide come in different orders (the KL given
@@ -57,10 +62,15 @@ class ELBO(Objective):
                 fix='Write kl="analytic".',
             )
 
-    def terms(self, particles: Any, analytic: Collection[str] = ()) -> list[Term]:
-        wanted = None if self.kl == "analytic" else analytic
-        integrated = self._analytic(particles, wanted) if wanted is None or wanted else {}
-        return summands(particles, integrated)
+    def terms(self, particles: Any) -> list[Term]:
+        return summands(particles, self._analytic(particles, None) if self.kl == "analytic" else {})
+
+    def integrated(self, terms: list[Term], particles: Any, names: Collection[str]) -> list[Term]:
+        if self.kl == "analytic":
+            return terms
+        divergences = self._analytic(particles, names)
+        new = [Term(name, "kl", particles.guide[name].frames, -kl) for name, kl in divergences.items()]
+        return new + [term for term in terms if term.site not in divergences]
 
     def _analytic(self, particles: Any, wanted: Collection[str] | None) -> dict[str, Tensor]:
         shared = [name for name in particles.guide if name in particles.latents]
@@ -96,8 +106,58 @@ class ELBO(Objective):
         return result
 
 
+def integrable(particles: Any) -> set[str]:
+    r"""Return the guide's sites whose $\mathrm{KL}(q\|p)$ can be had in closed form and is right.
+
+    They are latents of guide and model, in the same order in both, of one shape; torch has the pair, which is one of
+    those that are finite and that it has right (`has_closed_form`); and scales and masks are numbers, which `alike`
+    compares in each evaluation, or one tensor in both. No value of a tensor is looked at and nothing computed, so that
+    the answer is the same at all parameters, in a run that is resumed, and in a recording.
+    """
+    return set(alike(particles, particles.guide, numbers=True))
+
+
+def alike(particles: Any, names: Collection[str], numbers: bool = False) -> list[str]:
+    """Return the sites among `names` whose KL stands, in these particles, for what is sampled.
+
+    Args:
+        particles: The particles.
+        names: Names of guide sites.
+        numbers: Whether scales and masks that are numbers may differ: a model may change them from step to step.
+    """
+    latents = particles.latents
+    shared = [name for name in particles.guide if name in latents]
+    summed = particles.enumerated or any("summed_out" in site.infer for site in particles.model.values())
+    if summed or particles.weights or shared != [name for name in latents if name in particles.guide]:
+        return []
+    sites = [(name, particles.guide[name], latents[name]) for name in shared if name in names]
+    return [name for name, q, p in sites if not q.is_observed and _stands(q, p, numbers)]
+
+
+def _stands(q: Any, p: Any, numbers: bool) -> bool:
+    """Whether the KL of one site stands for what is sampled."""
+    if not (_matches(q.scale, p.scale, numbers) and _matches(q.mask, p.mask, numbers)):
+        return False
+    priors = {id(one): two for one, two in zip(q.runs, p.runs, strict=True)}
+    pairs = [(run, priors[id(run)].fn) for run in q.runs] or [(q, p.fn)]
+    return all(
+        run.log_prob.shape == run.fn.batch_shape == prior.batch_shape
+        and run.fn.event_shape == prior.event_shape
+        and has_closed_form(run.fn, prior)
+        for run, prior in pairs
+    )
+
+
+def _matches(one: Any, two: Any, numbers: bool) -> bool:
+    if isinstance(one, Tensor) or isinstance(two, Tensor):
+        return isinstance(one, Tensor) and isinstance(two, Tensor) and one.shape == two.shape and _is_same(one, two)
+    return numbers or one is two or one == two
+
+
 def _kl(q: Any, p: Any) -> Tensor:
     if not q.runs:
+        if loses_derivatives(q.fn, p.fn):
+            raise NotImplementedError
         kl = kl_divergence(q.fn, p.fn)
         return kl if q.average is None else q.average(kl)
     priors = {id(one): two for one, two in zip(q.runs, p.runs, strict=True)}

@@ -178,7 +178,7 @@ class MultiSample(Objective):
         """Whether a guide's site of these plates is drawn once per group."""
         return self.num_local_particles is not None and not frames
 
-    def terms(self, particles: Particles, analytic: Collection[str] = ()) -> list[Term]:
+    def terms(self, particles: Particles) -> list[Term]:
         return summands(particles, {})
 
     def bound(self, particles: Particles, terms: list[Term], moves: Moves) -> Bound:

@@ -345,11 +345,13 @@ def test_constants_go_with_the_function():
     """No cycle keeps them until the collector runs."""
     outside = [torch.rand(3)]
     known = weakref.ref(outside[0])
+    run = function_of(trace(lambda x: (x + outside[0],), (X,)))
+    outside.clear()
+    gc.collect()
     gc.disable()
     try:
-        run = function_of(trace(lambda x: (x + outside[0],), (X,)))
         assert run(X)[0].shape == X.shape
-        outside.clear()
+        assert known() is not None
         del run
         assert known() is None
     finally:

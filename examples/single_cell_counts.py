@@ -7,8 +7,7 @@ its intervals hold the truth, which is known where the data are simulated?
 
 Answer: yes. From z a batch is told with an AUC of 0.535 at most; of 0.674 if batches are ignored, which describes new
 cells worse by 12.554 +- 0.212 nats each. The canonical correlations of z with the truth are 0.981 or more. 0.918 of the
-90 % intervals of batch effects hold the truth, 0.871 of library sizes. A full-rank q gains nothing: -0.068 +- 0.036
-nats.
+90 % intervals of batch effects hold the truth, 0.871 of library sizes. A full-rank q gains nothing (-0.068 +- 0.036).
 
 Running time: one and a half minutes on one core. With `--data FILE` the counts are those of an AnnData file (`.h5ad`, a
 CSR matrix), which stays on the disk: `--matrix layers/counts` says where in it they are, `--batch COLUMN` which column

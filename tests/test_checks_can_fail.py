@@ -222,9 +222,8 @@ class SlopeOfItself(DoubleControlVariate):
     traits: ClassVar[Traits] = replace(DoubleControlVariate.traits, controls=False, stateful=False)
 
     def surrogate(self, site, signal, rows, state):
-        own = site.probed.gradient[0]
-        mixed = own.sum(0, keepdim=True) - (rows - 1) * own
-        probed = replace(site.probed, gradient=mixed[None])
+        own = site.probed.gradient
+        probed = replace(site.probed, gradient=own.sum(0, keepdim=True) - (rows - 1) * own)
         parts = super().surrogate(replace(site, probed=probed), signal, rows, state)
         term = parts["guide"] - parts.pop("controls")["slope"].term
         return {"value": term, "guide": term, "controls": {}}

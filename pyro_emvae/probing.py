@@ -149,10 +149,15 @@ def _of_model(
         return x.reshape(count, *(1,) * (nesting - len(plates)), *plates)
 
     given = {n: (v, particles.guide[n].infer) for n, v in _given(particles, latents, site, values, nesting).items()}
-    sites = run_model(model, args, kwargs, given | _indices(particles), count, nesting)
+    sites = run_model(model, args, kwargs, given | _indices(particles), count, nesting, particles.latents.keys())
     log_q = log_mass(site.fn, values) if relaxed else None
     own = rows(scale_and_mask(site.fn.log_prob(values) if log_q is None else log_q, site.scale, site.mask))
-    terms = [Term(n, "log_p", s.frames, s.scaled) for n, s in sites.items()]
+
+    def spread(x: Tensor) -> Tensor:
+        """Give what does not depend on the probes a row for each."""
+        return x if x.dim() > nesting or count == 1 else x.expand(count, *(1,) * (nesting - x.dim()), *x.shape)
+
+    terms = [Term(n, "log_p", s.frames, spread(s.scaled)) for n, s in sites.items()]
     terms.append(Term(site.name, "entropy", site.frames, -own))
     for name, other in particles.guide.items():
         if name != site.name:

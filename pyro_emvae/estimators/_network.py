@@ -47,8 +47,12 @@ class Network:
     @property
     def slope(self) -> Tensor:
         """The derivative of r by both draws, in their shape."""
-        weighted = self.bends * self.weights["weight_out"]
-        return (weighted @ self.weights["weight_in"].mT * self.spread).reshape(self.shape)
+        return (self.weighted @ self.weights["weight_in"].mT * self.spread).reshape(self.shape)
+
+    @functools.cached_property
+    def weighted(self) -> Tensor:
+        """The derivative of r by what goes into the units."""
+        return self.bends * self.weights["weight_out"]
 
     @functools.cached_property
     def bends(self) -> Tensor:
@@ -62,20 +66,20 @@ class Network:
 
     def by_weights(self, by_value: Tensor, by_slope: Tensor) -> State:
         """Return the derivative by the weights of something, given its derivatives by `value` and by `slope`."""
-        weight_in, weight_out = self.weights["weight_in"], self.weights["weight_out"]
+        size = len(self.weights["weight_out"])
         into = by_slope.reshape(self.inputs.shape) * self.spread
-        by_bends = into @ weight_in
-        by_units = -2 * self.units * by_bends * weight_out
-        by_units = torch.stack(
-            [by_units[0], by_units[1] + by_value.reshape(by_units.shape[1:-1])[..., None] * weight_out]
-        )
-        rows = [x.reshape(-1, x.shape[-1]) for x in (self.inputs, by_units * self.bends, into, self.bends * weight_out)]
-        inputs, by_sum, into, weighted = rows
-        own = (by_value.reshape(-1, 1) * self.units[1].reshape(-1, len(weight_out))).sum(0)
+        by_bends = into @ self.weights["weight_in"]
+        by_sum = -2 * self.units * self.weighted * by_bends
+        by_value = by_value.reshape(*by_sum.shape[1:-1], 1)
+        by_sum = torch.stack([by_sum[0], torch.addcmul(by_sum[1], by_value, self.weighted[1])])
+        wide, rows = (-1, self.inputs.shape[-1]), by_sum.reshape(-1, size)
         return {
-            "weight_in": inputs.mT @ by_sum + into.mT @ weighted,
-            "bias_in": by_sum.sum(0),
-            "weight_out": (by_bends * self.bends).reshape(rows[1].shape).sum(0) + own,
+            "weight_in": torch.addmm(
+                self.inputs.reshape(wide).mT @ rows, into.reshape(wide).mT, self.weighted.reshape(-1, size)
+            ),
+            "bias_in": rows.sum(0),
+            "weight_out": (by_bends * self.bends).reshape(-1, size).sum(0)
+            + (self.units[1] * by_value).reshape(-1, size).sum(0),
         }
 
 

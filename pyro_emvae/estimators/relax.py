@@ -191,7 +191,7 @@ class Relax(Estimator):
 
 
 class Draws(NamedTuple):
-    r"""Two draws of z given b, ``(2, *value.shape)``, their derivatives by the logits, and b - p.
+    r"""Two draws of z given b, ``(2, *value.shape)``, the derivative of the second by the logits, and b - p.
 
     The first is z itself, whose derivative is 1; the second $\tilde z$, whose path keeps b.
     """
@@ -220,8 +220,7 @@ def _relaxed(logits: Tensor, value: Tensor, noise: Tensor) -> Draws:
     moved = other * noise
     top = one + moved
     z = sign * (up + (top / (1 - noise)).log())
-    given = moved[1] / top[1]
-    return Draws(z, torch.stack([torch.ones_like(given), given]), value - logits.sigmoid())
+    return Draws(z, moved[1] / top[1], value - logits.sigmoid())
 
 
 def values_of(site: SiteTerms, state: State) -> Values:
@@ -248,8 +247,7 @@ class Parts(NamedTuple):
     def slopes(self, site: SiteTerms) -> tuple[Tensor, Tensor]:
         """Return the derivatives of the squared gradient by c and by its slopes."""
         twice = 2 * self.coefficient * self.gradient
-        by_slope = twice * self.draws.slope
-        return -summed(twice * self.draws.residual, site.fn), torch.stack([by_slope[0], -by_slope[1]])
+        return -summed(twice * self.draws.residual, site.fn), torch.stack([twice, -twice * self.draws.slope])
 
     def products(self, state: State) -> Tensor:
         """Return the running products of the control variate with the score, and with itself."""
@@ -259,9 +257,8 @@ class Parts(NamedTuple):
 
 def _parts(site: SiteTerms, signal: Tensor, c: Tensor, slope: Tensor, state: State) -> Parts:
     draws = relaxed(site)
-    paths = slope * draws.slope
     score, baseline = ((lift(f, site.fn) * draws.residual).reshape(draws.residual.shape) for f in (signal, c))
-    control = paths[0] - paths[1] - baseline
+    control = slope[0] - slope[1] * draws.slope - baseline
     with_score, with_itself = state["products"].unbind()
     coefficient = torch.nan_to_num(-with_score / with_itself, 1.0, 1.0, 1.0).clamp(0.0, 2.0)
     return Parts(draws, score, control, coefficient, torch.addcmul(score, coefficient, control), c)

@@ -3,7 +3,7 @@ r"""Run the guide and replay the model, once under a particle plate or once per 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -103,12 +103,22 @@ def run_model(
     values: Mapping[str, Any],
     num_particles: int,
     max_plate_nesting: int,
+    latents: Set[str],
 ) -> dict[str, Site]:
-    """Run the model alone, on values of all sites that the guide draws, in one run of so many particles."""
+    """Run the model alone, on values of all sites that the guide draws, in one run of so many particles.
+
+    Where these are all latents, no plate of particles is needed: what does not depend on them has one row then.
+    """
+    if latents <= values.keys():
+        with Recorder(values) as run:
+            model(*args, **kwargs)
+        sites = {name: make_site(msg) for name, msg in run.messages.items() if not is_subsample(msg)}
+        if all(site.is_observed or name in values for name, site in sites.items()):
+            return sites
     wrapped = plate_wrapper(num_particles, max_plate_nesting)(model)
-    run, _, latents, nesting = _run_model(wrapped, args, kwargs, values, num_particles, max_plate_nesting, {}, False)
+    run, _, summed, nesting = _run_model(wrapped, args, kwargs, values, num_particles, max_plate_nesting, {}, False)
     sites = {name: make_site(msg) for name, msg in run.messages.items() if not is_subsample(msg)}
-    return marginalized(sites, latents, nesting + (num_particles > 1), nesting) if latents else sites
+    return marginalized(sites, summed, nesting + (num_particles > 1), nesting) if summed else sites
 
 
 def is_messenger(guide: Callable) -> bool:

@@ -48,9 +48,10 @@ def auto(at: Situation) -> Choice:
        of other signs, is lost. On the VAE of ``benchmarks/svi.py`` it is 0.15 and 0.91, and a step takes as long
        (0.99 times eagerly, 1.00 recorded).
     3. Plain pathwise, wherever else there is a reparameterised sampler; a rejection sampler's rest by the score
-       function. Of `AdaptiveSticking` the variance is 0.001 to 0.67 and 0.00004 to 0.25, for 1.34 times the time of a
-       step of that VAE (36.9 and 49.3 ms, one thread). Doubly reparameterised gradients are better near the posterior
-       and worse far from it.
+       function. `AdaptiveSticking` is left to ``"probe"``: its variance is 0.001 to 0.67 and 0.00004 to 0.25 of that,
+       for 1.38 times the time of a step of that VAE (1.46 recorded) and 1.42 times that of eight schools with
+       ``AutoNormal``, which is more than Pyro's own step takes. Doubly reparameterised gradients are better near the
+       posterior and worse far from it.
     4. For Bernoulli sites whose logits depend on no draw, particles by a copula (`Arms`).
     5. Leave-one-out, for whatever else has two particles; of objectives of several particles, the better of `VIMCO`
        and `OVIS`. Not `RaoBlackwellTopK`: its particles are weighted, and one site alone of a guide can have such.

@@ -288,6 +288,56 @@ def test_results_stay_tensors_of_their_own(case):
         assert outcomes[0] == outcomes[1]
 
 
+def test_minus_minus_of_what_was_written_through_a_view():
+    def step(x: Tensor):
+        y = -x
+        y[0] = 0.0
+        return (2 * (-y),)
+
+    assert_same(step, torch.arange(1.0, 4.0))
+
+
+def written_into(step: Callable, *inputs: Tensor) -> None:
+    """Assert that a recorded run is as the first one after somebody wrote into the first one's results."""
+    run, _ = recorded(step, *inputs)
+    given = [x.clone() for x in inputs]
+    first = [x.clone() for x in run(*given)]
+    for x in run(*given):
+        (x._values() if x.is_sparse else x).mul_(0.5)
+    for x, y in zip([*given, *run(*given)], [*inputs, *first], strict=True):
+        torch.testing.assert_close(x.to_dense(), y.to_dense(), rtol=0, atol=0)
+
+
+def sparse(values: Tensor) -> Tensor:
+    return torch.sparse_coo_tensor(torch.tensor([[0, 2]]), values, (3,), check_invariants=False)
+
+
+INTO = {
+    "a view of what became the input": lambda x: [(x / 1.0).t() * 1.0],
+    "the values of a sparse result that are the input": lambda x: [sparse((x.flatten()[:2] / 1.0) * 1.0)],
+    "the values of a sparse result that are a constant": lambda x: [sparse(torch.ones(2) * 2.0), x + 1.0],
+    "a part of a folded result": lambda x: [
+        torch.tensor(1.0) * torch.stack([torch.ones(2), torch.ones(2)]).unbind(0)[0]
+    ],
+}
+
+
+@pytest.mark.parametrize("step", INTO.values(), ids=INTO)
+def test_who_writes_into_results_changes_no_later_run(step):
+    written_into(step, torch.arange(6.0).reshape(2, 3))
+
+
+def test_an_assertion_stays():
+    def step(x: Tensor):
+        torch._assert_async((x > 0).all())
+        return (x + 1,)
+
+    run, names = recorded(step, torch.ones(2))
+    assert "_assert_async.default" in names
+    with pytest.raises(RuntimeError):
+        run(-torch.ones(2))
+
+
 def test_a_result_that_is_given_twice_stays_one():
     run, _ = recorded(lambda x: (lambda y: [y, y])(x.exp()), X)
     one, two = run(X)

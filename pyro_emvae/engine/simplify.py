@@ -61,13 +61,16 @@ class _Values:
 
     `last` says when a storage is written last, `leaving` are the storages of the results, `there` those of inputs and
     of tensors from outside, `shared` those of several of them, which is so by chance (an input may be a part of a
-    tensor from outside, and another part the next time).
+    tensor from outside, and another part the next time), `folded` those of constants. `under` says where tensors lie
+    that took the place of those of a storage, so that a view of one is known for what it now is.
     """
 
     def __init__(self, nodes: list[fx.Node], outputs: Iterable[fx.Node]) -> None:
         self.order = {node: i for i, node in enumerate(nodes)}
         self.last = {s: i for node, i in self.order.items() for s in node.meta.get("writes", ())}
-        self.leaving = {s for node in outputs for s in _storages(node)}
+        self.leaving = {s for node in _with_parts(outputs) for s in _storages(node)}
+        self.under: dict[int, set[int]] = {}
+        self.folded: set[int] = set()
         roots = [s for node in nodes if node.op in ("placeholder", "get_attr") for s in _storages(node)]
         self.there = set(roots)
         self.shared = {s for s, number in Counter(roots).items() if number > 1}
@@ -92,6 +95,8 @@ class _Values:
                 same = self._number(node)
         if same is not None:
             self.equal[node] = same
+            for storage in _storages(node):
+                self.under.setdefault(storage, set()).update(self._lies(same))
             node.replace_all_uses_with(same, delete_user_cb=lambda user: user.op != "output")
 
     def _same_place(self, node: fx.Node) -> fx.Node | None:
@@ -131,6 +136,8 @@ class _Values:
         """Return the argument of an operation that changes no bit of it."""
         x, since = self._kept(node), node
         if x is None and node.target is aten.neg.default and node.args[0].target is aten.neg.default:
+            if self._is_written(node.args[0]):
+                return None
             x, since = node.args[0].args[0], node.args[0]
         if not isinstance(x, fx.Node) or not _is_strided(x):
             return None
@@ -156,7 +163,7 @@ class _Values:
 
     def _fold(self, node: fx.Node) -> None:
         """Compute what depends on constants alone, or on the shape of its argument; results of the graph stay."""
-        if node.target is operator.getitem or not self.leaving.isdisjoint(_storages(node)):
+        if getattr(node.target, "namespace", "") != "aten" or not self.leaving.isdisjoint(_storages(node)):
             return
         filled = node.target in FILLED and node.meta["bytes"] <= LARGEST and all(map(_is_strided, node.all_input_nodes))
         if filled or all(n in self.constants for n in node.all_input_nodes):
@@ -166,6 +173,7 @@ class _Values:
                 value = node.target(*args, **kwargs)
             if isinstance(value, Tensor):
                 self.constants[node] = value
+                self.folded |= _storages(node)
 
     def _number(self, node: fx.Node) -> fx.Node | None:
         """Return the earlier constant of the same number."""
@@ -184,12 +192,33 @@ class _Values:
 
     def _may_be(self, node: fx.Node, earlier: fx.Node) -> bool:
         """Whether a node may lie in the memory of an earlier one; a result of the graph keeps one that is its own."""
-        if self.leaving.isdisjoint(_storages(node)):
+        if self.leaving.isdisjoint(self._lies(node)):
             return True
-        if earlier in self.constants or not (self.leaving | self.there).isdisjoint(_storages(earlier)):
+        if not (self.leaving | self.there | self.folded).isdisjoint(self._lies(earlier)):
             return False
-        self.leaving.update(_storages(earlier))
+        self.leaving.update(self._lies(earlier))
         return True
+
+    def _lies(self, node: fx.Node) -> set[int]:
+        """Return the storages in which a node may lie."""
+        found, left = set(), [*_storages(node)]
+        while left:
+            storage = left.pop()
+            if storage not in found:
+                found.add(storage)
+                left.extend(self.under.get(storage, ()))
+        return found
+
+
+def _with_parts(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Return nodes, and of those that are sparse what they are made from."""
+    found, left = set(), [*nodes]
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left.extend(() if _is_strided(node) else node.all_input_nodes)
+    return found
 
 
 def _storages(node: fx.Node) -> set[int]:
@@ -235,7 +264,8 @@ def _drop(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         if node.users or node.op in ("placeholder", "output"):
             continue
-        if node.op == "get_attr" or not (mutates(node) or is_random(node)):
+        silent = node.op == "call_function" and not node.meta["places"]  # an assertion
+        if node.op == "get_attr" or not (mutates(node) or is_random(node) or silent):
             graph.erase_node(node)
 
 

@@ -196,11 +196,8 @@ class MonteCarloELBO(ELBO):
         if plan is None or plan.depends is None:
             return
         plan.uses += 1
-        if plan.uses in REVISITED:
-            for name, reached in dependence(model, guide, args, kwargs).items():
-                if not reached <= plan.depends.get(name, frozenset()):
-                    plan.depends[name] = plan.depends.get(name, frozenset()) | reached
-                    plan.sites = ()  # to look again at what follows from that
+        if plan.uses in REVISITED and plan.look_again(dependence(model, guide, args, kwargs)):
+            plan.sites = ()  # to look again at what follows from that
 
     @property
     def is_probing(self) -> bool:
@@ -236,8 +233,14 @@ class MonteCarloELBO(ELBO):
         sites = tuple((n, s.is_observed) for side in (particles.guide, particles.model) for n, s in side.items())
         if sites != plan.sites:
             check(self, particles)
+            new = plan.depends is not None and bool(plan.seen) and not plan.seen.issuperset(sites)
+            if new:
+                plan.look_again(dependence(model, guide, args, kwargs))
             plan.sites = sites
-            if complete(self, plan, particles, model, guide, args, kwargs):  # a site that earlier runs did not have
+            plan.seen |= set(sites)
+            if (
+                complete(self, plan, particles, model, guide, args, kwargs) or new
+            ):  # sites that earlier runs did not have
                 particles = self._draw(plan, model, guide, args, kwargs)
             self._count(plan, particles)
             announce(self)
@@ -313,7 +316,7 @@ class MonteCarloELBO(ELBO):
             pair = (model, guide, args, kwargs)
             return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape, beta)
 
-        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform)
+        composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform, beta)
         state = self.state if state is None else state
         if order == 2 and not self.objective.splits_paths and all(e.traits.higher_order for _, e in rows):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)

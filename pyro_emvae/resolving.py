@@ -54,6 +54,13 @@ class Plan:
     halfway: set[str] = field(default_factory=set)
     alone: set[str] = field(default_factory=set)
     shortcut: dict[str, bool] = field(default_factory=dict)
+    seen: set[tuple[str, bool]] = field(default_factory=set)
+
+    def look_again(self, reached: Dependence) -> bool:
+        """Add what draws were found to reach now; return whether there is anything new."""
+        new = {name: found for name, found in reached.items() if not found <= self.depends.get(name, frozenset())}
+        self.depends.update({name: self.depends.get(name, frozenset()) | found for name, found in new.items()})
+        return bool(new)
 
 
 class Resolver:

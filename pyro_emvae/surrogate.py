@@ -95,6 +95,7 @@ class Composer:
         depends: Which draws reach which summands.
         probe: Runs the model at further values of a site; see `Estimator.probes`.
         uniform: Draws uniform numbers for a site, by its name, of a shape and like a tensor.
+        beta: The factor of the latents' terms that is in the summands already.
     """
 
     def __init__(
@@ -105,9 +106,10 @@ class Composer:
         depends: Dependence,
         probe: Callable[..., Any],
         uniform: Callable[[str, tuple[int, ...], Tensor], Tensor],
+        beta: Tensor | None = None,
     ) -> None:
         self.particles, self.bound, self.depends, self.probe = particles, bound, depends, probe
-        self.uniform = uniform
+        self.uniform, self.beta = uniform, beta
         self.raw = terms
         self.terms = terms if bound is None else bound.by_values()
         self.probes: dict[str, int] = {}
@@ -239,7 +241,7 @@ class Composer:
         prior = self.particles.model.get(site.name)
         fields = {
             "entropy": entropy,
-            "direct": None if any(self.particles.cuts) else functools.partial(_direct, site),
+            "direct": None if any(self.particles.cuts) else functools.partial(_direct, site, self.beta),
             "runs": site.runs,
             "bound": self.bound,
             "weight": self.particles.weights.get(site.name),
@@ -301,6 +303,8 @@ class Composer:
         for site, named in controls.items():
             for label, control in named.items():
                 term = control.term.sum()
+                if not term.requires_grad:  # a density without parameters
+                    continue
                 share = _filled(term, -1 / self.particles.num_particles)
                 found = torch.autograd.grad(term, tensors, share, retain_graph=True, allow_unused=True)
                 parts = {i: part for i, part in enumerate(found) if part is not None}
@@ -360,11 +364,10 @@ def _learn(
         keys: Under which the state has a tensor's moments: the covariance, and the square of the control's gradient.
         pairs: The gradient without controls, and the control's, by parameter tensor.
     """
-    zero = pairs[0][0].new_zeros(2)
-    moments = torch.stack([old.get(key, zero) for key in keys])
+    found = torch.stack([_inner(one, part) for rest, part in pairs for one in (rest, part)]).reshape(-1, 2)
+    moments = torch.stack([old.get(key, torch.zeros_like(found[0])) for key in keys]).to(found)
     covariance, square = moments.unbind(1)
     coefficients = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).clamp(-control.high, -control.low).neg()
-    found = torch.stack([_inner(one, part) for rest, part in pairs for one in (rest, part)]).view_as(moments)
     return dict(zip(keys, moments.lerp(found, 1 - control.decay).unbind(), strict=True)), coefficients.unbind()
 
 
@@ -375,7 +378,7 @@ def _inner(one: Tensor, two: Tensor) -> Tensor:
 
 def _plus(one: Tensor, two: Tensor, coefficient: Tensor) -> Tensor:
     sparse = one.is_sparse or two.is_sparse
-    return one + coefficient * two if sparse else torch.addcmul(one, two, coefficient)
+    return one + coefficient * two if sparse else torch.addcmul(one, two, coefficient.to(two.dtype))
 
 
 def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
@@ -397,9 +400,10 @@ def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     return found
 
 
-def _direct(site: Site) -> Tensor:
-    """Return minus log q of the detached values of a site, scaled and masked."""
-    return -scale_and_mask(site.each(lambda run: run.density(run.value.detach())), site.scale, site.mask)
+def _direct(site: Site, beta: Tensor | None) -> Tensor:
+    """Return minus log q of the detached values of a site, scaled, masked and annealed."""
+    found = -scale_and_mask(site.each(lambda run: run.density(run.value.detach())), site.scale, site.mask)
+    return found if beta is None else beta * found
 
 
 def _one(log_q: Tensor) -> Tensor:

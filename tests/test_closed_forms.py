@@ -53,7 +53,8 @@ def registered(name: str, other: str) -> bool:
         return False
 
 
-FINITE = [(one, two) for one, two in itertools.product(ONE_DIM, repeat=2) if registered(one, two)]
+FINITE = [(one, two) for one, two in itertools.product(ONE_DIM, repeat=2) if registered(one, two) and two != "Gumbel"]
+"""The KL to a Gumbel has the moment generating function, which soon overflows where draws do not: it is left out."""
 
 
 def rule(low: float, high: float) -> tuple[Tensor, Tensor]:
@@ -106,7 +107,7 @@ def test_a_pair_in_one_dim_is_right(one, two):
 
 
 def test_the_pairs_are_those_that_were_looked_at():
-    """All that torch has and that are finite, and no other."""
+    """All that torch has and that stay finite, and no other."""
     for one, two in itertools.product(ONE_DIM, repeat=2):
         assert has_closed_form(made(one, 0)[0], made(two, 1)[0]) == ((one, two) in FINITE), (one, two)
     assert {cls.__name__ for cls in LEAVES} == {*ONE_DIM, "Dirichlet", *MULTIVARIATE} - {"LogNormal"}

@@ -16,7 +16,7 @@ from test_drawn_together import composite, tensor
 from test_estimators import TRUE, bernoulli_toy, moments
 from torch.distributions import constraints
 
-from pyro_emvae import MonteCarloELBO, problems
+from pyro_emvae import SVI, MonteCarloELBO, problems
 from pyro_emvae._checks import EstimatorError
 from pyro_emvae._registry import Traits, create
 from pyro_emvae.estimators import Control, Estimator, Rebar, Relax
@@ -424,6 +424,28 @@ def test_a_model_that_cannot_take_relaxed_values_is_refused(estimator, model, gu
     assert '"leave_one_out"' in str(caught.value) and loss.state == {}
     assert pyro.param("phi").grad is None
     assert len(before) == len(torch.get_rng_state())
+
+
+@pytest.mark.parametrize("estimator", [Rebar(), Relax()], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "graph"])
+def test_a_model_that_is_linear_in_the_bits(estimator, backend):
+    """The derivative by the relaxed values does not move with them."""
+    x = tensor([0.5, -1.0, 2.0])
+
+    def model() -> None:
+        with pyro.plate("n", 3):
+            z = pyro.sample("z", dist.Bernoulli(logits=torch.zeros(3, dtype=F64)))
+            pyro.factor("f", z * x * pyro.param("theta", tensor(1.0)))
+
+    def guide() -> None:
+        with pyro.plate("n", 3):
+            pyro.sample("z", dist.Bernoulli(logits=pyro.param("logits", torch.zeros(3, dtype=F64))))
+
+    pyro.clear_param_store()
+    svi = SVI(model, guide, pyro.optim.SGD({"lr": 0.1}), MonteCarloELBO(2, estimator=estimator), backend=backend)
+    for _ in range(3):
+        svi.step()
+    torch.testing.assert_close(pyro.param("logits").detach().sign(), x.sign())
 
 
 @pytest.mark.parametrize("model", [indexed, compared])

@@ -364,6 +364,35 @@ def test_a_scale_that_the_model_alone_anneals():
         gradient(named, *made)
 
 
+@pytest.mark.parametrize(
+    "handles",
+    [
+        {"model": lambda: poutine.scale(scale=0.5), "guide": lambda: poutine.scale(scale=1.0)},
+        {"model": lambda: poutine.mask(mask=True), "guide": lambda: poutine.scale(scale=1.0)},
+    ],
+    ids=["scale", "mask"],
+)
+def test_what_is_drawn_after_all_keeps_its_entropy_beside_a_score(handles):
+    """Where another site's estimator takes the terms apart, the gradient is still the plain one, number for number."""
+
+    def model(x: Tensor) -> None:
+        b = pyro.sample("b", dist.Poisson(number(2.0)))
+        with pyro.plate("data", 3):
+            with handles["model"]():
+                z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=F64), 1.2))
+            pyro.sample("x", dist.Normal(z + 0.3 * b, 0.7), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("b", dist.Poisson(pyro.param("rate", lambda: number(1.5))))
+        loc, width = pyro.param("loc", lambda: torch.zeros(3, dtype=F64)), pyro.param("width", lambda: number(0.6))
+        with pyro.plate("data", 3), handles["guide"]():
+            pyro.sample("z", dist.Normal(loc, width))
+
+    loss, plain = (MonteCarloELBO(2, estimator=e) for e in ({"b": "score"}, {"b": "score", "z": "pathwise"}))
+    assert_same(gradient(loss, model, guide), gradient(plain, model, guide))
+    assert loss.resolved["z"] == ANALYTIC
+
+
 def test_a_scale_that_both_anneal_stays_integrated():
     made, loss, named = pair(handle=by_number), MonteCarloELBO(), MonteCarloELBO(estimator="analytic_kl")
     for scale in (0.1, 0.7, 1.0):

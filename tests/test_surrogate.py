@@ -358,3 +358,78 @@ def test_double_control_variate_runs_model_and_guide_once():
     calls.clear()
     loss.evaluate(model, guide, (), {})
     assert calls == ["guide", "model"] and loss.evaluations == 6
+
+
+def test_a_site_that_appears_later_is_in_the_signal_at_once():
+    pyro.clear_param_store()
+    switch = {"on": False}
+
+    def later(b, loc):
+        if switch["on"]:
+            pyro.sample("z", dist.Normal(loc * b, 0.5))
+
+    def model():
+        b = pyro.sample("b", dist.Poisson(2.0))
+        later(b, 1.0)
+        pyro.sample("x", dist.Normal(b, 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        b = pyro.sample("b", dist.Poisson(pyro.param("rate", torch.tensor(1.5))))
+        later(b, 0.3)
+
+    loss = MonteCarloELBO(2, estimator="leave_one_out")
+    for _ in range(3):
+        loss.loss_and_grads(model, guide)
+    (plan,) = loss.plans.values()
+    switch["on"] = True
+    loss.loss_and_grads(model, guide)
+    assert {("model", "z"), ("guide", "z")} <= plan.depends["b"]
+
+
+def test_sticking_is_annealed_as_the_objective_is():
+    """Where q is the tempered posterior, nothing is left of the gradient."""
+    pyro.clear_param_store()
+    beta = torch.tensor(0.5, dtype=torch.float64)
+    precision = 1 + 1 / beta  # p(z) N(x; z, 1)^(1/beta)
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0), obs=X[0])
+
+    def guide():
+        loc = pyro.param("loc", X[0] / beta / precision)
+        pyro.sample("z", dist.Normal(loc, pyro.param("scale", precision**-0.5)))
+
+    loss = MonteCarloELBO(3, vectorize_particles=True, estimator="sticking_the_landing")
+    evaluation = loss.evaluate(model, guide, (), {}, beta=beta)
+    for gradient in torch.autograd.grad(evaluation.surrogate, [pyro.param(name) for name in ("loc", "scale")]):
+        assert float(gradient.abs()) < 1e-12
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_coefficients_of_any_dtype_and_layout(first, sparse):
+    """Of parameters of two dtypes, of a table alone, and none of a density without parameters."""
+    pyro.clear_param_store()
+    second = torch.float64 if first is torch.float32 else torch.float32
+    table = torch.nn.Embedding(3, 1, sparse=True)
+
+    def model():
+        pyro.sample("e", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        pyro.sample("x", dist.Normal(z.sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    def guide():
+        pyro.sample("e", dist.Normal(0.0, 1.0))
+        if sparse:
+            pyro.module("table", table)
+            loc = table(torch.tensor([0, 2])).squeeze(-1)
+        else:
+            loc = pyro.param("a", torch.zeros(2, dtype=first)) + pyro.param("b", torch.ones(2, dtype=second))
+        pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+
+    loss = MonteCarloELBO(2, estimator="adaptive_sticking")
+    for _ in range(3):
+        loss.loss_and_grads(model, guide)
+    assert all(torch.isfinite(tensor).all() for tensor in loss.state["z"].values())
+    assert any(bool(tensor.abs().min() > 0) for tensor in loss.state["z"].values())

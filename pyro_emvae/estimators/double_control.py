@@ -28,7 +28,7 @@ class DoubleControlVariate(Estimator):
 
     When to use: Bernoulli sites with many elements and a model that is differentiable in them. Cost: 2K model
     evaluations: K model and guide runs that are differentiated twice, by the parameters and by the draws. Backwards:
-    one more, for a.
+    these two, and one for a.
 
     Raises:
         EstimatorError: Fewer than two particles; a model that cannot be differentiated by the values.

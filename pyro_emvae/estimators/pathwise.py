@@ -45,8 +45,8 @@ class StickTheLanding(Entropy):
 
     The variance vanishes where q is the posterior; far from it, it can be larger than `Full`'s by orders of magnitude.
     Where a site has draws upstream, values are cut from their draws, so that an upstream value, on which the site's
-    density depends, keeps its path (detaching the distribution's parameters instead is biased in a hierarchical guide);
-    else the direct score is taken off by log q at the detached value.
+    density depends, keeps its path (detaching the distribution's parameters instead leaves out the score by it too, and
+    the variance is then not zero at the posterior); else the direct score is taken off by log q at the detached value.
 
     Source: Roeder, Wu and Duvenaud 2017, "Sticking the landing", eq. 6. Differs: no parameter is detached, so the guide
     runs once and dropout in it stays the same.
@@ -124,7 +124,7 @@ class Analytic(Entropy):
     integrates: ClassVar[bool] = True
 
     def terms(self, site: SiteTerms) -> dict[str, Any]:
-        return {}
+        return {"value": site.entropy, "guide": site.entropy}  # None where the KL is integrated, and not drawn
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ def auto(at: Situation) -> Choice:
        a pair whose KL torch has right (`objectives.elbo.integrable`), their latents come in one order, and nothing is
        summed over. It is about the gradient: the value that is reported stays the sampled one, number for number that
        of `Trace_ELBO`, so that where q is the posterior, it is log p(x) in every draw. In an evaluation in which scales
-       or masks of guide and model differ, the site's KL is drawn. On the package's problems the variance of the guide's
+       or masks of guide and model differ, the site's KL is drawn. A value that a handler gives the guide, as
+       ``poutine.replay``, counts as drawn from q. On the package's problems the variance of the guide's
        gradient is 0.33 to 0.99 of the plain one at the start, and 0.02 to 0.92 after training; of the model's, 0 to
        1.00. Only for eight schools it is 2.3 and 2.4: what the prior's and the likelihood's noise have in common, and
        of other signs, is lost. On the VAE of ``benchmarks/svi.py`` it is 0.15 and 0.91, and a step takes as long

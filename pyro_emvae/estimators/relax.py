@@ -29,8 +29,8 @@ class Rebar(Estimator):
       \quad\text{by the logit }\varphi,\qquad c(z)=f(\sigma(z/\lambda)),$$
 
     with $z=\varphi+\mathrm{logit}(u)$, $b=1[z>0]$ and $\tilde z$ a second draw of z given b. The coefficient $\eta$, 1
-    at first, has the least variance by the logits, by running moments of earlier steps. The temperature is moved by
-    stochastic gradients of that variance, $\nabla_\lambda|\hat g|^2$, with the estimator's own rate and Adam.
+    at first and between 0 and 2, has the least variance by the logits, by moments of earlier steps. The temperature is
+    moved by stochastic gradients of that variance, $\nabla_\lambda|\hat g|^2$, with the estimator's own rate and Adam.
 
     When to use: Bernoulli sites of a model that is smooth in their values, with one particle or more; logits may
     depend on other draws. Unbiased. Cost: 5K model evaluations: the draws, and two relaxed values each that are
@@ -284,8 +284,9 @@ def _by_temperature(site: SiteTerms, slopes: tuple[Tensor, Tensor], state: State
     )
     pairs = [(value, by.reshape(value.shape)) for value, by in pairs if value.requires_grad]
     moves = by_slope * held * (1 + (1 - 2 * x) * scaled)
-    if pairs:  # no linear model
-        (by_x,) = torch.autograd.grad([value for value, _ in pairs], site.probes, [by for _, by in pairs])
+    if pairs:
+        values, given = zip(*pairs, strict=True)
+        (by_x,) = torch.autograd.grad(values, site.probes, given, materialize_grads=True)  # none of a linear model
         moves = torch.addcmul(moves, by_x, z)
     total = (moves * s).sum()
     if site.probed.inside:  # the signal's derivative is known

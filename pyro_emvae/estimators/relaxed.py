@@ -18,7 +18,22 @@ from .._registry import Traits
 from ..particles import Dependence, Particles
 from .base import Draw, Estimator, SiteTerms, Situation, State, base, is_point_mass, suggest
 
-__all__ = ["Relaxed", "log_mass", "outwards", "perturbed", "relaxed_run", "require_paths", "score_relaxed"]
+__all__ = [
+    "RELAXED",
+    "Relaxed",
+    "attached",
+    "bounded",
+    "check_temperature",
+    "held",
+    "log_mass",
+    "outwards",
+    "perturbed",
+    "relaxed_run",
+    "require_paths",
+    "score_relaxed",
+    "squashed",
+    "uniform_like",
+]
 
 Places = Mapping[str, tuple[Situation, Estimator]]
 

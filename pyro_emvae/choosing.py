@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ._checks import EmvaeError
+from .controls import leaves_of
 from .estimators.base import State
 from .particles import quiet
-from .surrogate import States, leaves_of
+from .surrogate import States
 
 __all__ = ["PROBE", "SHARE", "accounted", "begin", "best", "due", "learn", "trial"]
 

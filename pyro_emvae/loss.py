@@ -17,6 +17,7 @@ from ._checks import EmvaeError, EstimatorError, NonFiniteError, fail, positive_
 from ._pyro import get_trace
 from ._registry import create
 from .choosing import PROBE, accounted
+from .controls import Known
 from .drawing import enumerates, sampler, treat
 from .estimators.base import Estimator, Probed, base
 from .estimators.pathwise import Pathwise
@@ -28,7 +29,7 @@ from .particles import Dependence, ModuleWatch, Particles, Site, dependence, dra
 from .probing import probe
 from .resolving import Plan, Resolution, Resolver, remember
 from .settling import announce, check, complete, make_plan
-from .surrogate import Composer, Known, States, annealed, reweighted, total
+from .surrogate import Composer, States, annealed, reweighted, total
 from .trials import probe as probe_candidates
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]

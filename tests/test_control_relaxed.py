@@ -19,11 +19,11 @@ from torch.distributions import constraints
 from pyro_emvae import SVI, MonteCarloELBO, problems
 from pyro_emvae._checks import EstimatorError
 from pyro_emvae._registry import Traits, create
+from pyro_emvae.controls import _learn
 from pyro_emvae.estimators import Control, Estimator, Rebar, Relax
 from pyro_emvae.estimators._network import Network
 from pyro_emvae.problems import Problem, exact_gradients
 from pyro_emvae.problems._problem import ProblemTraits
-from pyro_emvae.surrogate import _learn
 from pyro_emvae.testing import Replay, assert_mean, exact_mean
 from pyro_emvae.testing.cubature import STEPS, _logistic
 

@@ -42,6 +42,7 @@ LAYERS = (
         "settling",
         "trials",
         "surrogate",
+        "controls",
         "engine",
         "batches",
         "checkpoint",

@@ -11,9 +11,9 @@ from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from .._checks import EmvaeError, NonFiniteError, fail
+from ..controls import Known
 from ..loss import Evaluation, MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
-from ..surrogate import Known
 
 __all__ = ["Gradient", "descent", "differentiate", "gradient", "largest_change", "norm_of"]
 

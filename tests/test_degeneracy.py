@@ -33,6 +33,30 @@ def moments(values: dict[str, Tensor], x: Tensor) -> dict[str, Tensor]:
     return {"n": r, "x": r * x[:, None], "xx": r * x[:, None].square()}
 
 
+def two_normals(**start: list[float]) -> Callable[[Tensor], None]:
+    """A mixture of two normal numbers, from the given weights, locations and scales."""
+    kinds = {"weights": constraints.simplex, "loc": constraints.real, "scale": constraints.positive}
+
+    def model(x: Tensor) -> None:
+        weights, loc, scale = (pyro.param(n, x.new_tensor(start[n]), constraint=kind) for n, kind in kinds.items())
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights))
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+    return model
+
+
+def by_moments(floor: float) -> Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]]:
+    """The update by moments about zero, whose variance is a difference and at least `floor`."""
+
+    def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
+        loc = s["x"] / s["n"]
+        variance = (s["xx"] / s["n"] - loc.square()).clamp_min(floor)
+        return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
+
+    return update
+
+
 def floored(number: int, kind: str, floor: float = 1e-6) -> steps.ClosedForm:
     """A user's update with a floor below each variance: it never fails, and ends on spikes."""
 
@@ -189,21 +213,8 @@ def test_ordinary_mixtures_raise_no_alarm(kind, record_result):
 def test_an_update_that_loses_digits_on_a_spike_is_degenerate(value, floor, options):
     """Three data are equal, and a variance is a difference of sums: rounding lowers the objective at last."""
     x = torch.cat([torch.full((3,), value, dtype=torch.float64), normals(0, 100, 1)[:, 0]])
-
-    def model(x: Tensor) -> None:
-        weights = pyro.param("weights", x.new_tensor([0.03, 0.97]), constraint=constraints.simplex)
-        loc = pyro.param("loc", x.new_tensor([5.0, 0.0]))
-        scale = pyro.param("scale", x.new_tensor([0.1, 2.0]), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Categorical(weights))
-            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
-
-    def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
-        loc = s["x"] / s["n"]
-        variance = (s["xx"] / s["n"] - loc.square()).clamp_min(floor)
-        return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
-
-    em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, update))
+    model = two_normals(weights=[0.03, 0.97], loc=[5.0, 0.0], scale=[0.1, 2.0])
+    em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, by_moments(floor)))
     fit = em.run(x, max_iter=100, seed=0, **options)
     if "n_init" in options:
         assert fit.restarts["degenerate"].any() and not fit.restarts["status"].eq("FAILED").any()
@@ -215,19 +226,12 @@ def test_an_update_that_loses_digits_on_a_spike_is_degenerate(value, floor, opti
 def one_far_off(change: Callable[[Tensor], Tensor], dtype: torch.dtype, far: bool) -> tuple[EM, Tensor]:
     """A mixture whose second component is on a single datum, if there is one, and an update that changes the scales."""
     x = torch.cat([normals(0, 60, 1)[:, 0], torch.full((int(far),), 16.0)]).to(dtype)
-
-    def model(x: Tensor) -> None:
-        weights = pyro.param("weights", x.new_ones(2) / 2, constraint=constraints.simplex)
-        loc = pyro.param("loc", x.new_tensor([0.0, 16.0 if far else 0.5]))
-        scale = pyro.param("scale", x.new_tensor([1.0, 100.0 if not far else 0.01]), constraint=constraints.positive)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Categorical(weights))
-            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+    start = {"loc": [0.0, 16.0 if far else 0.5], "scale": [1.0, 0.01 if far else 100.0]}
+    model = two_normals(weights=[0.5, 0.5], **start)
 
     def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
-        loc = s["x"] / s["n"]
-        variance = (s["xx"] / s["n"] - loc.square()).clamp_min(0.0)
-        return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": change(variance.sqrt())}
+        new = by_moments(0.0)(s, params)
+        return new | {"scale": change(new["scale"])}
 
     return EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, update)), x
 
@@ -284,20 +288,7 @@ def test_a_singular_mixture_is_degenerate_whatever_rounding_makes_of_its_varianc
     for seed in range(6):
         pyro.clear_param_store()
         x = (mean + 0.5 * normals(seed, 12, 1)[:, 0]).to(dtype)
-
-        def model(x: Tensor) -> None:
-            weights = pyro.param("weights", x.new_tensor([0.1, 0.9]), constraint=constraints.simplex)
-            loc = pyro.param("loc", torch.stack([x[0], x.mean()]))
-            scale = pyro.param("scale", x.new_tensor([0.02, 0.5]), constraint=constraints.positive)
-            with pyro.plate("data", len(x)):
-                z = pyro.sample("z", dist.Categorical(weights))
-                pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
-
-        def update(s: dict[str, Tensor], params: dict[str, Tensor]) -> dict[str, Tensor]:
-            loc = s["x"] / s["n"]
-            variance = (s["xx"] / s["n"] - loc.square()).clamp_min(0.0)
-            return {"weights": s["n"] / s["n"].sum(), "loc": loc, "scale": variance.sqrt()}
-
-        em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, update))
+        model = two_normals(weights=[0.1, 0.9], loc=[float(x[0]), float(x.mean())], scale=[0.02, 0.5])
+        em = EM(model, e_step="enumerated", m_step=steps.ClosedForm(moments, by_moments(0.0)))
         found.append(em.run(x, max_iter=60, on_decrease="warn", progress_bar=False).status)
     assert found.count("DEGENERATE") >= 2

@@ -112,12 +112,12 @@ def run_model(
     if latents <= values.keys():
         with Recorder(values) as run:
             model(*args, **kwargs)
-        sites = {name: make_site(msg) for name, msg in run.messages.items() if not is_subsample(msg)}
+        sites = _sites_of(run.messages)
         if all(site.is_observed or name in values for name, site in sites.items()):
             return sites
     wrapped = plate_wrapper(num_particles, max_plate_nesting)(model)
     run, _, summed, nesting = _run_model(wrapped, args, kwargs, values, num_particles, max_plate_nesting, {}, False)
-    sites = {name: make_site(msg) for name, msg in run.messages.items() if not is_subsample(msg)}
+    sites = _sites_of(run.messages)
     return marginalized(sites, summed, nesting + (num_particles > 1), nesting) if summed else sites
 
 
@@ -172,8 +172,7 @@ def run_pair(
     if nesting is None:
         nesting = _nesting([*guide_msgs.values(), *model_msgs.values()])
     keep = nesting + (num_particles > 1)
-    guide_sites = {n: make_site(m, score) for n, m in guide_msgs.items() if not is_subsample(m)}
-    model_sites = {n: make_site(m, score) for n, m in model_msgs.items() if not is_subsample(m)}
+    guide_sites, model_sites = _sites_of(guide_msgs, score), _sites_of(model_msgs, score)
     if latents:
         model_sites = marginalized(model_sites, latents, keep, nesting)
     counted = {n: len(guide_sites[n].value) for n in (summed.found if summed else ())}
@@ -254,6 +253,10 @@ def _check_not_observed(given: Mapping[str, Any], guide_msgs: Mapping[str, dict]
 def _nesting(messages: Iterable[dict]) -> int:
     dims = [f.dim for m in messages for f in m["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE]
     return -min(dims) if dims else 0
+
+
+def _sites_of(messages: Mapping[str, dict], score: Callable | None = None) -> dict[str, Site]:
+    return {name: make_site(msg, score) for name, msg in messages.items() if not is_subsample(msg)}
 
 
 def make_site(msg: dict, score: Callable[[str, Any, Tensor], Tensor | None] | None = None) -> Site:

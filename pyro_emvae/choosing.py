@@ -67,9 +67,8 @@ def trial(loss: Any, pair: tuple[Callable, Callable, tuple, Mapping], state: Sta
             evaluation = loss.evaluate(model, guide, args, kwargs, state)
         except EmvaeError:
             return None
-        leaves = list(leaves_of(evaluation.surrogate, evaluation.particles).values())
-        grads = torch.autograd.grad(evaluation.surrogate, leaves, allow_unused=True)
-    return sum(g.double().square().sum() for g in grads if g is not None), evaluation.state
+        grads = evaluation.descent(leaves_of(evaluation.surrogate, evaluation.particles))
+    return sum(g.double().square().sum() for g in grads.values()), evaluation.state
 
 
 def learn(record: State, site: str, name: str, square: Tensor | None, evaluations: int) -> State:

@@ -2,7 +2,8 @@ r"""Control variates with learned coefficients: the gradient by each leaf, with 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor
 from .estimators.base import Control, State
 from .particles import Particles
 
-__all__ = ["Known", "controlled", "leaves_of"]
+__all__ = ["Known", "coefficients_of", "controlled", "leaves_of", "moved", "stacked"]
+
+WARM = 16
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class _Given(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, out: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.saved_tensors
-        return (None, *(None for _ in given), *(-out * g for g in given))
+        given, back = ctx.saved_tensors, -out
+        return (None, *(None for _ in given), *(back * g for g in given))
 
 
 def controlled(
@@ -53,7 +56,8 @@ def controlled(
     particles: Particles,
     state: Mapping[str, State],
     following: dict[str, State],
-) -> Known:
+    also: Known | None = None,
+) -> tuple[Known, tuple[Tensor | None, ...]]:
     r"""Return the gradient of a surrogate with $\sum_l a_l c_l$ added; their moments are added to the states to follow.
 
     Args:
@@ -62,11 +66,17 @@ def controlled(
         particles: The particles.
         state: The states by site, whose moments make the coefficients.
         following: The states of the next step.
+        also: A known gradient by tensors on the way, to be added.
+
+    Returns:
+        The gradient by the leaves; and minus that without these controls by the tensors of `also`.
     """
     leaves = leaves_of(surrogate, particles)
     names, tensors = list(leaves), list(leaves.values())
-    base = torch.autograd.grad(surrogate, tensors, _filled(surrogate, -1.0), retain_graph=True)
-    descent = list(base)
+    also = Known([], []) if also is None else also
+    roots, given = [surrogate, *also.leaves], [_filled(surrogate, -1.0), *also.descent]
+    base = torch.autograd.grad(roots, [*tensors, *also.leaves], given, retain_graph=True, allow_unused=True)
+    descent, rest = list(base[: len(tensors)]), base[len(tensors) :]
     for site, named in controls.items():
         for label, control in named.items():
             term = control.term.sum()
@@ -83,7 +93,7 @@ def controlled(
             for (i, part), coefficient in zip(parts.items(), coefficients, strict=True):
                 descent[i] = _plus(descent[i], part, coefficient)
             following.setdefault(site, {}).update(new)
-    return Known(tensors, descent)
+    return Known(tensors, descent), rest
 
 
 def _filled(like: Tensor, number: float) -> Tensor:
@@ -99,11 +109,39 @@ def _learn(
         keys: Under which the state has a tensor's moments: the covariance, and the square of the control's gradient.
         pairs: The gradient without controls, and the control's, by parameter tensor.
     """
-    found = torch.stack([_inner(one, part) for rest, part in pairs for one in (rest, part)]).reshape(-1, 2)
-    moments = torch.stack([old.get(key, torch.zeros_like(found[0])) for key in keys]).to(found)
-    covariance, square = moments.unbind(1)
-    coefficients = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).clamp(-control.high, -control.low).neg()
-    return dict(zip(keys, moments.lerp(found, 1 - control.decay).unbind(), strict=True)), coefficients.unbind()
+    found = [_inner(one, part) for rest, part in pairs for one in (rest, part)]
+    found = torch.stack(found[::2]), torch.stack(found[1::2])
+    moments = stacked([old.get(key) for key in keys], found[0])
+    coefficients = coefficients_of(moments, control.decay, control.low, control.high)
+    return dict(zip(keys, moved(moments, found, control.decay), strict=True)), coefficients.unbind()
+
+
+def stacked(old: list[Tensor | None], like: Tensor) -> Tensor:
+    """Return running moments, one row each: the covariance, the control's square, and the weight of what was seen."""
+    return torch.stack([like.new_zeros(3) if moments is None else moments for moments in old]).to(like)
+
+
+def coefficients_of(
+    moments: Tensor, decay: float | Tensor, low: float = -math.inf, high: float = math.inf
+) -> Tensor:
+    """Return the coefficients by running moments: zero in the first 16 steps (fewer, if half of what is kept is less).
+
+    The ratio of two products of the same few draws may have no variance, or no mean.
+    """
+    covariance, square, weight = moments.unbind(1)
+    least = min(0.5, 1 - decay**WARM) if isinstance(decay, float) else (1 - decay**WARM).clamp(max=0.5)
+    ratio = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).neg().clamp(low, high)
+    return torch.where(weight >= least, ratio, 0.0)
+
+
+def moved(moments: Tensor, found: Sequence[Tensor], decay: float | Tensor) -> tuple[Tensor, ...]:
+    """Return the next running moments, row by row.
+
+    Args:
+        found: The covariances, and the squares.
+    """
+    new = torch.stack([*found, torch.ones_like(found[0])], 1)
+    return moments.lerp(new, 1 - decay if isinstance(decay, float) else 1 - decay[:, None]).unbind()
 
 
 def _inner(one: Tensor, two: Tensor) -> Tensor:

@@ -3,10 +3,9 @@ r"""`MonteCarloELBO`: particles x objective x estimators, as a `pyro.infer.ELBO`
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,33 +22,20 @@ from .estimators.base import Estimator, Probed, base
 from .estimators.pathwise import Pathwise
 from .estimators.policies import POLICIES
 from .estimators.relaxed import relaxed_run, score_relaxed
+from .evaluation import Evaluation
 from .objectives import Bound, MultiSample, Objective, Term
 from .objectives.elbo import alike
 from .particles import Dependence, ModuleWatch, Particles, Site, dependence, draw, generators, quiet
 from .probing import probe
 from .resolving import Plan, Resolution, Resolver, remember
 from .settling import announce, check, complete, make_plan
+from .sticking import Sticking
 from .surrogate import Composer, States, annealed, reweighted, total
 from .trials import probe as probe_candidates
 
 __all__ = ["Evaluation", "MonteCarloELBO", "Resolution"]
 
 REVISITED = (2, 8, 64, 512, 4096, 32768)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One evaluation: the objective, the surrogate whose gradient is the estimate, the particles, the next state."""
-
-    objective: Tensor
-    climbed: Tensor | Known = field(repr=False)
-    particles: Particles = field(repr=False)
-    state: States = field(repr=False)
-
-    @functools.cached_property
-    def surrogate(self) -> Tensor:
-        """A scalar to be *maximised*; its value is of no meaning."""
-        return self.climbed.tensor if isinstance(self.climbed, Known) else self.climbed
 
 
 class MonteCarloELBO(ELBO):
@@ -305,26 +291,32 @@ class MonteCarloELBO(ELBO):
         plan = self.plans[(model, guide)]
         rows = self.resolver.rows(particles)
         objective, terms, bound = self._objective(plan, particles, rows, beta)
-        plain = all(_is_plain(e) for _, e in rows)
-        if plain and not self.objective.splits_paths:
-            same = beta is None and not any(e.integrates for _, e in rows)
+        state = self.state if state is None else state
+        stuck = [(site, e) for site, e in rows if site.name in plan.arguments]
+        rest = [(site, e) for site, e in rows if site.name not in plan.arguments]
+        sticking = None
+        if stuck and order == 1 and torch.is_grad_enabled():
+            decays = {site.name: e.sticks for site, e in stuck}
+            sticking = Sticking(decays, [site for site, _ in stuck], state, self.num_particles, beta)
+        whole = not (self.objective.splits_paths or any(particles.cuts))
+        if whole and all(_is_plain(e) for _, e in rest):
+            same = beta is None and not any(e.integrates for _, e in rest)
             climbed = objective if same else total(terms) / self.num_particles
-            before = self.state if state is None else state
             self._account(particles, rows, {})
-            return Evaluation(objective, climbed, particles, accounted(before, state or {}, self.evaluations))
+            return Evaluation(objective, climbed, particles, accounted(state, state, self.evaluations), sticking)
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
             pair = (model, guide, args, kwargs)
             return probe(pair, self.objective, plan, particles, site, values, estimator, signal.shape, beta)
 
         composer = Composer(particles, terms, bound, plan.depends or Dependence(), further, self._uniform, beta)
-        state = self.state if state is None else state
-        if order == 2 and not self.objective.splits_paths and all(e.traits.higher_order for _, e in rows):
+        if order == 2 and whole and all(e.traits.higher_order for _, e in rest):
             return Evaluation(objective.detach(), composer.dice(rows, state), particles, state)
-        surrogate, following = composer.compose(rows, state)
+        climbed, following = composer.compose(rest, state, sticking)
         self._account(particles, rows, composer.probes)
         following = accounted(state, following, self.evaluations)
-        return Evaluation(objective.detach(), surrogate, particles, following)
+        known = isinstance(climbed, Known)
+        return Evaluation(objective.detach(), climbed, particles, following, None if known else sticking)
 
     def _objective(
         self, plan: Plan, particles: Particles, rows: list, beta: Tensor | None = None
@@ -411,8 +403,7 @@ class MonteCarloELBO(ELBO):
         self.revisit(model, guide, args, kwargs)
         evaluation = self.evaluate(model, guide, args, kwargs)
         value = self._finite(evaluation)
-        if evaluation.surrogate.requires_grad:
-            (-evaluation.surrogate).backward(retain_graph=self.retain_graph)
+        evaluation.backward(self.retain_graph)
         self.state = evaluation.state
         return value
 

@@ -54,6 +54,7 @@ class Plan:
     halfway: set[str] = field(default_factory=set)
     alone: set[str] = field(default_factory=set)
     shortcut: dict[str, bool] = field(default_factory=dict)
+    arguments: set[str] = field(default_factory=set)
     seen: set[tuple[str, bool]] = field(default_factory=set)
 
     def look_again(self, reached: Dependence) -> bool:
@@ -85,6 +86,7 @@ class Resolver:
         self.table: dict[str, Resolution] = {}
         self.summable: dict[str, bool] = {}
         self.integrable: dict[str, bool] = {}
+        self.sticks: dict[str, bool] = {}
         self.looks: dict[str, int] = {}
         self.tried: dict[str, tuple[str, ...]] = {}
 
@@ -138,6 +140,7 @@ class Resolver:
             multi_sample=isinstance(self.objective, MultiSample),
             enumerable=is_annotated(infer) or self.summable.get(name, False),
             integrable=self.integrable.get(name, False),
+            sticks=self.sticks.get(name, False),
             together=plan is None or plan.vectorize,
             below=nesting is not None and len(fn.batch_shape) > nesting + plan.vectorize,
         )

@@ -12,7 +12,7 @@ import torch
 from ._checks import EstimatorError, fail, nearest
 from .estimators.base import Situation, misfit
 from .estimators.enumerated import Enumerated
-from .estimators.pathwise import Analytic, Pathwise
+from .estimators.pathwise import AdaptiveSticking, Analytic, Pathwise
 from .estimators.relaxed import require_paths
 from .objectives import ELBO, MultiSample
 from .objectives.elbo import integrable
@@ -31,10 +31,14 @@ from .particles import (
 )
 from .probing import check_relaxed, differentiates, find_shortcut
 from .resolving import KEPT, Plan, follows
+from .sticking import arguments_of
 
 __all__ = ["announce", "check", "complete", "make_plan"]
 
 logger = logging.getLogger("pyro_emvae")
+
+ENTROPIES = (Pathwise(), Pathwise(entropy=Analytic()), Pathwise(entropy=AdaptiveSticking()))
+"""What `auto` chooses between where a site is reparameterised."""
 
 LOOKS = 16
 """For how many models, such as one that is wrapped anew in each step, a sum is looked at outcome by outcome."""
@@ -55,10 +59,12 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     """
     traits = [loss.resolver.table[name].estimator.traits for name in particles.guide if name in loss.resolver.table]
     known = plan.depends
-    splits = not plan.splits and _splits(loss, plan, particles, pair)
     sought = _seek_sums(loss, plan, particles, pair)
     if not sought:
-        _seek_integrals(loss, plan, particles)
+        _seek_entropies(loss, plan, particles, pair)
+    stuck = [site.name for site, estimator in loss.resolver.rows(particles) if estimator.sticks is not None]
+    plan.arguments = _sticking(plan, particles, stuck, pair)
+    splits = not plan.splits and _splits(loss, plan, particles, pair)
     summed = sought or (plan.nesting is None and _sums(particles, traits))
     if summed:
         plan.nesting = particles.max_plate_nesting
@@ -85,7 +91,8 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
 
 def _splits(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
     """Whether values have to be cut from their paths, as where log q of a site has one through an upstream value."""
-    apart = [(site.name, e.traits.doubly) for site, e in loss.resolver.rows(particles) if e.traits.splits_paths]
+    rows = [(site.name, e.traits) for site, e in loss.resolver.rows(particles) if site.name not in plan.arguments]
+    apart = [(name, traits.doubly) for name, traits in rows if traits.splits_paths]
     if apart:
         plan.depends = plan.depends or dependence(*pair)
     always = loss.objective.splits_paths or (apart and particles.enumerated)
@@ -150,20 +157,37 @@ def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool
     return bool(names)
 
 
-def _seek_integrals(loss: Any, plan: Plan, particles: Particles) -> None:
-    """Let ``"auto"`` integrate the KL of sites where it has a closed form for all models that it was asked about."""
+def _seek_entropies(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> None:
+    """Find the sites at which ``"auto"`` may integrate the KL, or leave out the direct score of log q in part.
+
+    It does so where that is found for all models that it was asked about.
+    """
     if loss.objective != ELBO():
         return
     rows = [loss.resolver.table[name] for name in particles.guide if name in loss.resolver.table]
-    rows = [row for row in rows if row.why != KEPT and row.estimator in (Pathwise(), Pathwise(entropy=Analytic()))]
+    rows = [row for row in rows if row.why != KEPT and row.estimator in ENTROPIES]
     rows = [row for row in rows if loss.resolver.is_chosen(particles.guide[row.site])]
-    found, known = integrable(particles) if rows else (), loss.resolver.integrable
+    found = integrable(particles) if rows else ()
+    for known, right in (
+        (loss.resolver.integrable, found),
+        (loss.resolver.sticks, _sticking(plan, particles, [r.site for r in rows if r.site not in found], pair)),
+    ):
+        known |= {row.site: known.get(row.site, True) and row.site in right for row in rows}
     for row in rows:
-        known[row.site] = known.get(row.site, True) and row.site in found
-        if known[row.site] != row.estimator.integrates:
+        wanted = (loss.resolver.integrable[row.site], loss.resolver.sticks[row.site])
+        if wanted != (row.estimator.integrates, row.estimator.sticks is not None):
             site = particles.guide[row.site]
             loss.resolver.table[row.site] = replace(row, kind=())  # to be chosen anew
             loss.resolve(row.site, site.fn, site.infer, plan, site.frames)
+
+
+def _sticking(plan: Plan, particles: Particles, names: list[str], pair: tuple) -> set[str]:
+    """Return the sites of which the direct score of log q is had by the arguments of their distribution."""
+    known = [name for name in names if arguments_of(particles.guide[name].fn)]
+    if not known or particles.enumerated:
+        return set()
+    plan.depends = plan.depends or dependence(*pair)
+    return {name for name in known if not plan.depends.upstream(name)}
 
 
 def _plain(loss: Any, site: Site) -> Situation:

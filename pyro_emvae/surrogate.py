@@ -17,6 +17,7 @@ from .estimators.base import Estimator, Probed, SiteTerms, State
 from .estimators.score import Score, ScoreFunction
 from .objectives import Bound, Term
 from .particles import Dependence, Particles, Site, reduce_to
+from .sticking import Sticking
 
 __all__ = [
     "Composer",
@@ -135,7 +136,9 @@ class Composer:
     def _reached(self, name: str, estimator: Estimator) -> frozenset[int]:
         return frozenset(i for i, t in enumerate(self.raw) if reaches(self.depends, name, estimator, t))
 
-    def compose(self, rows: list[Row], state: States) -> tuple[Tensor | Known, States]:
+    def compose(
+        self, rows: list[Row], state: States, sticking: Sticking | None = None
+    ) -> tuple[Tensor | Known, States]:
         """Return the surrogate, or its gradient where that is known already, and the estimators' next state."""
         entropies = {term.site: term.value for term in self.terms if term.kind == "entropy"}
         through, direct, controls, following = [], [], {}, {}
@@ -153,7 +156,9 @@ class Composer:
                 following[site.name] = {k: v.detach() for k, v in new.items()}
         surrogate = self._paths(list(entropies.values()), through, direct, rows) / self.particles.num_particles
         if any(controls.values()):
-            surrogate = controlled(surrogate, controls, self.particles, state, following)
+            also = None if sticking is None else sticking.known
+            surrogate, found = controlled(surrogate, controls, self.particles, state, following, also)
+            following |= {} if sticking is None else sticking.follow(found)
         return surrogate, following
 
     def dice(self, rows: list[Row], state: States) -> Tensor:

@@ -11,8 +11,8 @@ from pyro.infer import TraceTailAdaptive_ELBO
 from torch import Tensor
 
 from .._checks import EmvaeError, NonFiniteError, fail
-from ..controls import Known
-from ..loss import Evaluation, MonteCarloELBO, States, raise_non_finite
+from ..evaluation import Evaluation
+from ..loss import MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
 
 __all__ = ["Gradient", "descent", "differentiate", "gradient", "largest_change", "norm_of"]
@@ -84,10 +84,8 @@ def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Cal
 
 def descent(evaluation: Evaluation, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:
     """Return minus the derivatives of what an evaluation climbs by some leaves."""
-    if isinstance(evaluation.climbed, Known):
-        found = evaluation.climbed.by(leaves)
-        return found if rows else _dense(found)
-    return differentiate(-evaluation.climbed, leaves, rows)
+    found = evaluation.descent(leaves)
+    return found if rows else _dense(found)
 
 
 def differentiate(loss: Tensor, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:

@@ -54,6 +54,7 @@ class Situation:
         multi_sample: Whether the objective is one of several particles, no sum of terms.
         enumerable: Whether a sum over the site is asked for by its annotation, or was found to be right and cheap.
         integrable: Whether its KL was found to have a closed form, in place of what is drawn.
+        sticks: Whether the direct score of its log q was found to be had by the arguments of its distribution.
         below: Whether its distribution depends on a site that is summed over.
         together: Whether all particles are drawn in one run, as estimators need that draw them together.
     """
@@ -68,6 +69,7 @@ class Situation:
     multi_sample: bool = False
     enumerable: bool = False
     integrable: bool = False
+    sticks: bool = False
     below: bool = False
     together: bool = True
 
@@ -191,6 +193,9 @@ class Estimator(ABC):
 
     integrates: ClassVar[bool] = False
     """Whether the surrogate has the site's KL in closed form."""
+
+    sticks: ClassVar[float | None] = None
+    """The decay of the coefficients by which the direct score of log q is left out, in part; None if it is not."""
 
     def fits(self, at: Situation) -> str | None:
         """Return what stands against this estimator at a site, beyond its traits, as a clause; or None."""

@@ -164,6 +164,10 @@ class Pathwise(Estimator):
     def integrates(self) -> bool:  # type: ignore[override]
         return self.entropy.integrates
 
+    @property
+    def sticks(self) -> float | None:  # type: ignore[override]
+        return self.entropy.decay if isinstance(self.entropy, AdaptiveSticking) else None
+
     def fits(self, at: Situation) -> str | None:
         if self.integrates and at.prior is not None and not _has_kl(at.fn, at.prior):
             return "torch.distributions.kl_divergence knows no closed form of guide and prior"

@@ -15,7 +15,7 @@ from .score import Score
 
 __all__ = ["POLICIES", "auto", "auto_table", "candidates", "from_user", "probe", "pyro", "table"]
 
-PLACES = {"analytic_kl": 8, "arms": 15}
+PLACES = {"analytic_kl": 8, "adaptive_sticking": 9, "arms": 15}
 """Candidates of auto whose traits do not give them a place."""
 
 Choice = tuple[Estimator, str]
@@ -65,6 +65,8 @@ def auto(at: Situation) -> Choice:
         estimator = entry.factory()
         summed = estimator.traits.draws == "enumerated"
         if (summed and not (at.enumerable or at.below)) or (estimator.integrates and not at.integrable):
+            continue
+        if estimator.sticks is not None and not at.sticks:
             continue
         if estimator.traits.draws == "coupled" and (not at.together or at.upstream is None):
             continue

@@ -129,7 +129,8 @@ def coefficients_of(
     The ratio of two products of the same few draws may have no variance, or no mean.
     """
     covariance, square, weight = moments.unbind(1)
-    least = min(0.5, 1 - decay**WARM) if isinstance(decay, float) else (1 - decay**WARM).clamp(max=0.5)
+    seen = 1 - decay ** (WARM - 0.5)
+    least = min(0.5, seen) if isinstance(decay, float) else seen.clamp(max=0.5)
     ratio = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).neg().clamp(low, high)
     return torch.where(weight >= least, ratio, 0.0)
 

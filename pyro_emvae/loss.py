@@ -292,12 +292,12 @@ class MonteCarloELBO(ELBO):
         rows = self.resolver.rows(particles)
         objective, terms, bound = self._objective(plan, particles, rows, beta)
         state = self.state if state is None else state
-        stuck = [(site, e) for site, e in rows if site.name in plan.arguments]
-        rest = [(site, e) for site, e in rows if site.name not in plan.arguments]
+        decays = {site.name: e.sticks for site, e in rows if e.sticks is not None and site.name in plan.arguments}
+        rest = [(site, e) for site, e in rows if site.name not in decays]
         sticking = None
-        if stuck and order == 1 and torch.is_grad_enabled():
-            decays = {site.name: e.sticks for site, e in stuck}
-            sticking = Sticking(decays, [site for site, _ in stuck], state, self.num_particles, beta)
+        if decays and order == 1 and torch.is_grad_enabled():
+            stuck = [site for site, _ in rows if site.name in decays]
+            sticking = Sticking(decays, stuck, state, self.num_particles, beta)
         whole = not (self.objective.splits_paths or any(particles.cuts))
         if whole and all(_is_plain(e) for _, e in rest):
             same = beta is None and not any(e.integrates for _, e in rest)

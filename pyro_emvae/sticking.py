@@ -82,11 +82,11 @@ class Sticking:
         num_particles: int,
         beta: Tensor | None,
     ) -> None:
-        self.old = {site.name: state[site.name] for site in sites if site.name in state}
+        self.old = {site.name: state.get(site.name, {}) for site in sites}
         self.parts = _parts(sites, 1 / num_particles if beta is None else beta / num_particles)
         self.rows = {row: i for i, row in enumerate(dict.fromkeys(part.row for part in self.parts))}
         if self.parts:
-            self.moments = stacked([self.old.get(site, {}).get(name) for site, name in self.rows], self.parts[0].score)
+            self.moments = stacked([self.old[site].get(name) for site, name in self.rows], self.parts[0].score)
             several = len(set(decays.values())) > 1
             self.decay = self.moments.new_tensor([decays[s] for s, _ in self.rows]) if several else decays[sites[0].name]
             self.coefficients = coefficients_of(self.moments, self.decay, low=0.0)
@@ -97,8 +97,7 @@ class Sticking:
         if not self.parts:
             return Known([], [])
         by_row = self.coefficients.neg().unbind()
-        shares = torch._foreach_mul([part.score for part in self.parts], [by_row[self.rows[p.row]] for p in self.parts])
-        shares = [share.view(part.tensor.shape) for share, part in zip(shares, self.parts, strict=True)]
+        shares = [(part.score * by_row[self.rows[part.row]]).view(part.tensor.shape) for part in self.parts]
         return Known([part.tensor for part in self.parts], shares)
 
     def follow(self, descent: Sequence[Tensor | None]) -> dict[str, State]:
@@ -121,7 +120,7 @@ class Sticking:
         new = moved(self.moments, (covariance, square), self.decay)
         states = {site: dict(old) for site, old in self.old.items()}
         for (site, name), moments in zip(self.rows, new, strict=True):
-            states.setdefault(site, {})[name] = moments
+            states[site][name] = moments
         return states
 
 

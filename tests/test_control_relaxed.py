@@ -164,25 +164,23 @@ def test_the_temperature_goes_down_the_variance():
     assert float(found / total) == pytest.approx(expected, rel=0.02)
 
 
-def test_coefficients_are_learned_from_earlier_steps():
-    """By hand: minus the running covariance over the running second moment, of the steps before."""
-    control, state = Control(tensor(0.0), low=-5.0, high=5.0, decay=0.5), {}
-    pairs = [
-        (tensor([1.0, 2.0]), tensor([0.5, -1.0])),
-        (tensor([0.3, 0.1]), tensor([2.0, 1.0])),
-        (tensor([1.0, 1.0]),) * 2,
-    ]
-    found = []
-    for rest, part in pairs:
-        state, (coefficient, again) = _learn(control, state, ["c", "d"], [(rest, part), (2 * rest, part)])
-        assert float(again) == pytest.approx(2 * float(coefficient))  # each tensor has its own
-        found.append(float(coefficient))
-    covariance, square = 0.5 * -1.5, 0.5 * 1.25
-    assert found[:2] == pytest.approx([0.0, -covariance / square])
-    covariance, square = 0.5 * covariance + 0.5 * 0.7, 0.5 * square + 0.5 * 5.0
-    assert found[2] == pytest.approx(-covariance / square)
-    bounded = _learn(dataclasses.replace(control, low=-0.01), state, ["c"], pairs[:1])[1][0]
-    assert float(bounded) == pytest.approx(-0.01)
+@pytest.mark.parametrize(("decay", "waits"), [(0.5, 1), (0.95, 14), (0.98, 16)])
+def test_coefficients_are_learned_from_earlier_steps(decay, waits):
+    """By hand: minus the running covariance over the running second moment, of the steps before; none at first."""
+    control, state = Control(tensor(0.0), low=-5.0, high=5.0, decay=decay), {}
+    generator = torch.Generator().manual_seed(0)
+    covariance = square = 0.0
+    for step in range(20):
+        rest, part = torch.randn(2, 3, generator=generator, dtype=F64)
+        pairs = [(rest, part), (2 * rest, part)]
+        state, (coefficient, again) = _learn(control, state, ["c", "d"], pairs)
+        expected = -covariance / square if step >= waits else 0.0
+        assert float(coefficient) == pytest.approx(expected, abs=1e-12)
+        assert float(again) == pytest.approx(min(max(2 * expected, -5.0), 5.0), abs=1e-12)  # each tensor has its own
+        covariance = decay * covariance + (1 - decay) * float(rest @ part)
+        square = decay * square + (1 - decay) * float(part @ part)
+    bounded = _learn(dataclasses.replace(control, low=-1e-3, high=1e-3), state, ["c"], pairs[:1])[1][0]
+    assert abs(float(bounded)) == pytest.approx(1e-3)
 
 
 @pytest.mark.parametrize("estimator", ["rao_blackwell_topk", "double_control_variate"])
@@ -197,7 +195,7 @@ def test_a_learned_coefficient_is_near_the_best(estimator):
         held = {}
         label = "slope" if kind == "bits" else "baseline"
         for name in ("slopes", "offset"):
-            held[f"{label}|{name}"] = tensor([-coefficient, 1.0])  # covariance and square
+            held[f"{label}|{name}"] = tensor([-coefficient, 1.0, 1.0])  # covariance, square, weight
         rows, p = Replay(problem, {"z": estimator, "g": "leave_one_out"}, 3, {"z": held}).gradients(noise)
         p, g = weights * p, rows["offset"]
         possible = p > 0
@@ -209,7 +207,7 @@ def test_a_learned_coefficient_is_near_the_best(estimator):
     state = train(replay, 40)
     label = "slope" if kind == "bits" else "baseline"
     # the mean of the running moments is what a longer memory would hold
-    moved = torch.zeros(2, dtype=F64)
+    moved = torch.zeros(3, dtype=F64)
     for step in range(90):
         with torch.random.fork_rng():
             torch.manual_seed(1000 + step)

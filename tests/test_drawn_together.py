@@ -383,7 +383,7 @@ def test_five_categories_at_equal_evaluations(scale, seed, num_particles):
             state = replay.evaluate({}, state).state
 
     def held(a: float) -> dict:
-        return {"z": {"baseline|phi": tensor([-a, 1.0])}}  # covariance and square
+        return {"z": {"baseline|phi": tensor([-a, 1.0, 1.0])}}  # covariance, square, weight
 
     learned, whole, none = (
         exact_variance(Replay(problem, "rao_blackwell_topk", num_particles, s)) for s in (state, held(0.0), held(-1.0))

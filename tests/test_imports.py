@@ -43,6 +43,8 @@ LAYERS = (
         "trials",
         "surrogate",
         "controls",
+        "evaluation",
+        "sticking",
         "engine",
         "batches",
         "checkpoint",

@@ -147,7 +147,7 @@ def auto_table() -> list[dict[str, Any]]:
 
     Example:
         >>> [row["estimator"] for row in auto_table()][:3]
-        ['enumerated', 'analytic_kl', 'pathwise']
+        ['enumerated', 'analytic_kl', 'adaptive_sticking']
     """
     return [
         {

@@ -121,9 +121,7 @@ def stacked(old: list[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack([like.new_zeros(3) if moments is None else moments for moments in old]).to(like)
 
 
-def coefficients_of(
-    moments: Tensor, decay: float | Tensor, low: float = -math.inf, high: float = math.inf
-) -> Tensor:
+def coefficients_of(moments: Tensor, decay: float | Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
     """Return the coefficients by running moments: zero in the first 16 steps (fewer, if half of what is kept is less).
 
     The ratio of two products of the same few draws may have no variance, or no mean.

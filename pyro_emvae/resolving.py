@@ -16,6 +16,7 @@ from .estimators.policies import POLICIES, candidates, from_user
 from .objectives import MultiSample, Objective
 from .particles import Dependence, Particles, Site, is_annotated, num_outcomes
 from .probing import price
+from .sticking import arguments_of
 from .surrogate import States
 
 __all__ = ["KEPT", "Plan", "Resolution", "Resolver", "follows", "remember"]
@@ -140,7 +141,7 @@ class Resolver:
             multi_sample=isinstance(self.objective, MultiSample),
             enumerable=is_annotated(infer) or self.summable.get(name, False),
             integrable=self.integrable.get(name, False),
-            sticks=self.sticks.get(name, False),
+            sticks=self.sticks.get(name, False) and bool(arguments_of(fn)),
             together=plan is None or plan.vectorize,
             below=nesting is not None and len(fn.batch_shape) > nesting + plan.vectorize,
         )

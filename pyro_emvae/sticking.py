@@ -33,8 +33,9 @@ ARGUMENTS = {
     "Normal": ("loc", "scale"),
     "StudentT": ("df", "loc", "scale"),
 }
-"""By name of torch's and Pyro's class, the tensors by which alone parameters move log q; none moves the support, so that
-scores have mean zero (tests/test_sticking.py)."""
+"""By name of torch's and Pyro's class, the tensors by which alone parameters move log q. None moves the support, so
+that scores have mean zero (tests/test_sticking.py).
+"""
 
 MODULES = (torch.distributions, pyro.distributions)
 KNOWN = {getattr(module, name): paths for name, paths in ARGUMENTS.items() for module in MODULES}
@@ -61,7 +62,7 @@ class _Part(NamedTuple):
 
 
 class Sticking:
-    r"""The controls $a\,\nabla_\eta\log q(z;\eta)$ of some sites, with a lagged coefficient $a\ge0$ per argument $\eta$.
+    r"""The controls $a\,\nabla_\eta\log q(z;\eta)$ of some sites, with a lagged coefficient $a\ge0$ per argument.
 
     Moments are inner products over all elements of an argument. The control's gradient by the argument is known, and
     goes on from there to the parameters together with the rest: without a second pass through the guide.
@@ -87,8 +88,8 @@ class Sticking:
         self.rows = {row: i for i, row in enumerate(dict.fromkeys(part.row for part in self.parts))}
         if self.parts:
             self.moments = stacked([self.old[site].get(name) for site, name in self.rows], self.parts[0].score)
-            several = len(set(decays.values())) > 1
-            self.decay = self.moments.new_tensor([decays[s] for s, _ in self.rows]) if several else decays[sites[0].name]
+            by_row = [decays[site] for site, _ in self.rows]
+            self.decay = self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
             self.coefficients = coefficients_of(self.moments, self.decay, low=0.0)
 
     @functools.cached_property
@@ -97,8 +98,8 @@ class Sticking:
         if not self.parts:
             return Known([], [])
         by_row = self.coefficients.neg().unbind()
-        shares = [(part.score * by_row[self.rows[part.row]]).view(part.tensor.shape) for part in self.parts]
-        return Known([part.tensor for part in self.parts], shares)
+        pairs = [(part, by_row[self.rows[part.row]].to(part.score.device)) for part in self.parts]
+        return Known([p.tensor for p, _ in pairs], [(p.score * a).view(p.tensor.shape) for p, a in pairs])
 
     def follow(self, descent: Sequence[Tensor | None]) -> dict[str, State]:
         """Return the states of the next step.
@@ -110,10 +111,11 @@ class Sticking:
             return self.old
         pairs = zip(self.parts, descent, strict=True)
         pairs = [(part.score, part.score * 0 if g is None else g.reshape(-1)) for part, g in pairs]
-        product = torch.stack([torch.dot(score, g) for score, g in pairs])
-        square = torch.stack([torch.dot(score, score) for score, _ in pairs])
+        to = self.moments.device
+        product = torch.stack([torch.dot(score, g).to(to) for score, g in pairs])
+        square = torch.stack([torch.dot(score, score).to(to) for score, _ in pairs])
         if len(self.rows) < len(self.parts):  # particles that were run one by one
-            index = torch.tensor([self.rows[part.row] for part in self.parts], device=square.device)
+            index = torch.tensor([self.rows[part.row] for part in self.parts], device=to)
             none = square.new_zeros(len(self.rows))
             product, square = none.index_add(0, index, product), none.index_add(0, index, square)
         covariance = -torch.addcmul(product, self.coefficients, square)
@@ -147,7 +149,7 @@ def _parts(sites: list[Site], share: float | Tensor) -> list[_Part]:
     for site in sites:
         for run in site.runs or (site,):
             base = base_of(run.fn)
-            found = {name: operator.attrgetter(name)(base) for name in KNOWN[type(base)]}
+            found = {name: operator.attrgetter(name)(base) for name in arguments_of(base)}
             one = _Run(site.name, run, base, {name: tensor for name, tensor in found.items() if tensor.requires_grad})
             if one.tensors and one.is_normal:
                 normal.setdefault((run.value.dtype, run.value.device), []).append(one)
@@ -175,9 +177,7 @@ def _of_normals(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
 
 
 def _by_autograd(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
-    totals = [
-        scale_and_mask(site.density(site.value.detach()), site.scale, site.mask).sum() for _, site, _, _ in runs
-    ]
+    totals = [scale_and_mask(site.density(site.value.detach()), site.scale, site.mask).sum() for _, site, _, _ in runs]
     flat = [((run.name, argument), tensor) for run in runs for argument, tensor in run.tensors.items()]
     outs = [share * torch.ones_like(total) for total in totals]
     scores = torch.autograd.grad(totals, [t for _, t in flat], outs, retain_graph=True, allow_unused=True)

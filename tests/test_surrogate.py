@@ -307,7 +307,7 @@ def test_values_are_cut_only_where_a_site_has_draws_upstream(estimator, num_part
             plan.splits = splits
             pyro.set_rng_seed(1)
             state = {}
-            for _ in range(3):  # coefficients are learned
+            for _ in range(20):  # coefficients are learned
                 evaluation = loss.evaluate(*pair, (), {}, state)
                 state = evaluation.state
             leaves = [pyro.param(name).unconstrained() for name in ("loc", "log_scale", "g_loc")]

@@ -13,7 +13,7 @@ from torch import Tensor
 from .estimators.base import Control, State
 from .particles import Particles
 
-__all__ = ["Known", "coefficients_of", "controlled", "leaves_of", "moved", "stacked"]
+__all__ = ["Known", "controlled", "leaves_of", "minus_coefficients", "moved", "stacked"]
 
 WARM = 16
 
@@ -112,8 +112,8 @@ def _learn(
     found = [_inner(one, part) for rest, part in pairs for one in (rest, part)]
     found = torch.stack(found[::2]), torch.stack(found[1::2])
     moments = stacked([old.get(key) for key in keys], found[0])
-    coefficients = coefficients_of(moments, control.decay, control.low, control.high)
-    return dict(zip(keys, moved(moments, found, control.decay), strict=True)), coefficients.unbind()
+    minus = minus_coefficients(moments, control.decay, control.low, control.high)
+    return dict(zip(keys, moved(moments, found, control.decay), strict=True)), minus.neg().unbind()
 
 
 def stacked(old: list[Tensor | None], like: Tensor) -> Tensor:
@@ -121,16 +121,18 @@ def stacked(old: list[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack([like.new_zeros(3) if moments is None else moments for moments in old]).to(like)
 
 
-def coefficients_of(moments: Tensor, decay: float | Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """Return the coefficients by running moments: zero in the first 16 steps (fewer, if half of what is kept is less).
+def minus_coefficients(
+    moments: Tensor, decay: float | Tensor, low: float = -math.inf, high: float = math.inf
+) -> Tensor:
+    """Return minus the coefficients by running moments: zero in the first 16 steps, or in half of what is kept.
 
     The ratio of two products of the same few draws may have no variance, or no mean.
     """
     covariance, square, weight = moments.unbind(1)
     seen = 1 - decay ** (WARM - 0.5)
     least = min(0.5, seen) if isinstance(decay, float) else seen.clamp(max=0.5)
-    ratio = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).neg().clamp(low, high)
-    return torch.where(weight >= least, ratio, 0.0)
+    ratio = torch.nan_to_num(covariance / square, 0.0, 0.0, 0.0).clamp(-high, -low)
+    return ratio * (weight >= least)
 
 
 def moved(moments: Tensor, found: Sequence[Tensor], decay: float | Tensor) -> tuple[Tensor, ...]:

@@ -11,10 +11,11 @@ import pyro.distributions
 import torch
 import torch.distributions
 from torch import Tensor
+from torch.distributions import MultivariateNormal, Normal
 
 from ._distributions import base_of
 from ._pyro import scale_and_mask
-from .controls import Known, coefficients_of, moved, stacked
+from .controls import Known, minus_coefficients, moved, stacked
 from .estimators.base import State
 from .particles import Site
 
@@ -40,6 +41,7 @@ that scores have mean zero (tests/test_sticking.py).
 MODULES = (torch.distributions, pyro.distributions)
 KNOWN = {getattr(module, name): paths for name, paths in ARGUMENTS.items() for module in MODULES}
 NORMAL = {module.Normal for module in MODULES}
+FULL = {module.MultivariateNormal for module in MODULES}
 INDEPENDENT = {module.Independent for module in MODULES}
 
 
@@ -90,14 +92,14 @@ class Sticking:
             self.moments = stacked([self.old[site].get(name) for site, name in self.rows], self.parts[0].score)
             by_row = [decays[site] for site, _ in self.rows]
             self.decay = self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
-            self.coefficients = coefficients_of(self.moments, self.decay, low=0.0)
+            self.minus = minus_coefficients(self.moments, self.decay, low=0.0)
 
     @functools.cached_property
     def known(self) -> Known:
         """The controls' gradient by the arguments."""
         if not self.parts:
             return Known([], [])
-        by_row = self.coefficients.neg().unbind()
+        by_row = self.minus.unbind()
         pairs = [(part, by_row[self.rows[part.row]].to(part.score.device)) for part in self.parts]
         return Known([p.tensor for p, _ in pairs], [(p.score * a).view(p.tensor.shape) for p, a in pairs])
 
@@ -111,15 +113,13 @@ class Sticking:
             return self.old
         pairs = zip(self.parts, descent, strict=True)
         pairs = [(part.score, part.score * 0 if g is None else g.reshape(-1)) for part, g in pairs]
-        to = self.moments.device
-        product = torch.stack([torch.dot(score, g).to(to) for score, g in pairs])
-        square = torch.stack([torch.dot(score, score).to(to) for score, _ in pairs])
+        dots = [torch.dot(score, g) for score, g in pairs] + [torch.dot(score, score) for score, _ in pairs]
+        found = torch.stack([dot.to(self.moments.device) for dot in dots]).view(2, -1)
         if len(self.rows) < len(self.parts):  # particles that were run one by one
-            index = torch.tensor([self.rows[part.row] for part in self.parts], device=to)
-            none = square.new_zeros(len(self.rows))
-            product, square = none.index_add(0, index, product), none.index_add(0, index, square)
-        covariance = -torch.addcmul(product, self.coefficients, square)
-        new = moved(self.moments, (covariance, square), self.decay)
+            index = torch.tensor([self.rows[part.row] for part in self.parts], device=found.device)
+            found = found.new_zeros(2, len(self.rows)).index_add(1, index, found)
+        product, square = found.unbind()
+        new = moved(self.moments, (self.minus * square - product, square), self.decay)
         states = {site: dict(old) for site, old in self.old.items()}
         for (site, name), moments in zip(self.rows, new, strict=True):
             states[site][name] = moments
@@ -135,45 +135,75 @@ class _Run(NamedTuple):
     tensors: dict[str, Tensor]
 
     @property
-    def is_normal(self) -> bool:
-        """Whether its scores are those of a normal distribution, times its scale."""
+    def kind(self) -> Any:
+        """The class of a distribution whose scores have a formula here: they are these, times the site's scale."""
         site, base = self.site, self.base
         bare = site.fn is base or (type(site.fn) in INDEPENDENT and site.fn.base_dist is base)
-        plain = type(base) in NORMAL and bare and site.mask is None and isinstance(site.scale, int | float)
-        return plain and site.value.shape == base.loc.shape == base.scale.shape
+        if not bare or site.mask is not None or not isinstance(site.scale, int | float):
+            return None
+        shape = site.value.shape
+        if type(base) in NORMAL and shape == base.loc.shape == base.scale.shape:
+            return Normal
+        full = type(base) in FULL and shape == base.loc.shape and base._unbroadcasted_scale_tril.dim() == 2
+        return MultivariateNormal if full else None
 
 
 def _parts(sites: list[Site], share: float | Tensor) -> list[_Part]:
     normal: dict[tuple, list[_Run]] = {}
-    other = []
+    parts, other = [], []
     for site in sites:
         for run in site.runs or (site,):
             base = base_of(run.fn)
             found = {name: operator.attrgetter(name)(base) for name in arguments_of(base)}
             one = _Run(site.name, run, base, {name: tensor for name, tensor in found.items() if tensor.requires_grad})
-            if one.tensors and one.is_normal:
+            kind = one.kind if one.tensors else None
+            if kind is Normal:
                 normal.setdefault((run.value.dtype, run.value.device), []).append(one)
+            elif kind is MultivariateNormal:
+                parts.extend(_of_multivariate(one, share))
             elif one.tensors:
                 other.append(one)
-    parts = [part for runs in normal.values() for part in _of_normals(runs, share)]
+    for runs in normal.values():
+        parts.extend(_of_normals(runs, share))
     return [*parts, *_by_autograd(other, share)] if other else parts
 
 
 def _of_normals(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
-    """Return the parts of normal distributions of one dtype, by one formula for all."""
+    """Return the parts of normal distributions of one dtype, all at once."""
     with torch.no_grad():
         columns = zip(*[(run.site.value, run.base.loc, run.base.scale) for run in runs], strict=True)
-        value, loc, scale = (torch.cat([tensor.reshape(-1) for tensor in column]) for column in columns)
+        value, loc, scale = map(_flat, columns)
         precision = share / scale
         noise = (value - loc) / scale
         by_loc = noise * precision
         by = {"loc": by_loc, "scale": noise * by_loc - precision}
         sizes = [run.site.value.numel() for run in runs]
-        split = {argument: score.split(sizes) for argument, score in by.items()}
+        split = {name: score.split(sizes) for name, score in by.items()}
     for i, run in enumerate(runs):
-        for argument, tensor in run.tensors.items():
-            score = split[argument][i]
-            yield _Part((run.name, argument), tensor, score if run.site.scale == 1 else score * run.site.scale)
+        yield from _scaled(run, {name: scores[i] for name, scores in split.items()})
+
+
+def _of_multivariate(run: _Run, share: float | Tensor) -> Iterator[_Part]:
+    r"""Return the parts of $N(m,LL^\top)$: by m they are $u=L^{-\top}L^{-1}(z-m)$, by L
+    $\operatorname{tril}(u(z-m)^\top L^{-\top})-\operatorname{diag}(L)^{-1}$.
+    """
+    with torch.no_grad():
+        tril = run.base._unbroadcasted_scale_tril
+        residual = (run.site.value - run.base.loc).reshape(-1, len(tril)).T
+        noise = torch.linalg.solve_triangular(tril, residual, upper=False)
+        by_loc = torch.linalg.solve_triangular(tril.T, noise, upper=True) * share
+        by_tril = (by_loc @ noise.T).tril()
+        by_tril.diagonal().sub_(residual.shape[1] * share / tril.diagonal())
+    yield from _scaled(run, {"loc": by_loc.T.reshape(-1), "_unbroadcasted_scale_tril": by_tril.reshape(-1)})
+
+
+def _scaled(run: _Run, scores: Mapping[str, Tensor]) -> Iterator[_Part]:
+    for name, tensor in run.tensors.items():
+        yield _Part((run.name, name), tensor, scores[name] if run.site.scale == 1 else scores[name] * run.site.scale)
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0].reshape(-1)
 
 
 def _by_autograd(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:

@@ -281,7 +281,8 @@ class MonteCarloELBO(ELBO):
             beta: A factor of the latents' terms, log p and log q alike, in the surrogate: what is climbed is annealed,
                 and the objective is not.
             order: With 2, second derivatives of the surrogate are right too, if all estimators have the trait
-                ``higher_order``; the state then stays.
+                ``higher_order`` or leave out a direct score by arguments (`AdaptiveSticking`), which is then left in;
+                the state stays.
 
         Returns:
             The objective (scalar, nats), the surrogate to be *maximised* (its value is of no meaning), the particles,
@@ -389,7 +390,8 @@ class MonteCarloELBO(ELBO):
     def differentiable_loss(self, model: Callable, guide: Callable, *args: Any, **kwargs: Any) -> Tensor:
         """Return minus the objective as a tensor whose gradient is the estimate.
 
-        If all estimators have the trait ``higher_order``, so are its second derivatives (``create_graph=True``).
+        If all estimators have the trait ``higher_order``, so are its second derivatives (``create_graph=True``); those
+        that ``"auto"`` chooses for reparameterised sites are right there too. Estimators learn nothing here.
         """
         evaluation = self.evaluate(model, guide, args, kwargs, order=2)
         self._finite(evaluation)

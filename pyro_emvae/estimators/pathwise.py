@@ -66,15 +66,22 @@ class AdaptiveSticking(Entropy):
 
     $$\hat g=\hat g_\mathrm{full}+a\,\nabla_\phi\log q_\phi(z),$$
 
-    with one $a\ge0$ per parameter tensor, by the lagged running covariance of the two, so that the gradient stays
-    unbiased: see `Control`. Where q is the posterior it ties `StickTheLanding`, whose variance is zero, and far from it
-    it is no worse than `Full` but for the noise of a.
+    with $a\ge0$ by lagged running covariances, so that the gradient stays unbiased; 0 in the first 16 steps. Where q is
+    the posterior it ties `StickTheLanding`, whose variance is zero, and far from it it is no worse than `Full` but for
+    the noise of a.
+
+    Where no draw is upstream and the distribution is one of ``sticking.ARGUMENTS``, there is one a per argument $\eta$
+    (``loc``, ``scale``), and the control is $a\,\nabla_\eta\log q(z;\eta)$, which goes on to the parameters together
+    with the rest: it costs no second pass through the guide. Elsewhere there is one a per parameter tensor, for one more
+    backward pass; see `Control`.
 
     Args:
         decay: Of the running covariances.
 
+    Second derivatives of ``differentiable_loss`` are right at the former sites, where the control is left out of it.
+
     Source: Geffner and Domke 2018, "Using large ensembles of control variates for variational inference", for the
-    coefficient; Roeder et al. 2017 for the control.
+    coefficient; Roeder et al. 2017 for the control. Differs: coefficients of arguments, not of parameters.
     """
 
     decay: float = 0.98

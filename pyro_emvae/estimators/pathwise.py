@@ -72,8 +72,8 @@ class AdaptiveSticking(Entropy):
 
     Where no draw is upstream and the distribution is one of ``sticking.ARGUMENTS``, there is one a per argument $\eta$
     (``loc``, ``scale``), and the control is $a\,\nabla_\eta\log q(z;\eta)$, which goes on to the parameters together
-    with the rest: it costs no second pass through the guide. Elsewhere there is one a per parameter tensor, for one more
-    backward pass; see `Control`.
+    with the rest: it costs no second pass through the guide. Elsewhere there is one a per parameter tensor, for one
+    more backward pass; see `Control`.
 
     Args:
         decay: Of the running covariances.

@@ -48,9 +48,9 @@ def auto(at: Situation) -> Choice:
        1.00. Only for eight schools it is 2.3 and 2.4: what the prior's and the likelihood's noise have in common, and
        of other signs, is lost. On the VAE of ``benchmarks/svi.py`` it is 0.15 and 0.91, and a step takes as long
        (0.99 times eagerly, 1.00 recorded).
-    3. Pathwise without as much of the direct score as pays (`AdaptiveSticking`), under that objective too, where no draw
-       of the guide is upstream and the arguments of the distribution are known (`sticking.ARGUMENTS`: normal, gamma,
-       beta, multivariate normal, ...), and nothing is summed over. The variance of the guide's gradient is 0.23 to 0.99
+    3. Pathwise without as much of the direct score as pays (`AdaptiveSticking`), under that objective too, where no
+       draw of the guide is upstream and the arguments of the distribution are known (`sticking.ARGUMENTS`: normal,
+       gamma, beta, multivariate normal, ...), and nothing is summed over. The variance of the guide's gradient is 0.23 to 0.99
        of the plain one at the start, and 0.02 to 0.79 after training (two problems of the package, eight schools and
        logistic regression with six guides). A step of a small model takes 1.16 to 1.24 times as long (1.37 with a
        low-rank normal), which is 0.98 of Pyro's own for eight schools with ``AutoNormal``; what is added is the same

@@ -50,10 +50,10 @@ def auto(at: Situation) -> Choice:
        (0.99 times eagerly, 1.00 recorded).
     3. Pathwise without as much of the direct score as pays (`AdaptiveSticking`), under that objective too, where no
        draw of the guide is upstream and the arguments of the distribution are known (`sticking.ARGUMENTS`: normal,
-       gamma, beta, multivariate normal, ...), and nothing is summed over. The variance of the guide's gradient is 0.23 to 0.99
-       of the plain one at the start, and 0.02 to 0.79 after training (two problems of the package, eight schools and
-       logistic regression with six guides). A step of a small model takes 1.16 to 1.24 times as long (1.37 with a
-       low-rank normal), which is 0.98 of Pyro's own for eight schools with ``AutoNormal``; what is added is the same
+       gamma, beta, multivariate normal, ...), and nothing is summed over. The variance of the guide's gradient is 0.23
+       to 0.99 of the plain one at the start, and 0.02 to 0.79 after training (two problems of the package, eight
+       schools and logistic regression with six guides). A step of a small model takes 1.16 to 1.24 times as long
+       (1.37 with a low-rank normal), for eight schools with ``AutoNormal`` 0.98 of Pyro's own; what is added is the same
        for a large one. It has a state; second derivatives are those of the plain gradient.
     4. Plain pathwise, wherever else there is a reparameterised sampler; a rejection sampler's rest by the score
        function. Doubly reparameterised gradients are better near the posterior and worse far from it.

@@ -53,7 +53,7 @@ def auto(at: Situation) -> Choice:
        gamma, beta, multivariate normal, ...), and nothing is summed over. The variance of the guide's gradient is 0.23
        to 0.99 of the plain one at the start, and 0.02 to 0.79 after training (two problems of the package, eight
        schools and logistic regression with six guides). A step of a small model takes 1.16 to 1.24 times as long
-       (1.37 with a low-rank normal), for eight schools with ``AutoNormal`` 0.98 of Pyro's own; what is added is the same
+       (1.37 with a low-rank normal), 0.98 of Pyro's own for eight schools with ``AutoNormal``; what is added is as much
        for a large one. It has a state; second derivatives are those of the plain gradient.
     4. Plain pathwise, wherever else there is a reparameterised sampler; a rejection sampler's rest by the score
        function. Doubly reparameterised gradients are better near the posterior and worse far from it.

@@ -72,10 +72,11 @@ def probe(
     leaf = values.detach().requires_grad_() if differentiate else values.detach()
     with torch.set_grad_enabled(differentiate), _unvalidated(differentiate):
         terms = _terms(pair, objective, plan, particles, site, leaf, estimator, beta)
+        inside = all(set(site.frames) <= set(term.frames) for term in terms)
         signal = reduced(group(terms, detach=False), site.frames).reshape(len(values), *shape)
         # a term outside the site's plates is in the signal of each element, and counts once in the derivative
-        gradient = torch.autograd.grad(total(terms), leaf, create_graph=twice)[0] if differentiate else None
-    inside = all(set(site.frames) <= set(term.frames) for term in terms)
+        climbed = signal.sum() if inside else total(terms)
+        gradient = torch.autograd.grad(climbed, leaf, create_graph=twice)[0] if differentiate else None
     return Probed(signal if twice else signal.detach(), gradient, leaf, inside)
 
 

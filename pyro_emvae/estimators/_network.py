@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import State
 
@@ -19,11 +19,11 @@ NETWORK = ("weight_in", "bias_in", "weight_out")
 
 @dataclass(frozen=True)
 class Network:
-    r"""$r(z)=w^\top\tanh(W^\top(2\sigma(z)-1)+b)$ over the elements of an event, written out with its derivatives.
+    r"""$r(z)=w^\top\tanh(W^\top\tanh(z/2)+b)$ over the elements of an event, written out with its derivatives.
 
     Args:
         weights: W, b and w, by their names in the state.
-        inputs: $2\sigma(z)-1$ of both draws: ``(2, particles?, *plates, elements)``.
+        inputs: $\tanh(z/2)$ of both draws: ``(2, particles?, *plates, elements)``.
         units: Their hidden units: ``(2, particles?, *plates, hidden)``.
         shape: That of both draws.
     """
@@ -35,9 +35,10 @@ class Network:
 
     @classmethod
     def at(cls, z: Tensor, event_dim: int, state: State) -> Network:
-        inputs = (2 * z.sigmoid() - 1).reshape(*z.shape[: z.dim() - event_dim], -1)
+        inputs = (0.5 * z).tanh().reshape(*z.shape[: z.dim() - event_dim], -1)
         weights = {name: state[name].detach() for name in NETWORK}
-        return cls(weights, inputs, (inputs @ weights["weight_in"] + weights["bias_in"]).tanh(), z.shape)
+        units = nn.functional.linear(inputs, weights["weight_in"].mT, weights["bias_in"]).tanh()
+        return cls(weights, inputs, units, z.shape)
 
     @property
     def value(self) -> Tensor:

@@ -163,7 +163,7 @@ class Relax(Estimator):
 
     def update(self, site: SiteTerms, signal: Tensor | None, state: State) -> State:
         parts, network = self._parts(site, signal, state)
-        average = state["average"].lerp((signal - parts.c).mean() + self._average(state), 1 - self.beta)
+        average = state["average"].lerp((signal - parts.c).mean() + self._average(site, state), 1 - self.beta)
         seen = self.beta * state["seen"] + (1 - self.beta)
         new = state | {"average": average, "seen": seen, "products": parts.products(state)}
         if not self.lr:
@@ -180,14 +180,14 @@ class Relax(Estimator):
     def _find(self, site: SiteTerms, signal: Tensor, state: State) -> tuple[Parts, Network]:
         draws = relaxed(site)
         network = Network.at(draws.z, site.fn.event_dim, state)
-        c, slope = network.value + self._average(state), network.slope
+        c, slope = network.value + self._average(site, state), network.slope
         if self.model:
             model_c, model_slope = _model(site, state)
             c, slope = c + model_c, slope + model_slope
         return _parts(site, signal, c, slope, state), network
 
-    def _average(self, state: State) -> Tensor:
-        return state["average"] / state["seen"].clamp(min=1 - self.beta)
+    def _average(self, site: SiteTerms, state: State) -> Tensor:
+        return site.once("average", state, lambda: state["average"] / state["seen"].clamp(min=1 - self.beta))
 
 
 class Draws(NamedTuple):

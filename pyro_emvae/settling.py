@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ._checks import EstimatorError, fail, nearest
-from .estimators.base import Situation, misfit
+from .estimators.base import Situation, base, misfit
 from .estimators.enumerated import Enumerated
 from .estimators.pathwise import AdaptiveSticking, Analytic, Pathwise
 from .estimators.relaxed import require_paths
@@ -91,12 +91,32 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
 
 def _splits(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool:
     """Whether values have to be cut from their paths, as where log q of a site has one through an upstream value."""
-    rows = [(site.name, e.traits) for site, e in loss.resolver.rows(particles) if site.name not in plan.arguments]
-    apart = [(name, traits.doubly) for name, traits in rows if traits.splits_paths]
-    if apart:
+    rows = [(site, e) for site, e in loss.resolver.rows(particles) if site.name not in plan.arguments]
+    rows = [(site, e) for site, e in rows if e.traits.splits_paths]
+    if rows:
         plan.depends = plan.depends or dependence(*pair)
+        _require_inverse(rows)
+    apart = [(site.name, e.traits.doubly) for site, e in rows]
     always = loss.objective.splits_paths or (apart and particles.enumerated)
     return always or any(doubly or plan.depends.upstream(name) for name, doubly in apart)
+
+
+def _require_inverse(rows: list[tuple[Site, Any]]) -> None:
+    """Raise where log q is known at the very value that was drawn only, as of a flow without inverse."""
+    for site, estimator in rows:
+        try:
+            with torch.no_grad():
+                site.each(lambda run: run.density(run.value.detach()))
+        except (KeyError, NotImplementedError) as cause:
+            fail(
+                EstimatorError,
+                repr(estimator),
+                f"tell paths apart at site {site.name!r}",
+                got=f"a {type(base(site.fn)).__name__} without an inverse",
+                because="log q is then needed at a value that is cut from its draw",
+                fix=f'Use estimator={{"{site.name}": "pathwise"}}.',
+                cause=cause,
+            )
 
 
 def _follow(loss: Any, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping) -> None:

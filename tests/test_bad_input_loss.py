@@ -363,3 +363,26 @@ def test_analytic_kl_needs_one_order():
 
     with pytest.raises(EmvaeError, match=r"\['z', 'switch'\] in the guide and \['switch', 'z'\] in the model"):
         evaluate(MonteCarloELBO(objective="elbo_analytic_kl"), guide=reversed_guide)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"estimator": "sticking_the_landing"}, "StickTheLanding"),
+        ({"estimator": "adaptive_sticking"}, "AdaptiveSticking"),
+        ({"estimator": "dreg", "objective": "iwae", "num_particles": 2}, "DReG"),
+    ],
+)
+def test_a_flow_without_inverse(options, name):
+    flow = dist.transforms.Planar(2)
+
+    def model() -> None:
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    def guide() -> None:
+        pyro.module("flow", flow)
+        pyro.sample("z", dist.TransformedDistribution(dist.Normal(torch.zeros(2), 1.0).to_event(1), [flow]))
+
+    with pytest.raises(EstimatorError, match=rf"{name}.*TransformedDistribution without an inverse"):
+        MonteCarloELBO(**options, vectorize_particles=False).loss_and_grads(model, guide)
+    MonteCarloELBO(estimator="pathwise").loss_and_grads(model, guide)

@@ -334,8 +334,8 @@ def group(terms: list[Term], detach: bool = True) -> dict[tuple, Tensor]:
     """Sum the terms that have the same plates."""
     groups: dict[tuple, Tensor] = {}
     for term in terms:
-        value = term.value.detach() if detach else term.value
-        groups[term.frames] = groups[term.frames] + value if term.frames in groups else value
+        value, before = term.value.detach() if detach else term.value, groups.get(term.frames)
+        groups[term.frames] = value if before is None else before + value
     return groups
 
 

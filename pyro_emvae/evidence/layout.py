@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._checks import positive_int, require_data
 from ..estimators.base import is_point_mass
-from ..particles import Recorder, hold_batch, is_subsample
+from ..particles import Recorder, hold_batch, is_subsample, plates_of
 
 __all__ = ["Layout", "Request", "look"]
 
@@ -90,7 +90,7 @@ def look(request: Request) -> Layout:
     latents = [m for n, m in [*guide.items(), *model.items()] if not m["is_observed"] and n not in given]
     shared = _common_plates(latents)
     sites = [*guide.values(), *model.values()]
-    inside = [] if shared is None else [m for m in sites if set(shared) <= _vectorized(m)]
+    inside = [] if shared is None else [m for m in sites if set(shared) <= set(plates_of(m))]
     return Layout(shared, _subsampled(inside, shared or ()), _subsampled(sites, ()), given, indices, floats)
 
 
@@ -127,16 +127,14 @@ def _point_masses(request: Request, guide: Mapping[str, dict], indices: Mapping[
     return tuple(n for n, value in deltas.items() if torch.equal(value, again.messages[n]["value"]))
 
 
-def _vectorized(msg: Mapping[str, Any]) -> set:
-    return {f for f in msg["cond_indep_stack"] if f.vectorized}
-
-
 def _common_plates(latents: list[dict]) -> tuple | None:
     if not latents:
         return None
-    return tuple(sorted(set.intersection(*map(_vectorized, latents)), key=lambda frame: frame.dim))
+    common = set.intersection(*(set(plates_of(msg)) for msg in latents))
+    return tuple(sorted(common, key=lambda plate: plate.dim))
 
 
 def _subsampled(messages: list[dict], without: tuple) -> tuple[str, ...]:
-    frames = {f for m in messages for f in m["cond_indep_stack"]} - set(without)
+    known = {plate.name for plate in without}
+    frames = [f for m in messages for f in m["cond_indep_stack"] if f.name not in known]
     return tuple(sorted({f.name for f in frames if int(f.full_size) != int(f.size)}))

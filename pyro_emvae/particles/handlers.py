@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
@@ -147,9 +147,23 @@ def is_subsample(msg: Mapping[str, Any]) -> bool:
     return type(msg["fn"]).__name__ == "_Subsample"
 
 
-def plates_of(msg: Mapping[str, Any]) -> tuple:
+class Plate(NamedTuple):
+    """A vectorized plate, as Pyro's frame says; that compares and hashes slowly."""
+
+    name: str
+    dim: int
+    size: int
+    counter: int
+    full_size: int | None
+
+
+def plates_of(msg: Mapping[str, Any]) -> tuple[Plate, ...]:
     """Return the vectorized plates of a message, without that of the particles."""
-    return tuple(f for f in msg["cond_indep_stack"] if f.vectorized and f.name != PARTICLE_PLATE)
+    return tuple(
+        Plate(f.name, f.dim, f.size, f.counter, f.full_size)
+        for f in msg["cond_indep_stack"]
+        if f.dim is not None and f.name != PARTICLE_PLATE
+    )
 
 
 class _Hold(Messenger):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._checks import EmvaeError
-from .controls import leaves_of
+from .controls import Known, leaves_of
 from .estimators.base import State
 from .particles import quiet
 from .surrogate import States
@@ -67,7 +67,10 @@ def trial(loss: Any, pair: tuple[Callable, Callable, tuple, Mapping], state: Sta
             evaluation = loss.evaluate(model, guide, args, kwargs, state)
         except EmvaeError:
             return None
-        grads = evaluation.descent(leaves_of(evaluation.surrogate, evaluation.particles))
+        known = isinstance(evaluation.climbed, Known)
+        grads = evaluation.descent(
+            leaves_of(evaluation.surrogate if known else evaluation.climbed, evaluation.particles)
+        )
     return sum(g.double().square().sum() for g in grads.values()), evaluation.state
 
 

@@ -136,13 +136,14 @@ def minus_coefficients(
 
 
 def moved(moments: Tensor, found: Sequence[Tensor], decay: float | Tensor) -> tuple[Tensor, ...]:
-    """Return the next running moments, row by row.
+    """Return the next running moments, row by row; where a control is zero, as under a mask, nothing is learned.
 
     Args:
         found: The covariances, and the squares.
     """
     new = torch.stack([*found, torch.ones_like(found[0])], 1)
-    return moments.lerp(new, 1 - decay if isinstance(decay, float) else 1 - decay[:, None]).unbind()
+    new = moments.lerp(new, 1 - decay if isinstance(decay, float) else 1 - decay[:, None])
+    return torch.where(found[1][:, None] > 0, new, moments).unbind()
 
 
 def _inner(one: Tensor, two: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Evaluation:
 
     @functools.cached_property
     def state(self) -> States:
-        """The estimators' next state. Where no gradient has been taken yet, one is, to learn of."""
+        """The estimators' next state. Where no gradient has been taken yet, one is, to learn of, if there is a graph."""
         found = self._grad(self._controls.leaves, retain_graph=True) if self._controls.leaves else None
         return self._followed(found)
 
@@ -74,9 +74,12 @@ class Evaluation:
             return self.climbed.by(leaves)
         if not leaves or not self.climbed.requires_grad:
             return {}
-        watched = self._controls.leaves if self._is_guided(leaves) else []
-        found = self._grad([*leaves.values(), *watched])
-        vars(self).setdefault("state", self._followed(found[len(leaves) :] if watched else None))
+        if self.sticking is None or not self._is_guided(leaves):
+            found = torch.autograd.grad(-self.climbed, list(leaves.values()), allow_unused=True)
+            vars(self).setdefault("state", self._followed(None))
+        else:
+            found = self._grad([*leaves.values(), *self._controls.leaves])
+            vars(self).setdefault("state", self._followed(found[len(leaves) :]))
         return {name: g for name, g in zip(leaves, found, strict=False) if g is not None}
 
     def _is_guided(self, leaves: Mapping[str, Tensor]) -> bool:

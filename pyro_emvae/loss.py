@@ -29,7 +29,7 @@ from .particles import Dependence, ModuleWatch, Particles, Site, dependence, dra
 from .probing import probe
 from .resolving import Plan, Resolution, Resolver, remember
 from .settling import announce, check, complete, make_plan
-from .sticking import Sticking
+from .sticking import Sticking, arguments_of
 from .surrogate import Composer, States, annealed, reweighted, total
 from .trials import probe as probe_candidates
 
@@ -218,7 +218,7 @@ class MonteCarloELBO(ELBO):
         else:
             particles = self._first_draw(plan, model, guide, args, kwargs)
         sites = tuple((n, s.is_observed) for side in (particles.guide, particles.model) for n, s in side.items())
-        if sites != plan.sites:
+        if sites != plan.sites or (plan.undecided and torch.is_grad_enabled()):
             check(self, particles)
             new = plan.depends is not None and bool(plan.seen) and not plan.seen.issuperset(sites)
             if new:
@@ -230,7 +230,8 @@ class MonteCarloELBO(ELBO):
             ):  # sites that earlier runs did not have
                 particles = self._draw(plan, model, guide, args, kwargs)
             self._count(plan, particles)
-            announce(self)
+            if not plan.undecided:
+                announce(self)
         return particles
 
     def _count(self, plan: Plan, particles: Particles) -> None:
@@ -293,12 +294,10 @@ class MonteCarloELBO(ELBO):
         rows = self.resolver.rows(particles)
         objective, terms, bound = self._objective(plan, particles, rows, beta)
         state = self.state if state is None else state
-        decays = {site.name: e.sticks for site, e in rows if e.sticks is not None and site.name in plan.arguments}
-        rest = [(site, e) for site, e in rows if site.name not in decays]
-        sticking = None
-        if decays and order == 1 and torch.is_grad_enabled():
-            stuck = [site for site, _ in rows if site.name in decays]
-            sticking = Sticking(decays, stuck, state, self.num_particles, beta)
+        stuck = {site.name: (site, e.sticks) for site, e in rows if e.sticks is not None and _by_arguments(site, plan)}
+        rest = [(site, e) for site, e in rows if site.name not in stuck]
+        learns = stuck and order == 1 and torch.is_grad_enabled()
+        sticking = Sticking(stuck.values(), state, self.num_particles, beta) if learns else None
         whole = not (self.objective.splits_paths or any(particles.cuts))
         if whole and all(_is_plain(e) for _, e in rest):
             same = beta is None and not any(e.integrates for _, e in rest)
@@ -421,7 +420,7 @@ class MonteCarloELBO(ELBO):
 
     def prepare(self, model: Callable, guide: Callable, args: tuple, kwargs: Mapping[str, Any]) -> None:
         """Resolve estimators and make their state, leaving generators and buffers as they were."""
-        with quiet(), torch.no_grad():
+        with quiet(), torch.enable_grad():
             self.particles(model, guide, args, kwargs)
 
 
@@ -429,6 +428,11 @@ def _is_plain(estimator: Estimator) -> bool:
     """Whether the objective, differentiated as it stands, is what the estimator estimates."""
     pathwise = type(estimator) is Pathwise and not estimator.traits.splits_paths
     return pathwise or estimator.traits.draws == "enumerated"
+
+
+def _by_arguments(site: Site, plan: Plan) -> bool:
+    """Whether the direct score is left out by the arguments of a site's distribution, which may be another now."""
+    return site.name in plan.arguments and bool(arguments_of(site.fn))
 
 
 def raise_non_finite(obj: str, value: float, particles: Particles, cause: BaseException | None = None) -> None:

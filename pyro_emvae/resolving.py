@@ -56,6 +56,7 @@ class Plan:
     alone: set[str] = field(default_factory=set)
     shortcut: dict[str, bool] = field(default_factory=dict)
     arguments: set[str] = field(default_factory=set)
+    undecided: bool = False
     seen: set[tuple[str, bool]] = field(default_factory=set)
 
     def look_again(self, reached: Dependence) -> bool:
@@ -98,8 +99,11 @@ class Resolver:
         return new
 
     def rows(self, particles: Particles) -> list[tuple[Site, Estimator]]:
-        """Return the sites of a run that have an estimator, with it."""
-        return [(site, self.table[name].estimator) for name, site in particles.guide.items() if name in self.table]
+        """Return the sites of a run that have an estimator, with it; a value that was given has no path."""
+        found = [(site, self.table[name].estimator) for name, site in particles.guide.items() if name in self.table]
+        return [
+            (site, estimator) for site, estimator in found if not (site.is_observed and estimator.traits.needs_rsample)
+        ]
 
     def account(self, rows: list[tuple[Site, Estimator]], counts: Mapping[str, int]) -> int:
         """Note what further values cost each site; return by how many times they make an evaluation dearer."""
@@ -115,7 +119,8 @@ class Resolver:
 
         Another guide may have something else at a site of this name, which then starts without a state.
         """
-        row, kind = self.table.get(name), (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"))
+        row = self.table.get(name)
+        kind = (type(base(fn)), fn.has_rsample, (infer or {}).get("estimator"), _is_below(fn, plan))
         if row is None or row.kind != kind:
             at = self.situation(name, fn, infer or {}, plan, frames)
             estimator, why = self._choose(at, state)
@@ -123,14 +128,13 @@ class Resolver:
             new = replace(new, cost=self.num_particles * _outcomes(new.estimator, fn))
             require_fit(new.estimator, at)
             self.table[name] = new
-            if row is not None:
+            if row is not None and row.kind:  # else it is chosen anew, or its state was loaded
                 state = {site: tensors for site, tensors in state.items() if site != name}
             row = new
         return row.estimator, state
 
     def situation(self, name: str, fn: Any, infer: Mapping, plan: Plan | None, frames: Collection | None) -> Situation:
         depends = None if plan is None else plan.depends
-        nesting = None if plan is None else plan.nesting
         return Situation(
             name,
             fn,
@@ -141,9 +145,9 @@ class Resolver:
             multi_sample=isinstance(self.objective, MultiSample),
             enumerable=is_annotated(infer) or self.summable.get(name, False),
             integrable=self.integrable.get(name, False),
-            sticks=self.sticks.get(name, False) and bool(arguments_of(fn)),
+            sticks=self.sticks.get(name, False) and bool(arguments_of(fn)) and not _is_below(fn, plan),
             together=plan is None or plan.vectorize,
-            below=nesting is not None and len(fn.batch_shape) > nesting + plan.vectorize,
+            below=_is_below(fn, plan),
         )
 
     def _compared(self, frames: Collection | None) -> int:
@@ -179,6 +183,11 @@ class Resolver:
 
 def _outcomes(estimator: Estimator, fn: Any) -> int:
     return (num_outcomes(fn) or 1) if estimator.traits.draws == "enumerated" else 1
+
+
+def _is_below(fn: Any, plan: Plan | None) -> bool:
+    """Whether a distribution depends on a site that is summed over: it has a batch dim left of the plates."""
+    return plan is not None and plan.nesting is not None and len(fn.batch_shape) > plan.nesting + plan.vectorize
 
 
 def follows(estimator: Estimator) -> bool:

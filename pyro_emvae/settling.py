@@ -31,7 +31,7 @@ from .particles import (
 )
 from .probing import check_relaxed, differentiates, find_shortcut
 from .resolving import KEPT, Plan, follows
-from .sticking import arguments_of
+from .sticking import arguments_of, is_downstream
 
 __all__ = ["announce", "check", "complete", "make_plan"]
 
@@ -61,9 +61,9 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     known = plan.depends
     sought = _seek_sums(loss, plan, particles, pair)
     if not sought:
-        _seek_entropies(loss, plan, particles, pair)
+        _seek_entropies(loss, plan, particles)
     stuck = [site.name for site, estimator in loss.resolver.rows(particles) if estimator.sticks is not None]
-    plan.arguments = _sticking(plan, particles, stuck, pair)
+    plan.arguments = _sticking(particles, stuck)
     splits = not plan.splits and _splits(loss, plan, particles, pair)
     summed = sought or (plan.nesting is None and _sums(particles, traits))
     if summed:
@@ -168,7 +168,10 @@ def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool
     if not counts:
         return False
     plan.depends = plan.depends or dependence(*pair)
-    follow = [row.site for row in rows if follows(row.estimator)]
+    chosen = [
+        row.site for row in rows if row.estimator in ENTROPIES and loss.resolver.is_chosen(particles.guide[row.site])
+    ]
+    follow = [row.site for row in rows if follows(row.estimator) or row.site in chosen]
     names = summable(pair, particles.max_plate_nesting, counts, plan.depends, follow)
     loss.resolver.summable |= {name: name in names for name in counts}
     plan.alone |= set(names)
@@ -177,37 +180,37 @@ def _seek_sums(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> bool
     return bool(names)
 
 
-def _seek_entropies(loss: Any, plan: Plan, particles: Particles, pair: tuple) -> None:
+def _seek_entropies(loss: Any, plan: Plan, particles: Particles) -> None:
     """Find the sites at which ``"auto"`` may integrate the KL, or leave out the direct score of log q in part.
 
-    It does so where that is found for all models that it was asked about.
+    It does so where that is found for all models that it was asked about. What draws are upstream is not known without
+    derivatives: it is then left for later, and nothing left out until then.
     """
     if loss.objective != ELBO():
         return
-    rows = [loss.resolver.table[name] for name in particles.guide if name in loss.resolver.table]
+    rows = [loss.resolver.table[site.name] for site, _ in loss.resolver.rows(particles)]
     rows = [row for row in rows if row.why != KEPT and row.estimator in ENTROPIES]
     rows = [row for row in rows if loss.resolver.is_chosen(particles.guide[row.site])]
     found = integrable(particles) if rows else ()
-    for known, right in (
-        (loss.resolver.integrable, found),
-        (loss.resolver.sticks, _sticking(plan, particles, [r.site for r in rows if r.site not in found], pair)),
-    ):
+    sampled = [row.site for row in rows if row.site not in found]
+    plan.undecided = not torch.is_grad_enabled() and any(arguments_of(particles.guide[name].fn) for name in sampled)
+    sought = [(loss.resolver.integrable, found)]
+    if not plan.undecided:
+        sought.append((loss.resolver.sticks, _sticking(particles, sampled)))
+    for known, right in sought:
         known |= {row.site: known.get(row.site, True) and row.site in right for row in rows}
     for row in rows:
-        wanted = (loss.resolver.integrable[row.site], loss.resolver.sticks[row.site])
+        wanted = (loss.resolver.integrable[row.site], loss.resolver.sticks.get(row.site, False))
         if wanted != (row.estimator.integrates, row.estimator.sticks is not None):
             site = particles.guide[row.site]
             loss.resolver.table[row.site] = replace(row, kind=())  # to be chosen anew
             loss.resolve(row.site, site.fn, site.infer, plan, site.frames)
 
 
-def _sticking(plan: Plan, particles: Particles, names: list[str], pair: tuple) -> set[str]:
+def _sticking(particles: Particles, names: list[str]) -> set[str]:
     """Return the sites of which the direct score of log q is had by the arguments of their distribution."""
-    known = [name for name in names if arguments_of(particles.guide[name].fn)]
-    if not known or particles.enumerated:
-        return set()
-    plan.depends = plan.depends or dependence(*pair)
-    return {name for name in known if not plan.depends.upstream(name)}
+    known = [] if particles.enumerated else [name for name in names if arguments_of(particles.guide[name].fn)]
+    return {name for name in known if not is_downstream(particles, name)}
 
 
 def _plain(loss: Any, site: Site) -> Situation:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro.distributions
@@ -17,9 +17,9 @@ from ._distributions import base_of
 from ._pyro import scale_and_mask
 from .controls import Known, minus_coefficients, moved, stacked
 from .estimators.base import State
-from .particles import Site
+from .particles import Particles, Site
 
-__all__ = ["Sticking", "arguments_of"]
+__all__ = ["Sticking", "arguments_of", "is_downstream"]
 
 ARGUMENTS = {
     "Beta": ("_dirichlet.concentration",),
@@ -32,10 +32,11 @@ ARGUMENTS = {
     "LowRankMultivariateNormal": ("loc", "_unbroadcasted_cov_factor", "_unbroadcasted_cov_diag"),
     "MultivariateNormal": ("loc", "_unbroadcasted_scale_tril"),
     "Normal": ("loc", "scale"),
-    "StudentT": ("df", "loc", "scale"),
+    "StudentT": ("loc", "scale"),
 }
-"""By name of torch's and Pyro's class, the tensors by which alone parameters move log q. None moves the support, so
-that scores have mean zero (tests/test_sticking.py).
+"""By name of torch's and Pyro's class, the tensors from which draw and log q are computed. None moves the support, so
+that scores have mean zero (tests/test_sticking.py). An expanded StudentT has its degrees of freedom twice, one for
+each; they are left to the plain gradient.
 """
 
 MODULES = (torch.distributions, pyro.distributions)
@@ -55,10 +56,42 @@ def arguments_of(fn: Any) -> tuple[str, ...]:
     return KNOWN.get(type(base_of(fn)), ())
 
 
+def is_downstream(particles: Particles, name: str) -> bool:
+    """Whether the gradient by a guide site's arguments goes on to the draw of another: then there would be noise there.
+
+    Source: the graph of the present run.
+    """
+    others = [run for other, site in particles.guide.items() if other != name for run in site.runs or (site,)]
+    values = [run.value for run in others if isinstance(run.value, Tensor) and run.value.requires_grad]
+    ends, leaves = {value.grad_fn for value in values} - {None}, {id(v) for v in values if v.grad_fn is None}
+    site = particles.guide[name]
+    tensors = [tensor for run in site.runs or (site,) for tensor in _arguments(run).values()]
+    if any(id(tensor) in leaves for tensor in tensors):
+        return True
+    seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
+    stack = [tensor.grad_fn for tensor in tensors]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if node in ends or id(getattr(node, "variable", None)) in leaves:
+            return True
+        seen.add(node)
+        stack.extend([parent for parent, _ in node.next_functions])
+    return False
+
+
+def _arguments(run: Site) -> dict[str, Tensor]:
+    """Return the arguments that are differentiated, by name."""
+    base = base_of(run.fn)
+    found = {name: operator.attrgetter(name)(base) for name in arguments_of(base)}
+    return {name: tensor for name, tensor in found.items() if tensor.requires_grad}
+
+
 class _Part(NamedTuple):
     """An argument of a site in one run, and the control's gradient by it, flat."""
 
-    row: tuple[str, str]
+    key: tuple[str, str]
     tensor: Tensor
     score: Tensor
 
@@ -70,8 +103,7 @@ class Sticking:
     goes on from there to the parameters together with the rest: without a second pass through the guide.
 
     Args:
-        decays: The decay of the running moments, by site.
-        sites: Those sites; none has draws upstream.
+        sites: The sites, none of which has draws upstream, and the decays of their running moments.
         state: The states by site, whose moments make the coefficients.
         num_particles: K.
         beta: The factor of the latents' terms.
@@ -79,20 +111,40 @@ class Sticking:
 
     def __init__(
         self,
-        decays: Mapping[str, float],
-        sites: list[Site],
+        sites: Iterable[tuple[Site, float]],
         state: Mapping[str, State],
         num_particles: int,
         beta: Tensor | None,
     ) -> None:
-        self.old = {site.name: state.get(site.name, {}) for site in sites}
-        self.parts = _parts(sites, 1 / num_particles if beta is None else beta / num_particles)
-        self.rows = {row: i for i, row in enumerate(dict.fromkeys(part.row for part in self.parts))}
-        if self.parts:
-            self.moments = stacked([self.old[site].get(name) for site, name in self.rows], self.parts[0].score)
-            by_row = [decays[site] for site, _ in self.rows]
-            self.decay = self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
-            self.minus = minus_coefficients(self.moments, self.decay, low=0.0)
+        self.sites = list(sites)
+        self.old = {site.name: state.get(site.name, {}) for site, _ in self.sites}
+        self.share = 1 / num_particles if beta is None else beta / num_particles
+
+    @functools.cached_property
+    def parts(self) -> list[_Part]:
+        return _parts([site for site, _ in self.sites], self.share)
+
+    @functools.cached_property
+    def rows(self) -> dict[tuple[str, str], int]:
+        """The row of an argument in what is learned, by site and name."""
+        return {key: i for i, key in enumerate(dict.fromkeys(part.key for part in self.parts))}
+
+    @functools.cached_property
+    def decay(self) -> float | Tensor:
+        by_site = {site.name: decay for site, decay in self.sites}
+        by_row = [by_site[name] for name, _ in self.rows]
+        return self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
+
+    @functools.cached_property
+    def moments(self) -> Tensor:
+        like = self.parts[0].score
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        return stacked([self.old[site].get(name) for site, name in self.rows], like)
+
+    @functools.cached_property
+    def minus(self) -> Tensor:
+        """Minus the coefficients."""
+        return minus_coefficients(self.moments, self.decay, low=0.0)
 
     @functools.cached_property
     def known(self) -> Known:
@@ -100,7 +152,7 @@ class Sticking:
         if not self.parts:
             return Known([], [])
         by_row = self.minus.unbind()
-        pairs = [(part, by_row[self.rows[part.row]].to(part.score.device)) for part in self.parts]
+        pairs = [(part, by_row[self.rows[part.key]].to(part.score)) for part in self.parts]
         return Known([p.tensor for p, _ in pairs], [(p.score * a).view(p.tensor.shape) for p, a in pairs])
 
     def follow(self, descent: Sequence[Tensor | None]) -> dict[str, State]:
@@ -114,9 +166,9 @@ class Sticking:
         pairs = zip(self.parts, descent, strict=True)
         pairs = [(part.score, part.score * 0 if g is None else g.reshape(-1)) for part, g in pairs]
         dots = [torch.dot(score, g) for score, g in pairs] + [torch.dot(score, score) for score, _ in pairs]
-        found = torch.stack([dot.to(self.moments.device) for dot in dots]).view(2, -1)
+        found = torch.stack([dot.to(self.moments) for dot in dots]).view(2, -1)
         if len(self.rows) < len(self.parts):  # particles that were run one by one
-            index = torch.tensor([self.rows[part.row] for part in self.parts], device=found.device)
+            index = torch.tensor([self.rows[part.key] for part in self.parts], device=found.device)
             found = found.new_zeros(2, len(self.rows)).index_add(1, index, found)
         product, square = found.unbind()
         new = moved(self.moments, (self.minus * square - product, square), self.decay)
@@ -127,9 +179,8 @@ class Sticking:
 
 
 class _Run(NamedTuple):
-    """A site in one run: its name, and the arguments that are differentiated."""
+    """A site in one run, its distribution without wrappers, and the arguments that are differentiated."""
 
-    name: str
     site: Site
     base: Any
     tensors: dict[str, Tensor]
@@ -153,9 +204,7 @@ def _parts(sites: list[Site], share: float | Tensor) -> list[_Part]:
     parts, other = [], []
     for site in sites:
         for run in site.runs or (site,):
-            base = base_of(run.fn)
-            found = {name: operator.attrgetter(name)(base) for name in arguments_of(base)}
-            one = _Run(site.name, run, base, {name: tensor for name, tensor in found.items() if tensor.requires_grad})
+            one = _Run(run, base_of(run.fn), _arguments(run))
             kind = one.kind if one.tensors else None
             if kind is Normal:
                 normal.setdefault((run.value.dtype, run.value.device), []).append(one)
@@ -187,7 +236,7 @@ def _of_multivariate(run: _Run, share: float | Tensor) -> Iterator[_Part]:
     r"""Return the parts of $N(m,LL^\top)$: by m they are $u=L^{-\top}L^{-1}(z-m)$, by L
     $\operatorname{tril}(u(z-m)^\top L^{-\top})-\operatorname{diag}(L)^{-1}$.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(run.site.value.device.type, enabled=False):
         tril = run.base._unbroadcasted_scale_tril
         residual = (run.site.value - run.base.loc).reshape(-1, len(tril)).T
         noise = torch.linalg.solve_triangular(tril, residual, upper=False)
@@ -199,7 +248,8 @@ def _of_multivariate(run: _Run, share: float | Tensor) -> Iterator[_Part]:
 
 def _scaled(run: _Run, scores: Mapping[str, Tensor]) -> Iterator[_Part]:
     for name, tensor in run.tensors.items():
-        yield _Part((run.name, name), tensor, scores[name] if run.site.scale == 1 else scores[name] * run.site.scale)
+        score = scores[name] if run.site.scale == 1 else scores[name] * run.site.scale
+        yield _Part((run.site.name, name), tensor, score.to(tensor.dtype))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -207,10 +257,15 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _by_autograd(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
-    totals = [scale_and_mask(site.density(site.value.detach()), site.scale, site.mask).sum() for _, site, _, _ in runs]
-    flat = [((run.name, argument), tensor) for run in runs for argument, tensor in run.tensors.items()]
+    found = [(run, run.site.density(run.site.value.detach())) for run in runs]
+    found = [(run, scale_and_mask(log_q, run.site.scale, run.site.mask)) for run, log_q in found]
+    pairs = [(run, total.sum()) for run, total in found if total.requires_grad]  # else it is masked as a whole
+    flat = [((run.site.name, name), tensor) for run, _ in pairs for name, tensor in run.tensors.items()]
+    if not flat:
+        return
+    totals = [total for _, total in pairs]
     outs = [share * torch.ones_like(total) for total in totals]
     scores = torch.autograd.grad(totals, [t for _, t in flat], outs, retain_graph=True, allow_unused=True)
-    for (row, tensor), score in zip(flat, scores, strict=True):
+    for (key, tensor), score in zip(flat, scores, strict=True):
         if score is not None:
-            yield _Part(row, tensor, score.reshape(-1))
+            yield _Part(key, tensor, score.reshape(-1))

@@ -39,6 +39,8 @@ class Recording:
         traced: The graph: ``(leaves, buffers, state, data) -> (loss, gradients, state)``, flat lists.
         leaves: The parameters, live.
         reached: Names of the parameters that have a gradient, in the graph's order.
+        state_spec: The structure of the loss's state.
+        is_settled: Whether the next state has that structure too.
     """
 
     traced: Traced = field(repr=False)
@@ -48,6 +50,7 @@ class Recording:
     signature: Any = field(repr=False)
     state_spec: Any = field(repr=False)
     raw: Traced = field(repr=False)
+    is_settled: bool = True
     unverified: bool = False
     uses: int = 0
 
@@ -55,6 +58,10 @@ class Recording:
     def run(self) -> Callable[..., tuple[Tensor, ...]]:
         """The graph as a Python function."""
         return function_of(self.traced)
+
+    def fits(self, state: States) -> bool:
+        """Whether a state has the structure of that which was recorded."""
+        return pytree.tree_structure(state) == self.state_spec
 
     def __call__(self, args: tuple, kwargs: Mapping[str, Any], state: States) -> Gradient:
         """Run the graph; same generator, same numbers as the eager gradient."""
@@ -122,6 +129,7 @@ def record(
     tensors = tensors_of(args, kwargs)
     flat_state, state_spec = pytree.tree_flatten(loss.state)
     reached: list[str] = []
+    specs: list[Any] = []
 
     def step(*inputs: Tensor) -> tuple[Tensor, ...]:
         rest = list(inputs[len(leaves) + len(buffers) :])
@@ -130,6 +138,7 @@ def record(
             evaluation = loss.evaluate(model, guide, args, kwargs, state, *(() if beta is None else (beta,)))
         grads = descent(evaluation, leaves, rows)
         reached[:] = list(grads)
+        specs.append(pytree.tree_structure(evaluation.state))
         return (-evaluation.objective.detach(), *grads.values(), *pytree.tree_leaves(evaluation.state))
 
     inputs = (*leaves.values(), *buffers, *flat_state, *tensors)
@@ -138,7 +147,9 @@ def record(
     if difference:
         refuse(step, inputs, difference)
     simple = simplified(first)
-    return Recording(simple, dict(leaves), list(buffers), list(reached), signature(args, kwargs), state_spec, second)
+    settled = specs[-1] == state_spec
+    parts = (simple, dict(leaves), list(buffers), list(reached), signature(args, kwargs), state_spec, second, settled)
+    return Recording(*parts)
 
 
 def verify(recording: Recording, again: Recording) -> None:

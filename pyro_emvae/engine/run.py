@@ -164,6 +164,8 @@ class Engine:
         if is_host or not self._is_warm(block, args, kwargs, loss) or _in_context():
             return self._eager(loss, args, kwargs, only, own)
         recording = self._recording(block, args, kwargs, loss)
+        if not recording.is_settled:  # the next state has more, or less
+            return self._eager(loss, args, kwargs, only, own)
         generator = torch.get_rng_state()
         found = recording(args, kwargs, loss.state)
         if math.isfinite(found.loss) and math.isfinite(found.norm):
@@ -200,6 +202,8 @@ class Engine:
         """Whether a step was made eagerly on such data, so that parameters, plates and estimators' states exist."""
         key = (block, id(loss), signature(args, kwargs))
         stateful = [row.site for row in getattr(loss, "table", ()) if row.estimator.traits.stateful]
+        plan = getattr(loss, "plans", {}).get((self.model, self.guide))
+        stateful = [site for site in stateful if plan is None or (site, False) in plan.sites]
         warm = key in self._warm and self.parameters is not None and all(site in loss.state for site in stateful)
         self._warm.add(key)
         return warm
@@ -223,7 +227,8 @@ class Engine:
         modes = tuple(m.training for m in self.parameters.modules)
         key = (block, id(loss), signature(args, kwargs), modes)
         recording = self._recordings.get(key)
-        if recording is None or [id(b) for b in self._inputs()] != [id(b) for b in recording.buffers]:
+        same = recording is not None and [id(b) for b in self._inputs()] == [id(b) for b in recording.buffers]
+        if not same or not (recording.is_settled and recording.fits(loss.state)):
             self._recordings.pop(key, None)
             recording = self._record(block, args, kwargs, loss)
             remember(self._recordings, key, recording)

@@ -54,7 +54,7 @@ class Evaluation:
 
     @functools.cached_property
     def state(self) -> States:
-        """The estimators' next state. Where no gradient has been taken yet, one is, to learn of, if there is a graph."""
+        """The estimators' next state; a gradient is taken to learn of, unless one has been."""
         found = self._grad(self._controls.leaves, retain_graph=True) if self._controls.leaves else None
         return self._followed(found)
 

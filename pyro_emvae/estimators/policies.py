@@ -55,8 +55,8 @@ def auto(at: Situation) -> Choice:
        schools and logistic regression with six guides). A step of a small model takes 1.16 to 1.24 times as long
        (1.37 with a low-rank normal), 0.98 of Pyro's own for eight schools with ``AutoNormal``; what is added is as much
        for a large one. It has a state; second derivatives are those of the plain gradient. Here too a value that a
-       handler gives the guide counts as drawn from q. What is upstream is found in the first run that is differentiated;
-       before that, the table says plain pathwise.
+       handler gives the guide counts as drawn from q. What is upstream is found in the first run that is
+       differentiated; before that, the table says plain pathwise.
     4. Plain pathwise, wherever else there is a reparameterised sampler; a rejection sampler's rest by the score
        function. Doubly reparameterised gradients are better near the posterior and worse far from it.
     5. For Bernoulli sites whose logits depend on no draw, particles by a copula (`Arms`).

@@ -2,6 +2,7 @@ r"""How the sites of a guide are drawn: attached, cut or detached, together, wei
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,17 @@ from .resolving import Plan, follows
 __all__ = ["enumerates", "sampler", "treat"]
 
 
-def treat(loss: Any, plan: Plan) -> Callable[[dict], str]:
-    keep = "cut" if plan.splits else "attach"
+def treat(loss: Any, plan: Plan, found: dict[str, Estimator] | None = None) -> Callable[[dict], str]:
+    """Return how a drawn value is treated.
+
+    Args:
+        found: The estimators that `sampler` has resolved in this run, by site.
+    """
+    keep, found = "cut" if plan.splits else "attach", {} if found is None else found
 
     def how(msg: dict) -> str:
-        site = (msg["name"], msg["fn"], msg["infer"] or {}, plan, plates_of(msg))
-        estimator = loss.resolve(*site)
+        site = (msg["name"], msg["fn"], msg["infer"] or {}, plan, functools.partial(plates_of, msg))
+        estimator = found.pop(msg["name"], None) or loss.resolve(*site)
         plan.relaxed.pop(msg["name"], None)
         if estimator.traits.draws == "relaxed":
             plan.relaxed[msg["name"]] = (loss.resolver.situation(*site), estimator)
@@ -34,11 +40,14 @@ def treat(loss: Any, plan: Plan) -> Callable[[dict], str]:
     return how
 
 
-def sampler(loss: Any, plan: Plan, weights: dict[str, Tensor]) -> Callable[[dict], Tensor | None]:
-    """Return what draws in place of a distribution, for estimators that do; it fills in the weights."""
+def sampler(
+    loss: Any, plan: Plan, weights: dict[str, Tensor], found: dict[str, Estimator]
+) -> Callable[[dict], Tensor | None]:
+    """Return what draws in place of a distribution, for estimators that do; it fills in weights and estimators."""
 
     def given(msg: dict) -> Tensor | None:
-        estimator = loss.resolve(msg["name"], msg["fn"], msg["infer"], plan, plates_of(msg))
+        estimator = loss.resolve(msg["name"], msg["fn"], msg["infer"], plan, functools.partial(plates_of, msg))
+        found[msg["name"]] = estimator
         above = isinstance(loss.objective, MultiSample) and loss.objective.is_above(plates_of(msg))
         if above and loss.num_particles > 1:
             return _draw_above(loss, plan, msg, estimator)
@@ -58,7 +67,7 @@ def enumerates(loss: Any, plan: Plan) -> Callable[[dict], bool]:
     """Return which sites of the guide are summed over; it refuses draws downstream that are not pathwise."""
 
     def is_summed(msg: dict) -> bool:
-        estimator = loss.resolve(msg["name"], msg["fn"], msg["infer"], plan, plates_of(msg))
+        estimator = loss.resolve(msg["name"], msg["fn"], msg["infer"], plan, functools.partial(plates_of, msg))
         if estimator.traits.draws == "enumerated":
             return True
         if len(msg["fn"].batch_shape) > plan.nesting + plan.vectorize and not follows(estimator):

@@ -2,9 +2,10 @@ r"""`MonteCarloELBO`: particles x objective x estimators, as a `pyro.infer.ELBO`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from .objectives import Bound, MultiSample, Objective, Term
 from .objectives.elbo import alike
 from .particles import Dependence, ModuleWatch, Particles, Site, dependence, draw, generators, quiet
 from .probing import probe
-from .resolving import Plan, Resolution, Resolver, remember
+from .resolving import Frames, Plan, Resolution, Resolver, remember
 from .settling import announce, check, complete, make_plan
 from .sticking import Sticking, arguments_of
 from .surrogate import Composer, States, annealed, reweighted, total
@@ -155,7 +156,7 @@ class MonteCarloELBO(ELBO):
         fn: Any,
         infer: Mapping[str, Any],
         plan: Plan | None = None,
-        frames: Collection | None = None,
+        frames: Frames = None,
     ) -> Estimator:
         """Return the estimator of a guide site, choosing and checking it for each new kind of distribution there."""
         estimator, self.state = self.resolver.resolve(name, fn, infer, plan, frames, self.state)
@@ -196,12 +197,13 @@ class MonteCarloELBO(ELBO):
         self, plan: Plan, model: Callable, guide: Callable, args: tuple, kwargs: Mapping, **dictated: Any
     ) -> Particles:
         weights: dict[str, Tensor] = {}
+        found: dict[str, Estimator] = {}
         options = {
             "num_particles": self.num_particles,
             "vectorize": plan.vectorize,
             "max_plate_nesting": plan.nesting,
-            "treat": treat(self, plan),
-            "sampler": sampler(self, plan, weights),
+            "treat": treat(self, plan, found),
+            "sampler": sampler(self, plan, weights, found),
             "score": score_relaxed(plan.relaxed),
             "enumerate_site": enumerates(self, plan),
             "same_batch": isinstance(self.objective, MultiSample),  # weights are compared datum by datum
@@ -331,7 +333,7 @@ class MonteCarloELBO(ELBO):
         bound = self.objective.bound(particles, terms, depends.moves)
         if bound is None:
             names = self._integrated(particles, rows)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not names):
+            with torch.no_grad() if names else contextlib.nullcontext():
                 objective = total(terms) / self.num_particles
             if names:
                 terms = reweighted(self.objective.integrated(drawn, particles, names), particles, depends)

@@ -3,7 +3,7 @@ r"""Which estimator each site of a guide gets, and why; what was found out about
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from .sticking import arguments_of
 from .surrogate import States
 
 __all__ = ["KEPT", "Plan", "Resolution", "Resolver", "follows", "remember"]
+
+Frames = Collection | Callable[[], Collection] | None
 
 KEPT = "the least E|g|^2 times cost of its trials"
 
@@ -113,9 +115,11 @@ class Resolver:
         return 1 + sum(prices.values())
 
     def resolve(
-        self, name: str, fn: Any, infer: Mapping[str, Any], plan: Plan | None, frames: Collection | None, state: States
+        self, name: str, fn: Any, infer: Mapping[str, Any], plan: Plan | None, frames: Frames, state: States
     ) -> tuple[Estimator, States]:
         """Return the estimator of a guide site, chosen and checked for each new kind of distribution, and the state.
+
+        Plates may be a function that returns them, since they are looked at only then.
 
         Another guide may have something else at a site of this name, which then starts without a state.
         """
@@ -133,7 +137,8 @@ class Resolver:
             row = new
         return row.estimator, state
 
-    def situation(self, name: str, fn: Any, infer: Mapping, plan: Plan | None, frames: Collection | None) -> Situation:
+    def situation(self, name: str, fn: Any, infer: Mapping, plan: Plan | None, frames: Frames) -> Situation:
+        frames = frames() if callable(frames) else frames
         depends = None if plan is None else plan.depends
         return Situation(
             name,

@@ -138,7 +138,7 @@ class Sticking:
     @functools.cached_property
     def moments(self) -> Tensor:
         like = self.parts[0].score
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        like = like if like.dtype.itemsize >= 4 else like.new_empty(0, dtype=torch.float32)
         return stacked([self.old[site].get(name) for site, name in self.rows], like)
 
     @functools.cached_property
@@ -151,9 +151,11 @@ class Sticking:
         """The controls' gradient by the arguments."""
         if not self.parts:
             return Known([], [])
-        by_row = self.minus.unbind()
-        pairs = [(part, by_row[self.rows[part.key]].to(part.score)) for part in self.parts]
-        return Known([p.tensor for p, _ in pairs], [(p.score * a).view(p.tensor.shape) for p, a in pairs])
+        by_row, descent = self.minus.unbind(), []
+        for part in self.parts:
+            share = part.score * _like(by_row[self.rows[part.key]], part.score)
+            descent.append(share if part.tensor.dim() == 1 else share.view(part.tensor.shape))
+        return Known([part.tensor for part in self.parts], descent)
 
     def follow(self, descent: Sequence[Tensor | None]) -> dict[str, State]:
         """Return the states of the next step.
@@ -163,10 +165,10 @@ class Sticking:
         """
         if not self.parts:
             return self.old
-        pairs = zip(self.parts, descent, strict=True)
-        pairs = [(part.score, part.score * 0 if g is None else g.reshape(-1)) for part, g in pairs]
-        dots = [torch.dot(score, g) for score, g in pairs] + [torch.dot(score, score) for score, _ in pairs]
-        found = torch.stack([dot.to(self.moments) for dot in dots]).view(2, -1)
+        scores = [part.score for part in self.parts]
+        given = [s * 0 if g is None else g.reshape(-1) for s, g in zip(scores, descent, strict=True)]
+        dots = [*map(torch.dot, scores, given), *map(torch.dot, scores, scores)]
+        found = torch.stack([_like(dot, self.moments) for dot in dots]).view(2, -1)
         if len(self.rows) < len(self.parts):  # particles that were run one by one
             index = torch.tensor([self.rows[part.key] for part in self.parts], device=found.device)
             found = found.new_zeros(2, len(self.rows)).index_add(1, index, found)
@@ -176,6 +178,10 @@ class Sticking:
         for (site, name), moments in zip(self.rows, new, strict=True):
             states[site][name] = moments
         return states
+
+
+def _like(x: Tensor, other: Tensor) -> Tensor:
+    return x if x.dtype is other.dtype and x.device == other.device else x.to(other)
 
 
 class _Run(NamedTuple):
@@ -217,7 +223,7 @@ def _parts(sites: list[Site], share: float | Tensor) -> list[_Part]:
     return [*parts, *_by_autograd(other, share)] if other else parts
 
 
-def _of_normals(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
+def _of_normals(runs: list[_Run], share: float | Tensor) -> list[_Part]:
     """Return the parts of normal distributions of one dtype, all at once."""
     with torch.no_grad():
         columns = zip(*[(run.site.value, run.base.loc, run.base.scale) for run in runs], strict=True)
@@ -228,11 +234,15 @@ def _of_normals(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
         by = {"loc": by_loc, "scale": noise * by_loc - precision}
         sizes = [run.site.value.numel() for run in runs]
         split = {name: score.split(sizes) for name, score in by.items()}
-    for i, run in enumerate(runs):
-        yield from _scaled(run, {name: scores[i] for name, scores in split.items()})
+    return [
+        _part(run, name, scores[i])
+        for i, run in enumerate(runs)
+        for name, scores in split.items()
+        if name in run.tensors
+    ]
 
 
-def _of_multivariate(run: _Run, share: float | Tensor) -> Iterator[_Part]:
+def _of_multivariate(run: _Run, share: float | Tensor) -> list[_Part]:
     r"""Return the parts of $N(m,LL^\top)$: by m they are $u=L^{-\top}L^{-1}(z-m)$, by L
     $\operatorname{tril}(u(z-m)^\top L^{-\top})-\operatorname{diag}(L)^{-1}$.
     """
@@ -243,13 +253,13 @@ def _of_multivariate(run: _Run, share: float | Tensor) -> Iterator[_Part]:
         by_loc = torch.linalg.solve_triangular(tril.T, noise, upper=True) * share
         by_tril = (by_loc @ noise.T).tril()
         by_tril.diagonal().sub_(residual.shape[1] * share / tril.diagonal())
-    yield from _scaled(run, {"loc": by_loc.T.reshape(-1), "_unbroadcasted_scale_tril": by_tril.reshape(-1)})
+    scores = {"loc": by_loc.T.reshape(-1), "_unbroadcasted_scale_tril": by_tril.reshape(-1)}
+    return [_part(run, name, score) for name, score in scores.items() if name in run.tensors]
 
 
-def _scaled(run: _Run, scores: Mapping[str, Tensor]) -> Iterator[_Part]:
-    for name, tensor in run.tensors.items():
-        score = scores[name] if run.site.scale == 1 else scores[name] * run.site.scale
-        yield _Part((run.site.name, name), tensor, score.to(tensor.dtype))
+def _part(run: _Run, name: str, score: Tensor) -> _Part:
+    tensor, scale = run.tensors[name], run.site.scale
+    return _Part((run.site.name, name), tensor, _like(score if scale == 1 else score * scale, tensor))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

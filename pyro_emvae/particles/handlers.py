@@ -53,6 +53,7 @@ class Recorder(Messenger):
         self.messages: dict[str, dict] = {}
         self.cuts: list[tuple[Tensor, Tensor]] = []
         self.held: list[Tensor] = []
+        self.masses: set[str] = set()
         self.params: dict[str, Tensor] = {}
         self.constraints: dict[str, Any] = {}
         self.ignored: list[str] = []
@@ -77,6 +78,8 @@ class Recorder(Messenger):
         value = None if self.sampler is None or msg["value"] is not None or is_subsample(msg) else self.sampler(msg)
         if value is not None:
             msg["value"], msg["done"] = value, True
+        elif msg["value"] is None and type(msg["fn"]) is Delta:
+            self.masses.add(msg["name"])
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if msg["infer"] and msg["infer"].get("_do_not_trace"):

@@ -172,7 +172,7 @@ def run_pair(
     if nesting is None:
         nesting = _nesting([*guide_msgs.values(), *model_msgs.values()])
     keep = nesting + (num_particles > 1)
-    guide_sites, model_sites = _sites_of(guide_msgs, score), _sites_of(model_msgs, score)
+    guide_sites, model_sites = _sites_of(guide_msgs, score, guide_run.masses), _sites_of(model_msgs, score)
     if latents:
         model_sites = marginalized(model_sites, latents, keep, nesting)
     counted = {n: len(guide_sites[n].value) for n in (summed.found if summed else ())}
@@ -255,8 +255,14 @@ def _nesting(messages: Iterable[dict]) -> int:
     return -min(dims) if dims else 0
 
 
-def _sites_of(messages: Mapping[str, dict], score: Callable | None = None) -> dict[str, Site]:
-    return {name: make_site(msg, score) for name, msg in messages.items() if not is_subsample(msg)}
+def _sites_of(messages: Mapping[str, dict], score: Callable | None = None, masses: Set[str] = frozenset()) -> dict:
+    sites = {name: msg for name, msg in messages.items() if not is_subsample(msg)}
+    return {name: make_site(msg, _at_its_mass if name in masses else score) for name, msg in sites.items()}
+
+
+def _at_its_mass(name: str, fn: Any, value: Tensor) -> Tensor:
+    """Return the log density of a point mass at the value that it gave, without comparing."""
+    return fn.log_density
 
 
 def make_site(msg: dict, score: Callable[[str, Any, Tensor], Tensor | None] | None = None) -> Site:

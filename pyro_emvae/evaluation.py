@@ -47,9 +47,9 @@ class Evaluation:
             return self.climbed.tensor
         return self.climbed + self._controls.tensor if self._controls.leaves else self.climbed
 
-    @functools.cached_property
+    @property
     def _controls(self) -> Known:
-        """Controls by tensors on the way from the leaves."""
+        """What is climbed besides, by tensors on the way from the leaves."""
         return Known([], []) if self.sticking is None else self.sticking.known
 
     @functools.cached_property
@@ -64,22 +64,21 @@ class Evaluation:
         return {**self.states, **(self.sticking.old if descent is None else self.sticking.follow(descent))}
 
     def _grad(self, tensors: list[Tensor], retain_graph: bool | None = None) -> tuple[Tensor | None, ...]:
-        """Return minus the gradient, its controls included."""
-        roots, given = [-self.climbed, *self._controls.leaves], [None, *self._controls.descent]
+        """Return minus the gradient, that of the controls included."""
+        roots, given = list(self._controls.leaves), list(self._controls.descent)
+        if self.climbed.requires_grad:
+            roots, given = [-self.climbed, *roots], [None, *given]
         return torch.autograd.grad(roots, tensors, given, retain_graph=retain_graph, allow_unused=True)
 
     def descent(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return minus the gradient by some leaves, where there is one; once."""
         if isinstance(self.climbed, Known):
             return self.climbed.by(leaves)
-        if not leaves or not self.climbed.requires_grad:
+        if not leaves or not (self.climbed.requires_grad or self._controls.leaves):
             return {}
-        if self.sticking is None or not self._is_guided(leaves):
-            found = torch.autograd.grad(-self.climbed, list(leaves.values()), allow_unused=True)
-            vars(self).setdefault("state", self._followed(None))
-        else:
-            found = self._grad([*leaves.values(), *self._controls.leaves])
-            vars(self).setdefault("state", self._followed(found[len(leaves) :]))
+        watched = self._controls.leaves if self._is_guided(leaves) else []
+        found = self._grad([*leaves.values(), *watched])
+        vars(self).setdefault("state", self._followed(found[len(leaves) :] if watched else None))
         return {name: g for name, g in zip(leaves, found, strict=False) if g is not None}
 
     def _is_guided(self, leaves: Mapping[str, Tensor]) -> bool:

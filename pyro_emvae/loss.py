@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -294,17 +294,21 @@ class MonteCarloELBO(ELBO):
         particles = self.particles(model, guide, args, kwargs)
         plan = self.plans[(model, guide)]
         rows = self.resolver.rows(particles)
-        objective, terms, bound = self._objective(plan, particles, rows, beta)
         state = self.state if state is None else state
+        whole = not (self.objective.splits_paths or any(particles.cuts))
         stuck = {site.name: (site, e.sticks) for site, e in rows if e.sticks is not None and _by_arguments(site, plan)}
         rest = [(site, e) for site, e in rows if site.name not in stuck]
-        learns = stuck and order == 1 and torch.is_grad_enabled()
-        sticking = Sticking(stuck.values(), state, self.num_particles, beta) if learns else None
-        whole = not (self.objective.splits_paths or any(particles.cuts))
+        sticking = None
+        if stuck and order == 1 and torch.is_grad_enabled():
+            alone = whole and not particles.weights
+            sticking = Sticking(stuck.values(), state, self.num_particles, beta, integrates=alone)
+        held = () if sticking is None else sticking.whole
+        objective, terms, bound = self._objective(plan, particles, rows, beta, held)
         if whole and all(_is_plain(e) for _, e in rest):
             same = beta is None and not any(e.integrates for _, e in rest)
             climbed = objective if same else total(terms) / self.num_particles
             self._account(particles, rows, {})
+            objective = objective.detach() if held else objective
             return Evaluation(objective, climbed, particles, accounted(state, state, self.evaluations), sticking)
 
         def further(site: Site, values: Tensor, estimator: Estimator, signal: Tensor) -> Probed:
@@ -321,14 +325,18 @@ class MonteCarloELBO(ELBO):
         return Evaluation(objective.detach(), climbed, particles, following, None if known else sticking)
 
     def _objective(
-        self, plan: Plan, particles: Particles, rows: list, beta: Tensor | None = None
+        self, plan: Plan, particles: Particles, rows: list, beta: Tensor | None = None, held: Collection[str] = ()
     ) -> tuple[Tensor, list[Term], Bound | None]:
         """Return the objective, and the terms that are climbed or the objective of several particles, if it is one.
 
-        What is climbed is annealed, and has the KL of sites integrated whose estimator does so.
+        What is climbed is annealed, and has the KL of sites integrated whose estimator does so. The entropy of sites in
+        `held` has no derivative.
         """
         depends = plan.depends or Dependence()
         drawn = self.objective.terms(particles)
+        if held:
+            own = [term.kind == "entropy" and term.site in held for term in drawn]
+            drawn = [t._replace(value=t.value.detach()) if is_own else t for t, is_own in zip(drawn, own, strict=True)]
         terms = reweighted(drawn, particles, depends)
         bound = self.objective.bound(particles, terms, depends.moves)
         if bound is None:

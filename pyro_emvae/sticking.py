@@ -2,9 +2,8 @@ r"""The direct score of log q, as much of it left out as pays: by the arguments 
 
 from __future__ import annotations
 
-import functools
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyro.distributions
@@ -89,11 +88,15 @@ def _arguments(run: Site) -> dict[str, Tensor]:
 
 
 class _Part(NamedTuple):
-    """An argument of a site in one run, and the control's gradient by it, flat."""
+    r"""An argument of a site in one run, and the control's gradient by it, flat.
+
+    `entropy` is the derivative of $-\log q(z_\eta;\eta)$ by it, through the draw and directly, None if it is not known.
+    """
 
     key: tuple[str, str]
     tensor: Tensor
     score: Tensor
+    entropy: Tensor | float | None = None
 
 
 class Sticking:
@@ -107,55 +110,44 @@ class Sticking:
         state: The states by site, whose moments make the coefficients.
         num_particles: K.
         beta: The factor of the latents' terms.
+        integrates: Whether derivatives of log q may be found here, where they are known, and not by its graph: those
+            of a normal z by loc and scale are 0 and minus 1 over the scale.
     """
 
     def __init__(
         self,
-        sites: Iterable[tuple[Site, float]],
+        sites: Collection[tuple[Site, float]],
         state: Mapping[str, State],
         num_particles: int,
         beta: Tensor | None,
+        integrates: bool,
     ) -> None:
-        self.sites = list(sites)
-        self.old = {site.name: state.get(site.name, {}) for site, _ in self.sites}
-        self.share = 1 / num_particles if beta is None else beta / num_particles
-
-    @functools.cached_property
-    def parts(self) -> list[_Part]:
-        return _parts([site for site, _ in self.sites], self.share)
-
-    @functools.cached_property
-    def rows(self) -> dict[tuple[str, str], int]:
-        """The row of an argument in what is learned, by site and name."""
-        return {key: i for i, key in enumerate(dict.fromkeys(part.key for part in self.parts))}
-
-    @functools.cached_property
-    def decay(self) -> float | Tensor:
-        by_site = {site.name: decay for site, decay in self.sites}
-        by_row = [by_site[name] for name, _ in self.rows]
-        return self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
-
-    @functools.cached_property
-    def moments(self) -> Tensor:
+        decays = {site.name: decay for site, decay in sites}
+        self.old = {name: state.get(name, {}) for name in decays}
+        self.parts = _parts([site for site, _ in sites], 1 / num_particles if beta is None else beta / num_particles)
+        self.rows = {key: i for i, key in enumerate(dict.fromkeys(part.key for part in self.parts))}
+        self.known, self.whole = Known([], []), set()
+        if not self.parts:
+            return
         like = self.parts[0].score
         like = like if like.dtype.itemsize >= 4 else like.new_empty(0, dtype=torch.float32)
-        return stacked([self.old[site].get(name) for site, name in self.rows], like)
+        self.moments = stacked([self.old[site].get(name) for site, name in self.rows], like)
+        by_row = [decays[name] for name, _ in self.rows]
+        self.decay = self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
+        self.minus = minus_coefficients(self.moments, self.decay, low=0.0)
+        partly = {part.key[0] for part in self.parts if part.entropy is None}
+        self.whole = {site for site, _ in self.rows} - partly if integrates else set()
+        self.known = Known([part.tensor for part in self.parts], self._descent())
 
-    @functools.cached_property
-    def minus(self) -> Tensor:
-        """Minus the coefficients."""
-        return minus_coefficients(self.moments, self.decay, low=0.0)
-
-    @functools.cached_property
-    def known(self) -> Known:
-        """The controls' gradient by the arguments."""
-        if not self.parts:
-            return Known([], [])
-        by_row, descent = self.minus.unbind(), []
+    def _descent(self) -> list[Tensor]:
+        """Return minus the gradient by the arguments: of the controls, and of minus log q at the sites in `whole`."""
+        by_row, found = self.minus.unbind(), []
         for part in self.parts:
             share = part.score * _like(by_row[self.rows[part.key]], part.score)
-            descent.append(share if part.tensor.dim() == 1 else share.view(part.tensor.shape))
-        return Known([part.tensor for part in self.parts], descent)
+            if part.key[0] in self.whole and isinstance(part.entropy, Tensor):
+                share = share - part.entropy
+            found.append(share if part.tensor.dim() == 1 else share.view(part.tensor.shape))
+        return found
 
     def follow(self, descent: Sequence[Tensor | None]) -> dict[str, State]:
         """Return the states of the next step.
@@ -234,8 +226,9 @@ def _of_normals(runs: list[_Run], share: float | Tensor) -> list[_Part]:
         by = {"loc": by_loc, "scale": noise * by_loc - precision}
         sizes = [run.site.value.numel() for run in runs]
         split = {name: score.split(sizes) for name, score in by.items()}
+        entropy = precision.split(sizes)
     return [
-        _part(run, name, scores[i])
+        _part(run, name, scores[i], entropy[i] if name == "scale" else 0.0)
         for i, run in enumerate(runs)
         for name, scores in split.items()
         if name in run.tensors
@@ -251,15 +244,20 @@ def _of_multivariate(run: _Run, share: float | Tensor) -> list[_Part]:
         residual = (run.site.value - run.base.loc).reshape(-1, len(tril)).T
         noise = torch.linalg.solve_triangular(tril, residual, upper=False)
         by_loc = torch.linalg.solve_triangular(tril.T, noise, upper=True) * share
-        by_tril = (by_loc @ noise.T).tril()
-        by_tril.diagonal().sub_(residual.shape[1] * share / tril.diagonal())
-    scores = {"loc": by_loc.T.reshape(-1), "_unbroadcasted_scale_tril": by_tril.reshape(-1)}
-    return [_part(run, name, score) for name, score in scores.items() if name in run.tensors]
+        outer = by_loc @ noise.T
+        entropy = torch.diag(residual.shape[1] * share / tril.diagonal())
+        by_tril, entropy = outer.tril() - entropy, outer.triu(1) + entropy  # the draw reads all of L, log q not
+    scores = {"loc": (by_loc.T, 0.0), "_unbroadcasted_scale_tril": (by_tril, entropy.reshape(-1))}
+    return [_part(run, name, a.reshape(-1), b) for name, (a, b) in scores.items() if name in run.tensors]
 
 
-def _part(run: _Run, name: str, score: Tensor) -> _Part:
+def _part(run: _Run, name: str, score: Tensor, entropy: Tensor | float) -> _Part:
+    """Return a part that has a formula; `entropy` holds for values that were drawn from the arguments."""
     tensor, scale = run.tensors[name], run.site.scale
-    return _Part((run.site.name, name), tensor, _like(score if scale == 1 else score * scale, tensor))
+    if scale != 1:
+        score, entropy = score * scale, entropy * scale
+    entropy = _like(entropy, tensor) if isinstance(entropy, Tensor) else entropy
+    return _Part((run.site.name, name), tensor, _like(score, tensor), entropy if run.site.value.requires_grad else None)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -52,8 +52,8 @@ def auto(at: Situation) -> Choice:
        draw of the guide is upstream and the arguments of the distribution are known (`sticking.ARGUMENTS`: normal,
        gamma, beta, multivariate normal, ...), and nothing is summed over. The variance of the guide's gradient is 0.23
        to 0.99 of the plain one at the start, and 0.02 to 0.79 after training (two problems of the package, eight
-       schools and logistic regression with six guides). A step of a small model takes 1.16 to 1.24 times as long
-       (1.37 with a low-rank normal), 0.98 of Pyro's own for eight schools with ``AutoNormal``; what is added is as much
+       schools and logistic regression with six guides). A step of a small model takes 1.0 to 1.25 times as long (1.37
+       with a low-rank normal), 0.92 of Pyro's own for eight schools with ``AutoNormal``; what is added is as much
        for a large one. It has a state; second derivatives are those of the plain gradient. Here too a value that a
        handler gives the guide counts as drawn from q. What is upstream is found in the first run that is
        differentiated; before that, the table says plain pathwise.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ._checks import EmvaeError
-from .controls import Known, leaves_of
 from .estimators.base import State
 from .particles import quiet
 from .surrogate import States
@@ -67,11 +66,9 @@ def trial(loss: Any, pair: tuple[Callable, Callable, tuple, Mapping], state: Sta
             evaluation = loss.evaluate(model, guide, args, kwargs, state)
         except EmvaeError:
             return None
-        known = isinstance(evaluation.climbed, Known)
-        grads = evaluation.descent(
-            leaves_of(evaluation.surrogate if known else evaluation.climbed, evaluation.particles)
-        )
-    return sum(g.double().square().sum() for g in grads.values()), evaluation.state
+        grads = evaluation.descent(evaluation.leaves)
+    total = torch.zeros((), dtype=torch.float64)
+    return sum((g.double().square().sum().to(total) for g in grads.values()), total), evaluation.state
 
 
 def learn(record: State, site: str, name: str, square: Tensor | None, evaluations: int) -> State:

@@ -71,9 +71,9 @@ def controlled(
     Returns:
         The gradient by the leaves; and minus that without these controls by the tensors of `also`.
     """
-    leaves = leaves_of(surrogate, particles)
-    names, tensors = list(leaves), list(leaves.values())
     also = Known([], []) if also is None else also
+    leaves = leaves_of(surrogate + also.tensor if also.leaves else surrogate, particles)
+    names, tensors = list(leaves), list(leaves.values())
     roots, given = [surrogate, *also.leaves], [_filled(surrogate, -1.0), *also.descent]
     base = torch.autograd.grad(roots, [*tensors, *also.leaves], given, retain_graph=True, allow_unused=True)
     descent, rest = list(base[: len(tensors)]), base[len(tensors) :]

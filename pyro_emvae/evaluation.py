@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .controls import Known
+from .controls import Known, leaves_of
 from .particles import Particles
 from .sticking import Sticking
 from .surrogate import States
@@ -69,6 +69,11 @@ class Evaluation:
         if self.climbed.requires_grad:
             roots, given = [-self.climbed, *roots], [None, *given]
         return torch.autograd.grad(roots, tensors, given, retain_graph=retain_graph, allow_unused=True)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The leaves that there is a gradient by."""
+        return leaves_of(self._tensor, self.particles)
 
     def descent(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return minus the gradient by some leaves, where there is one; once."""

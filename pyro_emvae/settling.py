@@ -63,7 +63,7 @@ def complete(loss: Any, plan: Plan, particles: Particles, *pair: Any) -> bool:
     if not sought:
         _seek_entropies(loss, plan, particles)
     stuck = [site.name for site, estimator in loss.resolver.rows(particles) if estimator.sticks is not None]
-    plan.arguments = _sticking(particles, stuck)
+    plan.arguments = _sticking(particles, stuck) if loss.objective == ELBO() else set()
     splits = not plan.splits and _splits(loss, plan, particles, pair)
     summed = sought or (plan.nesting is None and _sums(particles, traits))
     if summed:

@@ -124,9 +124,12 @@ class Sticking:
     ) -> None:
         decays = {site.name: decay for site, decay in sites}
         self.old = {name: state.get(name, {}) for name in decays}
-        self.parts = _parts([site for site, _ in sites], 1 / num_particles if beta is None else beta / num_particles)
+        share = 1 / num_particles if beta is None else beta / num_particles
+        found, known = _parts([site for site, _ in sites], share)
+        self.whole = known if integrates else set()
+        self.parts = _merged(found, self.whole)
         self.rows = {key: i for i, key in enumerate(dict.fromkeys(part.key for part in self.parts))}
-        self.known, self.whole = Known([], []), set()
+        self.known = Known([], [])
         if not self.parts:
             return
         like = self.parts[0].score
@@ -135,8 +138,6 @@ class Sticking:
         by_row = [decays[name] for name, _ in self.rows]
         self.decay = self.moments.new_tensor(by_row) if len(set(by_row)) > 1 else by_row[0]
         self.minus = minus_coefficients(self.moments, self.decay, low=0.0)
-        partly = {part.key[0] for part in self.parts if part.entropy is None}
-        self.whole = {site for site, _ in self.rows} - partly if integrates else set()
         self.known = Known([part.tensor for part in self.parts], self._descent())
 
     def _descent(self) -> list[Tensor]:
@@ -144,8 +145,7 @@ class Sticking:
         by_row, found = self.minus.unbind(), []
         for part in self.parts:
             share = part.score * _like(by_row[self.rows[part.key]], part.score)
-            if part.key[0] in self.whole and isinstance(part.entropy, Tensor):
-                share = share - part.entropy
+            share = share - part.entropy if isinstance(part.entropy, Tensor) else share
             found.append(share if part.tensor.dim() == 1 else share.view(part.tensor.shape))
         return found
 
@@ -197,7 +197,8 @@ class _Run(NamedTuple):
         return MultivariateNormal if full else None
 
 
-def _parts(sites: list[Site], share: float | Tensor) -> list[_Part]:
+def _parts(sites: list[Site], share: float | Tensor) -> tuple[list[_Part], set[str]]:
+    """Return all parts, and the sites of which the derivatives of log q are known by all that has any."""
     normal: dict[tuple, list[_Run]] = {}
     parts, other = [], []
     for site in sites:
@@ -212,7 +213,23 @@ def _parts(sites: list[Site], share: float | Tensor) -> list[_Part]:
                 other.append(one)
     for runs in normal.values():
         parts.extend(_of_normals(runs, share))
-    return [*parts, *_by_autograd(other, share)] if other else parts
+    unknown = {part.key[0] for part in parts if part.entropy is None} | {run.site.name for run in other}
+    known = {part.key[0] for part in parts} - unknown
+    return [*parts, *_by_autograd(other, share)] if other else parts, known
+
+
+def _merged(parts: list[_Part], whole: set[str]) -> list[_Part]:
+    """Add up the parts of one tensor, which then has one coefficient; entropies, those of the sites in `whole`."""
+    found: dict[int, _Part] = {}
+    for part in parts:
+        entropy = part.entropy if part.key[0] in whole else None
+        first = found.get(id(part.tensor))
+        if first is None:
+            found[id(part.tensor)] = part._replace(entropy=entropy)
+            continue
+        known = [e for e in (first.entropy, entropy) if isinstance(e, Tensor)]
+        found[id(part.tensor)] = first._replace(score=first.score + part.score, entropy=sum(known) if known else None)
+    return list(found.values())
 
 
 def _of_normals(runs: list[_Run], share: float | Tensor) -> list[_Part]:
@@ -268,7 +285,11 @@ def _by_autograd(runs: list[_Run], share: float | Tensor) -> Iterator[_Part]:
     found = [(run, run.site.density(run.site.value.detach())) for run in runs]
     found = [(run, scale_and_mask(log_q, run.site.scale, run.site.mask)) for run, log_q in found]
     pairs = [(run, total.sum()) for run, total in found if total.requires_grad]  # else it is masked as a whole
-    flat = [((run.site.name, name), tensor) for run, _ in pairs for name, tensor in run.tensors.items()]
+    first: dict[int, tuple[tuple[str, str], Tensor]] = {}  # of a tensor that is an argument several times
+    for run, _ in pairs:
+        for name, tensor in run.tensors.items():
+            first.setdefault(id(tensor), ((run.site.name, name), tensor))
+    flat = list(first.values())
     if not flat:
         return
     totals = [total for _, total in pairs]

@@ -13,7 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_emvae import EM, SVI, MonteCarloELBO, steps
+from pyro_emvae import EM, SVI, MonteCarloELBO, NonFiniteError, steps
 from pyro_emvae._registry import entries
 from pyro_emvae.engine import gradient
 from pyro_emvae.estimators import AdaptiveSticking, LeaveOneOut, Pathwise
@@ -680,3 +680,147 @@ def test_em_learns_in_the_e_phase():
         em.step()
     weight = loss.state["z"]["loc"][2]
     assert float(weight) == pytest.approx(1 - 0.98**5)
+
+
+# One tensor, several arguments; and entropies that are differentiated by their formula ----------------------------
+
+
+@pytest.mark.parametrize("family", [dist.Normal, dist.Laplace])
+@pytest.mark.parametrize("options", [{"num_particles": 1}, {"num_particles": 4, "vectorize_particles": False}])
+def test_a_tensor_that_is_an_argument_of_many_sites_has_one_coefficient(family, options):
+    """Several would take each other's control for the gradient, and the variance would grow with their number."""
+    names = [f"z{i}" for i in range(12)]
+
+    def model() -> None:
+        for name in names:
+            pyro.sample(name, dist.StudentT(f64(4.0), 0.0, 1.0))
+
+    def guide() -> None:
+        scale, loc = pyro.param("scale", lambda: f64(0.6)), pyro.param("loc", lambda: f64(0.4))
+        for name in names:
+            pyro.sample(name, family(loc, scale))
+
+    variances = []
+    for estimator in ("auto", PLAIN):
+        pyro.clear_param_store()
+        loss, grads = MonteCarloELBO(max_plate_nesting=0, **options, estimator=estimator), []
+        for seed in range(150):
+            pyro.set_rng_seed(seed)
+            evaluation = loss.evaluate(model, guide, (), {})
+            grads.append(torch.stack(list(evaluation.descent(leaves()).values())))
+            loss.state = evaluation.state
+        variances.append(torch.stack(grads[30:]).var(0))
+        if estimator == "auto":
+            assert {name: set(state) for name, state in loss.state.items() if state} == {"z0": {"loc", "scale"}}
+    assert (variances[0] < 1.3 * variances[1]).all(), variances
+
+
+@pytest.mark.parametrize("other", [LeaveOneOut(), LeaveOneOut(coefficient="learned"), "double_control_variate"])
+def test_a_leaf_that_only_an_entropy_reaches(other):
+    """Its gradient is known exactly: minus one over the scale."""
+
+    def model() -> None:
+        b = pyro.sample("b", dist.Bernoulli(f64(0.4)))
+        pyro.sample("x", dist.Normal(b, 1.0), obs=f64(0.3))
+
+    def guide() -> None:
+        pyro.sample("aux", dist.Normal(f64(0.0), pyro.param("s", lambda: f64(0.7))), infer={"is_auxiliary": True})
+        pyro.sample("b", dist.Bernoulli(pyro.param("p", lambda: f64(0.3))))
+
+    loss = MonteCarloELBO(num_particles=3, estimator={"b": other})
+    loss.loss_and_grads(model, guide)
+    assert loss.resolved["aux"] == STUCK
+    assert float(leaves()["s"].grad) == pytest.approx(-1 / 0.7)
+
+
+def test_nothing_but_an_entropy():
+    def model() -> None:
+        with poutine.mask(mask=False):
+            pyro.sample("z", dist.StudentT(f64(4.0), 0.0, 1.0))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Normal(f64(0.0), pyro.param("s", lambda: f64(0.7))))
+
+    loss, probing = MonteCarloELBO(), MonteCarloELBO(estimator="probe")
+    for _ in range(16):  # without a coefficient yet
+        loss.loss_and_grads(model, guide)
+        assert float(leaves()["s"].grad) == pytest.approx(-1 / 0.7)
+        leaves()["s"].grad = None
+    for _ in range(100):
+        probing.loss_and_grads(model, guide)
+
+
+def test_an_entropy_that_the_objective_integrates_counts_once():
+    _, guide = pair("Normal")
+
+    def prior() -> None:
+        with pyro.plate("data", 2):
+            pyro.sample("z", dist.Normal(f64(0.0), 1.0))
+
+    found = []
+    for estimator in (STUCK, PLAIN):
+        loss = MonteCarloELBO(objective="elbo_analytic_kl", estimator=estimator)
+        for _ in range(20):
+            pyro.set_rng_seed(0)
+            evaluation = loss.evaluate(prior, guide, (), {})
+            found.append(evaluation.descent(leaves()))
+            loss.state = evaluation.state
+    torch.testing.assert_close(found[19], found[-1])
+
+
+# Plates and point masses --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, torch.tensor(10)])
+def test_a_plate_is_the_same_whatever_it_is_a_part_of(size):
+    """Where the guide does not say what its plate is a minibatch of, terms are still those of the plate's elements."""
+    x = torch.linspace(-1, 1, 10, dtype=F64)
+
+    def model() -> None:
+        with pyro.plate("d", 100, subsample_size=10):
+            b = pyro.sample("b", dist.Poisson(f64(2.0)))
+            pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+    def guide() -> None:
+        rate = pyro.param("rate", lambda: torch.ones(10, dtype=F64))
+        with pyro.plate("d", size), poutine.scale(scale=10.0):
+            pyro.sample("b", dist.Poisson(rate))
+
+    pyro.set_rng_seed(0)
+    loss = MonteCarloELBO(2, 1, estimator="score", vectorize_particles=True)
+    evaluation = loss.evaluate(model, guide, (), {})
+    sites = evaluation.particles
+    assert (
+        sites.guide["b"].frames == sites.model["b"].frames
+        and len({*sites.guide["b"].frames, *sites.model["x"].frames}) == 1
+    )
+    signal = sites.model["b"].scaled + sites.model["x"].scaled - sites.guide["b"].scaled
+    total = (sites.guide["b"].log_prob * signal.detach()).sum() / 2
+    score = torch.autograd.grad(total, list(leaves().values()), retain_graph=True)
+    torch.testing.assert_close(evaluation.descent(leaves())["rate"], -score[0])
+
+
+def test_point_masses():
+    """At its own value, a density is not asked for; at one that another handler gave, it is."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(f64(0.0), 1.0))
+        with pyro.plate("k", 2):
+            w = pyro.sample("w", dist.Normal(f64(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z + w, 1.0), obs=f64(0.3))
+
+    def guide() -> None:
+        pyro.sample("z", dist.Delta(pyro.param("z_loc", lambda: f64(0.2)), log_density=f64(0.7)))
+        with pyro.plate("k", 2):
+            pyro.sample("w", dist.Delta(pyro.param("w_loc", lambda: f64(0.4)), log_density=1.5))
+
+    for options in ({}, {"num_particles": 3, "vectorize_particles": True}):
+        loss, theirs = (
+            MonteCarloELBO(max_plate_nesting=1, **options),
+            pyro.infer.Trace_ELBO(max_plate_nesting=1, **options),
+        )
+        assert loss.loss(model, guide) == pytest.approx(theirs.loss(model, guide), rel=1e-12)
+    other = poutine.trace(lambda: pyro.sample("z", dist.Delta(f64(0.9)))).get_trace()
+    for handler in (poutine.condition(data={"z": f64(0.9)}), poutine.replay(trace=other)):
+        with handler, pytest.raises(NonFiniteError, match="'z'"):
+            MonteCarloELBO().loss(model, guide)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
@@ -53,7 +54,7 @@ class Recorder(Messenger):
         self.messages: dict[str, dict] = {}
         self.cuts: list[tuple[Tensor, Tensor]] = []
         self.held: list[Tensor] = []
-        self.masses: set[str] = set()
+        self.masses: dict[str, Tensor] = {}
         self.params: dict[str, Tensor] = {}
         self.constraints: dict[str, Any] = {}
         self.ignored: list[str] = []
@@ -78,8 +79,9 @@ class Recorder(Messenger):
         value = None if self.sampler is None or msg["value"] is not None or is_subsample(msg) else self.sampler(msg)
         if value is not None:
             msg["value"], msg["done"] = value, True
-        elif msg["value"] is None and type(msg["fn"]) is Delta:
-            self.masses.add(msg["name"])
+        elif msg["value"] is None and type(msg["fn"]) is Delta and not (msg["args"] or msg["kwargs"]):
+            msg["value"], msg["done"] = msg["fn"](), True
+            self.masses[msg["name"]] = msg["value"]
 
     def _pyro_post_sample(self, msg: dict) -> None:
         if msg["infer"] and msg["infer"].get("_do_not_trace"):
@@ -94,6 +96,8 @@ class Recorder(Messenger):
                 because="names tell the sites apart",
                 fix="Give every pyro.sample its own name.",
             )
+        if msg["value"] is not self.masses.get(name):  # given by a handler outside of this one
+            self.masses.pop(name, None)
         if self.treat is not None and not msg["is_observed"] and not is_subsample(msg):
             self._treat(msg)
         self.messages[name] = with_own_mask(msg.copy())
@@ -150,20 +154,21 @@ def is_subsample(msg: Mapping[str, Any]) -> bool:
     return type(msg["fn"]).__name__ == "_Subsample"
 
 
-class Plate(NamedTuple):
-    """A vectorized plate, as Pyro's frame says; that compares and hashes slowly."""
+@dataclass(unsafe_hash=True, slots=True)
+class Plate:
+    """A vectorized plate, as Pyro's frame says, which compares and hashes slowly; alike in model and guide."""
 
     name: str
     dim: int
     size: int
     counter: int
-    full_size: int | None
+    full_size: int | None = field(compare=False)
 
 
 def plates_of(msg: Mapping[str, Any]) -> tuple[Plate, ...]:
     """Return the vectorized plates of a message, without that of the particles."""
     return tuple(
-        Plate(f.name, f.dim, f.size, f.counter, f.full_size)
+        Plate(f.name, f.dim, int(f.size), f.counter, None if f.full_size is None else int(f.full_size))
         for f in msg["cond_indep_stack"]
         if f.dim is not None and f.name != PARTICLE_PLATE
     )

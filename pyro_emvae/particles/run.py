@@ -3,7 +3,7 @@ r"""Run the guide and replay the model, once under a particle plate or once per 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -255,14 +255,14 @@ def _nesting(messages: Iterable[dict]) -> int:
     return -min(dims) if dims else 0
 
 
-def _sites_of(messages: Mapping[str, dict], score: Callable | None = None, masses: Set[str] = frozenset()) -> dict:
+def _sites_of(messages: Mapping[str, dict], score: Callable | None = None, masses: Collection[str] = ()) -> dict:
     sites = {name: msg for name, msg in messages.items() if not is_subsample(msg)}
     return {name: make_site(msg, _at_its_mass if name in masses else score) for name, msg in sites.items()}
 
 
 def _at_its_mass(name: str, fn: Any, value: Tensor) -> Tensor:
     """Return the log density of a point mass at the value that it gave, without comparing."""
-    return fn.log_density
+    return fn.log_density.expand(fn.batch_shape)
 
 
 def make_site(msg: dict, score: Callable[[str, Any, Tensor], Tensor | None] | None = None) -> Site:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .estimators.base import Control, State
+from .parameters import nodes_of
 from .particles import Particles
 
 __all__ = ["Known", "controlled", "leaves_of", "minus_coefficients", "moved", "stacked"]
@@ -160,16 +161,8 @@ def leaves_of(surrogate: Tensor, particles: Particles) -> dict[str, Tensor]:
     """Return the leaves that a tensor was made from, by their names; without the values that stand for draws."""
     names = {id(leaf): name for params in particles.params.values() for name, leaf in params.items()}
     cut = {id(leaf) for run in particles.cuts for _, leaf in run} | {id(value) for value in particles.held}
-    seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
     found: dict[str, Tensor] = {}
-    stack = [surrogate.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        parents = node.next_functions
-        if not parents and (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in cut:
+    for node in nodes_of([surrogate]):
+        if (leaf := getattr(node, "variable", None)) is not None and id(leaf) not in cut:
             found[names.get(id(leaf), f"leaf_{len(found)}")] = leaf
-        stack.extend([parent for parent, _ in parents])
     return found

@@ -334,27 +334,25 @@ def _named_leaves(model: Callable, guide: Callable, particles: Particles) -> dic
     return {name: leaf for name, leaf in named.items() if leaf.requires_grad}
 
 
-def reach(tensors: Iterable[Tensor]) -> set[int]:
-    """Return the ids of all leaves that a gradient of `tensors` reaches."""
-    found: set[int] = set()
-    seen: set[Any] = set()
-    stack = []
-    for tensor in tensors:
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            if tensor.grad_fn is None:
-                found.add(id(tensor))
-            else:
-                stack.append(tensor.grad_fn)
+def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield every node of the autograd graph of some tensors, once."""
+    seen: set[Any] = set()  # so that none is freed and its id used again
+    stack = [tensor.grad_fn for tensor in tensors]
     while stack:
         node = stack.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        stack.extend(child for child, _ in node.next_functions if child is not None)
-    return found
+        yield node
+        stack.extend([parent for parent, _ in node.next_functions])
+
+
+def reach(tensors: Iterable[Tensor]) -> set[int]:
+    """Return the ids of all leaves that a gradient of `tensors` reaches."""
+    tensors = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.requires_grad]
+    leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
+    variables = (getattr(node, "variable", None) for node in nodes_of(tensors))
+    return leaves | {id(variable) for variable in variables if variable is not None}
 
 
 @torch.enable_grad()

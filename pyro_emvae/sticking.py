@@ -16,6 +16,7 @@ from ._distributions import base_of
 from ._pyro import scale_and_mask
 from .controls import Known, minus_coefficients, moved, stacked
 from .estimators.base import State
+from .parameters import nodes_of, reach
 from .particles import Particles, Site
 
 __all__ = ["Sticking", "arguments_of", "is_downstream"]
@@ -65,19 +66,7 @@ def is_downstream(particles: Particles, name: str) -> bool:
     ends, leaves = {value.grad_fn for value in values} - {None}, {id(v) for v in values if v.grad_fn is None}
     site = particles.guide[name]
     tensors = [tensor for run in site.runs or (site,) for tensor in _arguments(run).values()]
-    if any(id(tensor) in leaves for tensor in tensors):
-        return True
-    seen: set[Any] = set()  # of nodes, so that none is freed and its id used again
-    stack = [tensor.grad_fn for tensor in tensors]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if node in ends or id(getattr(node, "variable", None)) in leaves:
-            return True
-        seen.add(node)
-        stack.extend([parent for parent, _ in node.next_functions])
-    return False
+    return any(node in ends for node in nodes_of(tensors)) or not leaves.isdisjoint(reach(tensors))
 
 
 def _arguments(run: Site) -> dict[str, Tensor]:

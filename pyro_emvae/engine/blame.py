@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .._checks import RecordingError, fail
 from ..parameters import sample_statements
 from ..particles import quiet
-from .gradients import differentiate
+from .gradients import descent
 
 __all__ = ["line_of", "refuse", "shift_generators"]
 
@@ -41,9 +41,7 @@ def _line(frames: traceback.StackSummary) -> str:
     for frame in reversed(frames):
         if _is_user(frame):
             return f"{os.path.basename(frame.filename)}:{frame.lineno}: {frame.line}"
-        if frame.filename.startswith(WORKERS) or (
-            frame.name == differentiate.__name__ and frame.filename.startswith(HERE)
-        ):
+        if frame.filename.startswith(WORKERS) or (frame.name == descent.__name__ and frame.filename.startswith(HERE)):
             break
     return ""
 

@@ -15,7 +15,7 @@ from ..evaluation import Evaluation
 from ..loss import MonteCarloELBO, States, raise_non_finite
 from ..parameters import capture, distinct, module_leaves
 
-__all__ = ["Gradient", "descent", "differentiate", "gradient", "largest_change", "norm_of"]
+__all__ = ["Gradient", "descent", "gradient", "largest_change", "norm_of"]
 
 
 class Gradient(NamedTuple):
@@ -85,15 +85,6 @@ def _met(params: Mapping[str, Mapping[str, Tensor]], model: Callable, guide: Cal
 def descent(evaluation: Evaluation, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:
     """Return minus the derivatives of what an evaluation climbs by some leaves."""
     found = evaluation.descent(leaves)
-    return found if rows else _dense(found)
-
-
-def differentiate(loss: Tensor, leaves: Mapping[str, Tensor], rows: bool = False) -> dict[str, Tensor]:
-    """Return the derivatives by the leaves that the loss depends on, dense unless `rows`."""
-    if not leaves or not loss.requires_grad:
-        return {}
-    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-    found = {name: g for name, g in zip(leaves, grads, strict=True) if g is not None}
     return found if rows else _dense(found)
 
 
